@@ -1,0 +1,130 @@
+"""Put masked DoRA on a transformers model, in place."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+from . import families
+from .budget import most_removable
+from .config import PruneConfig
+from .families import Table
+from .nn import ChannelMask, CompactLinear, MaskedDoRALinear
+from .pruner import Pruner
+
+
+def attach(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
+    """Replace the targeted linears of `model` by `MaskedDoRALinear`s, in place, and return their `Pruner`.
+
+    Everything is frozen but adapters, magnitudes, mask logits and the task head (what lies outside the base model,
+    and its pooler; weights tied to the embeddings stay frozen). ValueError: an architecture without a family,
+    targets that match nothing, a sparsity the targets cannot reach, an activation that is not zero at zero, a model
+    that is attached or compact already. RuntimeError: under bf16 autocast on a CPU whose bf16 products crash.
+    """
+    config = PruneConfig() if config is None else config
+    if not isinstance(config, PruneConfig):
+        raise TypeError(f"attach: config must be a PruneConfig (got {type(config).__name__})")
+    for module in model.modules():
+        if isinstance(module, (MaskedDoRALinear, CompactLinear)):
+            state = "attached" if isinstance(module, MaskedDoRALinear) else "compact"
+            raise ValueError(f"attach: model is {state} already; start from the dense model")
+    family = families.of(model)
+    _refuse_crashing_autocast(model)
+    table = family.table(model)
+    adapted = _adapted(table, config)
+    masked = [name for name in adapted if name in table.groups]
+    _refuse_unreachable(table, masked, config)
+
+    head = _task_head(model)
+    generator = torch.Generator().manual_seed(config.seed)
+    model.requires_grad_(False)
+    for name in adapted:
+        linear = model.get_submodule(name)
+        mask = None
+        if name in masked:
+            mask = ChannelMask(table.groups[name].count, _row_group(table, name), config.temperature)
+        layer = MaskedDoRALinear(
+            linear.weight,
+            linear.bias,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            mask=mask if mask is None else mask.to(linear.weight.device),
+            norm_grad=config.norm_grad,
+            generator=generator,
+        )
+        layer.train(linear.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    for parameter in head:
+        parameter.requires_grad_(True)
+    return Pruner(model, config, table)
+
+
+def _adapted(table: Table, config: PruneConfig) -> list[str]:
+    """Names of the layers that get adapters, in the model's order."""
+    if config.preset == "full":
+        return list(table.layers)
+    if config.preset == "paper":
+        return [n for n in table.layers if n in table.groups and table.groups[n].kind in ("query_key", "value")]
+    for target in config.targets:
+        if not any(n == target or n.endswith("." + target) for n in table.layers):
+            known = sorted({n.rpartition(".")[2] for n in table.layers})
+            raise ValueError(f"PruneConfig: targets entry {target!r} matches no block linear; block linears end in {known}")
+    return [n for n in table.layers if any(n == t or n.endswith("." + t) for t in config.targets)]
+
+
+def _refuse_unreachable(table: Table, masked: list[str], config: PruneConfig) -> None:
+    if not masked and config.sparsity > 0:
+        raise ValueError(
+            f"PruneConfig: sparsity must be 0 when no target carries a channel group (got {config.sparsity}); "
+            "keys fall with queries: name the query projection"
+        )
+    most = most_removable(table, masked, config.cost) if masked else 0.0
+    if config.sparsity > most:
+        chosen = f"preset {config.preset!r}" if config.preset else f"targets {list(config.targets)}"
+        raise ValueError(
+            f"PruneConfig: sparsity {config.sparsity} is out of reach of {chosen}; "
+            f"the most it can remove is {most:.4f} of the block {config.cost}"
+        )
+
+
+def _row_group(table: Table, name: str) -> torch.Tensor | None:
+    group = table.groups[name]
+    if group.rows.shape[1] == 1 and torch.equal(group.rows.flatten(), torch.arange(group.count)):
+        return None
+    row_group = torch.empty(table.layers[name].rows, dtype=torch.int64)
+    row_group[group.rows] = torch.arange(group.count).unsqueeze(1).expand_as(group.rows)
+    return row_group
+
+
+def _task_head(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters outside the base model, and of its pooler, that are not shared with the base model."""
+    base = getattr(model, "base_model", model)
+    pooler = getattr(base, "pooler", None)
+    pooled = {id(p) for p in pooler.parameters()} if pooler is not None else set()
+    inside = {id(p) for p in base.parameters()} - (pooled if base is not model else set())
+    return [p for p in model.parameters() if id(p) not in inside]
+
+
+def _refuse_crashing_autocast(model: nn.Module) -> None:
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if not (on_cpu and torch.is_autocast_enabled("cpu")):
+        return
+    if torch.get_autocast_dtype("cpu") == torch.bfloat16 and bf16_matmul_crashes():
+        raise RuntimeError(
+            "attach: bf16 autocast is off limits on this CPU: PyTorch's bf16 matrix product dies with an illegal "
+            "instruction here (oneDNN sees AMX announced without its tile palettes). Train in fp32, or start Python "
+            "with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+        )
+
+
+@functools.cache
+def bf16_matmul_crashes() -> bool:
+    """Whether PyTorch's bf16 product kills a process on this CPU: tried in a child, which may die."""
+    code = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); torch.nn.functional.linear(a, a)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode < 0

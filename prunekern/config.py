@@ -1,0 +1,83 @@
+"""What to adapt, what to prune and how far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+PRESETS = ("full", "paper")
+COSTS = ("params", "macs")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Settings of `attach`. ValueError names the field that does not fit.
+
+    rank, alpha: of the low-rank update; its scale is alpha / rank.
+    dropout: on the input of the low-rank branch.
+    preset: "full" adapts and prunes every linear of the block; "paper" rank-`rank` adapters on the query and value
+        projections only (ASP-DAC 2025); None with `targets`.
+    targets: module names, or their last parts ("q_lin"); layers among them that carry a channel group get a mask.
+    sparsity: share of the block linears' parameters or multiply-adds to remove, in [0, 1).
+    cost: "params" (biases counted) or "macs".
+    align: kept channels of each layer come in multiples of this.
+    norm_grad: "detached" (row norm constant in the backward pass) or "full".
+    seed: of adapter initialisation and mask noise.
+    ramp_steps: optimiser steps over which the removed share rises from 0 to `sparsity`.
+    temperature: of the Gumbel-Sigmoid's soft gradient.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    preset: str | None = "full"
+    targets: tuple[str, ...] | list[str] | None = None
+    sparsity: float = 0.25
+    cost: str = "params"
+    align: int = 1
+    norm_grad: str = "detached"
+    seed: int = 0
+    ramp_steps: int = 100
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        def refuse(name: str, accepted: str):
+            raise ValueError(f"PruneConfig: {name} must be {accepted} (got {getattr(self, name)!r})")
+
+        def number(name: str, low: float, high: float, accepted: str, kinds=(int, float)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                refuse(name, accepted)
+
+        for name in ("rank", "align"):
+            number(name, 1, math.inf, "an integer of at least 1", int)
+        for name in ("seed", "ramp_steps"):
+            number(name, 0, math.inf, "a non-negative integer", int)
+        number("sparsity", 0, math.nextafter(1.0, 0), "in [0, 1)")
+        number("dropout", 0, math.nextafter(1.0, 0), "in [0, 1)")
+        number("alpha", math.ulp(0.0), math.inf, "positive")
+        number("temperature", math.ulp(0.0), math.inf, "positive")
+        if self.cost not in COSTS:
+            refuse("cost", f"one of {COSTS}")
+        if self.norm_grad not in ("detached", "full"):
+            refuse("norm_grad", "'detached' or 'full'")
+        if self.preset is not None and self.preset not in PRESETS:
+            refuse("preset", f"one of {PRESETS}, or None with targets")
+        if isinstance(self.targets, str):
+            refuse("targets", "a list of module names")
+        if self.preset is None and not self.targets:
+            refuse("targets", "a list of module names when preset is None")
+        if self.targets is not None:
+            # Naming targets replaces the preset's choice; both together would leave it unclear which one holds.
+            object.__setattr__(self, "preset", None)
+            object.__setattr__(self, "targets", tuple(self.targets))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> PruneConfig:
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"PruneConfig: unknown field {unknown[0]!r}; accepted: {[f.name for f in fields(cls)]}")
+        return cls(**data)

@@ -1,0 +1,161 @@
+"""What the encoder families share: their channel groups, and compact attention on padded heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import CompactLinear
+from .table import Group, Layer, Table, channels
+
+# Activations with act(0) = 0, by transformers' names: a pruned FFN channel must contribute exactly nothing.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation_name(hidden_act) -> str:
+    """Our name of a transformers activation. ValueError for one whose value at zero is not known to be zero."""
+    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(
+            f"activation must be zero at zero for a pruned channel to vanish; accepted: {known} (got {hidden_act!r})"
+        )
+    return ACTIVATIONS[hidden_act]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Module names of the six linears of one encoder block."""
+
+    q: str
+    k: str
+    v: str
+    o: str
+    up: str
+    down: str
+
+
+def encoder_table(model: nn.Module, blocks: Iterable[Block], heads: int) -> Table:
+    """The table of method.md for blocks of plain multi-head attention and a two-layer FFN."""
+    layers: dict[str, Layer] = {}
+    groups: dict[str, Group] = {}
+
+    def size(name: str) -> tuple[int, int]:
+        N, K = model.get_submodule(name).weight.shape
+        return N, K
+
+    for b in blocks:
+        for name in (b.q, b.k, b.v, b.o, b.up, b.down):
+            N, K = size(name)
+            layers[name] = Layer(name, N, K, model.get_submodule(name).bias is not None)
+        width, hidden, ffn = layers[b.q].rows, layers[b.o].rows, layers[b.up].rows
+        head = torch.arange(width) // (width // heads)
+        every = channels(width)
+        groups[b.q] = Group("query_key", b.q, every, {b.k: every}, head=head, lives_by=b.v)
+        groups[b.v] = Group("value", b.v, every, removed_cols={b.o: every}, head=head)
+        groups[b.o] = Group("residual", b.o, channels(hidden))
+        groups[b.up] = Group("ffn", b.up, channels(ffn), removed_cols={b.down: channels(ffn)})
+        groups[b.down] = Group("residual", b.down, channels(layers[b.down].rows))
+    return Table(layers, groups)
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Where the kept channels of a layer's heads stand once each head is padded to the layer's widest.
+
+    Heads without a value channel are gone. `query` and `value` are sorted positions in [0, heads * width).
+    """
+
+    heads: int
+    width: int
+    query: Tensor
+    value: Tensor
+
+
+def head_layout(query_rows: Tensor, value_rows: Tensor, head_dim: int) -> HeadLayout:
+    """query_rows, value_rows: kept rows of the dense projections (sorted int64)."""
+    alive = torch.unique(value_rows // head_dim)  # sorted
+    per_head = [torch.bincount(r // head_dim) for r in (query_rows, value_rows)]
+    width = max((int(c.max()) for c in per_head if c.numel()), default=0)
+
+    def positions(rows: Tensor) -> Tensor:
+        head = rows // head_dim
+        first = torch.searchsorted(head, head)  # position of the first kept row of the same head
+        rank = torch.arange(rows.numel()) - first
+        return torch.searchsorted(alive, head) * width + rank
+
+    return HeadLayout(alive.numel(), width, positions(query_rows), positions(value_rows))
+
+
+def full_or(index: Tensor, size: int) -> Tensor | None:
+    """None where `index` is all of [0, size): a contiguous call needs no index."""
+    return None if index.numel() == size else index
+
+
+# make(name, in_index, out_index, out_features, activation) -> the CompactLinear of that layer
+Make = Callable[[str, Tensor | None, Tensor | None, int, str], CompactLinear]
+
+
+def compact_attention_linears(make: Make, plan, block: Block, head_dim: int):
+    """q, k, v and o of one block, and the head layout that the first three write and the last one reads."""
+    rows = {name: plan.layers[name].rows for name in (block.q, block.v)}
+    layout = head_layout(rows[block.q], rows[block.v], head_dim)
+    padded = layout.heads * layout.width
+    hidden = plan.layers[block.o].out_features
+    q, k = (make(n, None, full_or(layout.query, padded), padded, "none") for n in (block.q, block.k))
+    v = make(block.v, None, full_or(layout.value, padded), padded, "none")
+    o_rows = full_or(plan.layers[block.o].rows, hidden)
+    o = make(block.o, full_or(layout.value, padded), o_rows, hidden, "none")
+    return (q, k, v, o), layout
+
+
+def compact_ffn_linears(make: Make, plan, block: Block, activation: str):
+    """Both FFN layers: the first keeps its channels packed, the second scatters into the residual's width."""
+    hidden = plan.layers[block.down].out_features
+    up = make(block.up, None, None, plan.layers[block.up].rows.numel(), activation)
+    down = make(block.down, None, full_or(plan.layers[block.down].rows, hidden), hidden, "none")
+    return up, down
+
+
+def padded_heads_attention(
+    module, q: nn.Module, k: nn.Module, v: nn.Module, layout: tuple[int, int], x: Tensor, mask, interface, **kwargs
+):
+    """Attention on heads padded to one width; the softmax scale stays that of the dense head.
+
+    x [..., T, hidden] -> [..., T, heads * width] and the attention weights (None where the kernel gives none).
+    Padding is zero in q, k and v: it changes no logit and its outputs are not read.
+    """
+    heads, width = layout
+    if heads == 0:  # no value channel is left in the layer: o adds its bias to the residual
+        return x.new_zeros(*x.shape[:-1], 0), None
+    shape = (*x.shape[:-1], heads, width)
+    query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in (q, k, v))
+    out, weights = interface(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        dropout=module.dropout.p if module.training else 0.0,
+        scaling=module.scaling,
+        **kwargs,
+    )
+    return out.reshape(*x.shape[:-1], heads * width).contiguous(), weights
+
+
+def add_residual(linear: CompactLinear, dropout: nn.Dropout, x: Tensor, residual: Tensor) -> Tensor:
+    """dropout(linear(x)) + residual; the add is fused into the product where dropout is off."""
+    if dropout.training and dropout.p > 0:
+        return dropout(linear(x)) + residual
+    return linear(x, residual=residual)

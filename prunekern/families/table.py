@@ -1,0 +1,137 @@
+"""Channel groups of a model as data: the one table that cost, plan, compaction and uniform pruning derive from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear of a block: [rows, cols] weight, with or without bias."""
+
+    name: str
+    rows: int
+    cols: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """All channel groups of one kind in one block.
+
+    Group i is row `rows[i]` (or rows, [count, n]) of the carrier, whose magnitude its mask multiplies; with it fall
+    the same entries of `removed_rows` and `removed_cols` in other layers, because their product with zero is zero.
+    `head` is the attention head each group belongs to; groups of kind "query_key" also fall when no group of
+    `lives_by` is left in their head (no value channel: nothing reads the head).
+    """
+
+    kind: str  # "query_key" | "value" | "ffn" | "residual"
+    carrier: str
+    rows: Tensor  # int64 [count, n]
+    removed_rows: Mapping[str, Tensor] = field(default_factory=dict)
+    removed_cols: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Tensor | None = None  # int64 [count]
+    lives_by: str | None = None
+
+    @property
+    def count(self) -> int:
+        return self.rows.shape[0]
+
+
+def channels(count: int) -> Tensor:
+    """int64 [count, 1]: group i is channel i."""
+    return torch.arange(count).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Layers of every block and the channel groups that govern their rows and columns."""
+
+    layers: Mapping[str, Layer]
+    groups: Mapping[str, Group]  # by carrier
+
+    def __post_init__(self):
+        # Each side of a layer is governed by at most one group: the expected cost is then a sum of products.
+        rows: dict[str, tuple[str, int]] = {}
+        cols: dict[str, tuple[str, int]] = {}
+        for group in self.groups.values():
+            for name, index in {group.carrier: group.rows, **group.removed_rows}.items():
+                assert name not in rows, f"rows of {name} governed twice"
+                rows[name] = (group.carrier, index.shape[1])
+            for name, index in group.removed_cols.items():
+                assert name not in cols, f"columns of {name} governed twice"
+                cols[name] = (group.carrier, index.shape[1])
+        object.__setattr__(self, "_rows", rows)
+        object.__setattr__(self, "_cols", cols)
+
+    # -- what is kept ------------------------------------------------------------------------------------------
+
+    def settle(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """bool [count] by carrier, after heads without any value channel have taken their query/key groups along."""
+        settled = {c: kept[c].cpu() if c in kept else torch.ones(g.count, dtype=torch.bool) for c, g in self.groups.items()}
+        for carrier, group in self.groups.items():
+            if group.lives_by in self.groups:
+                reader = self.groups[group.lives_by]
+                heads = int(max(group.head.max(), reader.head.max())) + 1
+                alive = torch.zeros(heads, dtype=torch.bool)
+                alive[reader.head[settled[group.lives_by]]] = True
+                settled[carrier] = settled[carrier] & alive[group.head]
+        return settled
+
+    def indices(self, kept: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Kept rows and columns (sorted int64) of every layer. kept: bool [count] by carrier; absent: all kept."""
+        settled = self.settle(kept)
+        result = {}
+        for name, layer in self.layers.items():
+            sides = []
+            for size, governed, entry in ((layer.rows, self._rows, "rows"), (layer.cols, self._cols, "cols")):
+                alive = torch.ones(size, dtype=torch.bool)
+                if name in governed:
+                    group = self.groups[governed[name][0]]
+                    if entry == "cols":
+                        index = group.removed_cols[name]
+                    else:
+                        index = group.rows if name == group.carrier else group.removed_rows[name]
+                    alive[index[~settled[group.carrier]].flatten()] = False
+                sides.append(alive.nonzero().flatten())
+            result[name] = (sides[0], sides[1])
+        return result
+
+    # -- what it costs -----------------------------------------------------------------------------------------
+
+    def cost(self, kept: Mapping[str, np.ndarray], what: str) -> float:
+        """Parameters ("params", biases counted) or multiply-adds a token ("macs") of all layers.
+
+        kept: probability of each group to be kept, float [count] by carrier, groups independent; absent: 1. The
+        expected value is sum over layers of E[rows] * E[columns]; with probabilities of 0 and 1 it is exact.
+        """
+        count = {}
+        for carrier, group in self.groups.items():
+            p = kept.get(carrier)
+            if group.lives_by in kept:
+                alive = self._head_alive(kept, group)
+                p = alive if p is None else p * alive
+            count[carrier] = float(group.count) if p is None else float(p.sum())
+        total = 0.0
+        for name, layer in self.layers.items():
+            rows, cols = float(layer.rows), float(layer.cols)
+            if name in self._rows:
+                carrier, n = self._rows[name]
+                rows = count[carrier] * n
+            if name in self._cols:
+                carrier, n = self._cols[name]
+                cols = count[carrier] * n
+            total += rows * cols + (rows if layer.bias and what == "params" else 0.0)
+        return total
+
+    def _head_alive(self, kept, group: Group) -> np.ndarray:
+        """P(a value channel is left) of the head each of `group`'s groups belongs to."""
+        reader = self.groups[group.lives_by]
+        with np.errstate(divide="ignore"):
+            gone = np.bincount(reader.head.numpy(), weights=np.log1p(-kept[group.lives_by]))
+        return -np.expm1(gone)[group.head.numpy()]

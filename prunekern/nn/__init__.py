@@ -1,0 +1,8 @@
+"""Modules that hold parameters and call one op. Needs torch only."""
+
+from .channel_mask import ChannelMask
+from .compact_linear import CompactLinear
+from .compact_mlp import CompactMLP
+from .masked_dora_linear import MaskedDoRALinear
+
+__all__ = ["ChannelMask", "CompactLinear", "CompactMLP", "MaskedDoRALinear"]

@@ -1,0 +1,84 @@
+"""One logit per channel group, binary in the forward pass (Gumbel-Sigmoid, straight-through)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelMask(nn.Module):
+    """Binary mask m_b over channel groups.
+
+    In training a group is kept where `logits - threshold + noise > 0`, with logistic noise drawn once per optimiser
+    step (`draw`) and held in a buffer, so that a forward pass is deterministic; the gradient is that of
+    sigmoid((logits - threshold + noise) / temperature). In eval mode, and once `final`, a group is kept iff
+    `logits > threshold`. Source: Gumbel-Sigmoid (Jang et al. 2017; Maddison et al. 2017).
+
+    groups: number of channel groups. row_group: int64 [N], the group of each output channel, or None where group i
+    is channel i. Logits are fp32 and start at 1 (all kept, as `threshold` starts at 0).
+    """
+
+    def __init__(self, groups: int, row_group: Tensor | None = None, temperature: float = 1.0):
+        super().__init__()
+        if groups < 1:
+            raise ValueError(f"ChannelMask: groups must be at least 1 (got {groups})")
+        if not temperature > 0:
+            raise ValueError(f"ChannelMask: temperature must be positive (got {temperature})")
+        self.temperature = temperature
+        self.logits = nn.Parameter(torch.ones(groups))
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("final", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("noise", torch.zeros(groups), persistent=False)
+        self.register_buffer("row_group", row_group, persistent=False)
+        self._is_final = False  # `final` as a Python bool: forward must not wait for a device
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """New logistic noise from `generator` (a CPU generator, so that every device sees the same masks)."""
+        uniform = torch.rand(self.noise.shape, generator=generator).clamp_(1e-6, 1 - 1e-6)
+        self.noise.copy_(uniform.logit_())
+
+    @torch.no_grad()
+    def kept(self) -> Tensor:
+        """bool [groups]: the deterministic mask."""
+        return self.logits > self.threshold
+
+    @torch.no_grad()
+    def finalize(self, kept: Tensor) -> None:
+        """Make `kept` (bool [groups]) the mask for good, through a threshold of this mask's own.
+
+        Logits keep their order; where kept and removed ones tie, the kept are lifted by one ulp so that
+        `logits > threshold` says exactly `kept`.
+        """
+        logits = self.logits.data
+        if bool(kept.all()):
+            threshold = logits.min() - 1
+        elif not bool(kept.any()):
+            threshold = logits.max() + 1
+        else:
+            threshold = logits[~kept].max()
+            low = kept & (logits <= threshold)
+            logits[low] = torch.nextafter(threshold, threshold.new_tensor(float("inf")))
+        self.threshold.copy_(threshold)
+        self.final.fill_(True)
+        self._is_final = True
+        self.logits.requires_grad_(False)
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """m_b by output channel: [N] of zeros and ones."""
+        if self.training and not self._is_final:
+            shifted = self.logits - self.threshold + self.noise
+            soft = torch.sigmoid(shifted / self.temperature)
+            groups = (shifted > 0).to(soft.dtype) + (soft - soft.detach())  # value exactly 0 or 1, gradient of soft
+        else:
+            groups = (self.logits > self.threshold).to(self.logits.dtype)
+        groups = groups.to(dtype)
+        return groups if self.row_group is None else groups.index_select(0, self.row_group)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_final = bool(self.final)
+        self.logits.requires_grad_(not self._is_final)
+
+    def extra_repr(self) -> str:
+        return f"groups={self.logits.numel()}, final={self._is_final}"

@@ -1,0 +1,115 @@
+"""A frozen linear layer under DoRA whose magnitude carries a channel mask."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.dora_gain import factored_inv_norm
+from .channel_mask import ChannelMask
+
+
+class MaskedDoRALinear(nn.Module):
+    """W'_p = (m_b * m)(V + s B A) / ||V + s B A||, with V = `weight` [N, K] frozen (ASP-DAC 2025; DoRA 2024).
+
+    Parameters: A [r, K] (Kaiming uniform), B [N, r] (zero), magnitude [N] (row norms of V); bias [N] frozen.
+    mask: the `ChannelMask` of this layer's output channels, or None where it carries none. A pruned channel outputs
+    exactly zero, bias included. norm_grad "detached" takes the row norm as a constant in the backward pass and
+    caches it until A, B or V change; "full" differentiates through it and computes it at every forward.
+    Dropout acts on the input of the low-rank branch only.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        mask: ChannelMask | None = None,
+        norm_grad: str = "detached",
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        N, K = weight.shape
+        if rank < 1 or rank > min(N, K):
+            raise ValueError(f"MaskedDoRALinear: rank must be in 1..{min(N, K)} for a [{N}, {K}] weight (got {rank})")
+        if norm_grad not in ("detached", "full"):
+            raise ValueError(f"MaskedDoRALinear: norm_grad must be 'detached' or 'full' (got {norm_grad!r})")
+        if bias is not None and tuple(bias.shape) != (N,):
+            raise ValueError(f"MaskedDoRALinear: bias must have shape [{N}] (got {list(bias.shape)})")
+        self.out_features, self.in_features, self.rank = N, K, rank
+        self.scale, self.norm_grad = alpha / rank, norm_grad
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        device = weight.device
+        a = torch.empty(rank, K, dtype=dtype)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        self.A = nn.Parameter(a.to(device))
+        self.B = nn.Parameter(torch.zeros(N, rank, dtype=dtype, device=device))
+        self.register_buffer("v_sqnorm", ops.row_sqnorm(self.weight), persistent=False)
+        self.magnitude = nn.Parameter(self.v_sqnorm.sqrt())
+        self.register_buffer("inv_norm", torch.zeros(N, dtype=dtype, device=device), persistent=False)
+        self.dropout = nn.Dropout(dropout)
+        self.mask = mask
+        self._normed: tuple | None = None  # versions of (weight, A, B) that inv_norm belongs to
+        self.refresh()
+
+    def _versions(self) -> tuple:
+        # Identity and version: an optimiser step changes the version, load_state_dict(assign=True) the identity.
+        return tuple((id(t), 0 if t.is_inference() else t._version) for t in (self.weight, self.A, self.B))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute the cached row norm. Called at every optimiser step, and by forward when A, B or V changed."""
+        versions = self._versions()
+        if self._normed is None or self._normed[0] != versions[0]:
+            self.v_sqnorm = ops.row_sqnorm(self.weight)
+        _, inv_norm = ops.dora_gain(self.weight, self.A, self.B, self.magnitude, None, self.scale, self.v_sqnorm)
+        self.inv_norm.copy_(inv_norm)
+        self._normed = versions
+
+    def mask_values(self) -> Tensor | None:
+        """m_b [N] as the forward pass uses it now, or None where this layer carries no mask."""
+        return None if self.mask is None else self.mask(self.magnitude.dtype)
+
+    def gain(self, m_b: Tensor | None) -> Tensor:
+        """m_b * m / ||V + s B A||, [N]."""
+        if self.norm_grad == "full":
+            inv_norm = factored_inv_norm(self.weight, self.A, self.B, self.scale, self.v_sqnorm)
+        else:
+            # A compiled graph cannot ask for versions: there `Pruner.step` keeps the buffer up to date.
+            if not torch.compiler.is_compiling() and self._normed != self._versions():
+                self.refresh()
+            inv_norm = self.inv_norm
+        gain = self.magnitude * inv_norm
+        return gain if m_b is None else m_b * gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        m_b = self.mask_values()
+        bias = self.bias if self.bias is None or m_b is None else m_b * self.bias
+        x_lora = self.dropout(x) if self.training and self.dropout.p > 0 else None
+        return ops.dora_linear(x, self.weight, self.A, self.B, self.gain(m_b), bias, self.scale, x_lora)
+
+    @torch.no_grad()
+    def merged(self, rows: Tensor | None = None, cols: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The plain weight and bias of kept rows and columns (int64, sorted). Masks do not enter: rows select."""
+        device = self.weight.device
+        rows = rows if rows is None else rows.to(device)
+        cols = cols if cols is None else cols.to(device)
+        weight = ops.dora_merge(self.weight, self.A, self.B, self.gain(None), rows, cols, self.scale)
+        bias = self.bias if self.bias is None or rows is None else self.bias.index_select(0, rows)
+        return weight, bias if bias is None else bias.detach().clone()
+
+    def _apply(self, fn, recurse=True):
+        self._normed = None  # moved or cast: identity may stay while the numbers change
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, norm_grad={self.norm_grad!r}"

@@ -1,0 +1,49 @@
+"""Argument checks shared by the ops: each names the argument, what it was and what is accepted."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
+    """Raises ValueError unless `tensor.shape` equals `expected` (None: any size)."""
+    got = tuple(tensor.shape)
+    if len(got) != len(expected) or any(e is not None and g != e for g, e in zip(got, expected, strict=True)):
+        want = ", ".join("*" if e is None else str(e) for e in expected)
+        raise ValueError(f"{op}: {name} must have shape [{want}] (got {list(got)})")
+
+
+def floating(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError unless `tensor` is float64, float32, bfloat16 or float16."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16 (got {tensor.dtype})")
+
+
+def same_device(op: str, first: str, device: torch.device, **others: torch.Tensor | None) -> None:
+    """Raises ValueError when a tensor lies on another device than `first`."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}; all must share a device")
+
+
+def kept_index(op: str, name: str, index: torch.Tensor, size: int) -> None:
+    """Raises unless `index` holds kept channels: int64, 1-D, strictly ascending, within [0, size)."""
+    if index.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64 (got {index.dtype})")
+    if index.dim() != 1:
+        raise ValueError(f"{op}: {name} must be 1-D (got shape {list(index.shape)})")
+    if index.numel() == 0 or index.is_meta:
+        return
+    bad = (index < 0) | (index >= size)
+    if index.numel() > 1:
+        bad[1:] |= index[1:] <= index[:-1]
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"{op}: {name} must be sorted and < {size} (got {int(index[at])} at position {at})")
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 where an input is float64, fp32 otherwise: what references and small reductions compute in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,109 @@
+"""`prunekern::dora_gain`: the factor each output channel is multiplied with, from the factored row norm.
+
+    inv_norm = 1 / ||V + s B A||_row        gain = m_b * m * inv_norm
+
+Equation of DoRA (Liu et al. 2024) with a channel mask m_b on the magnitude (Ali et al., ASP-DAC 2025).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+def row_sqnorm(V: Tensor) -> Tensor:
+    """|V|^2 of each row. V [N, K] -> [N], fp32 (float64 for float64)."""
+    V = V.detach().to(_checks.compute_dtype(V))
+    return torch.einsum("nk,nk->n", V, V)
+
+
+def dora_gain_reference(V, A, B, m, m_b, s, v_sqnorm=None) -> tuple[Tensor, Tensor]:
+    """The definition: forms V + s B A and takes its row norm. `v_sqnorm` is not read. Differentiable in all."""
+    dtype = _checks.compute_dtype(V, A, B)
+    merged = V.to(dtype) + s * (B.to(dtype) @ A.to(dtype))  # [N, K]
+    sqnorm = merged.square().sum(1)
+    inv_norm = torch.where(sqnorm > 0, sqnorm.clamp_min(torch.finfo(dtype).tiny).rsqrt(), 0.0)
+    gain = m.to(dtype) * inv_norm
+    return (gain if m_b is None else m_b.to(dtype) * gain), inv_norm
+
+
+def factored_inv_norm(V, A, B, s, v_sqnorm) -> Tensor:
+    """1 / ||V + s B A|| by rows, as |V|^2 + 2 s <V, BA> + s^2 |BA|^2: B A [N, K] is never formed.
+
+    With U = V A^T [N, r] and G = A A^T [r, r] this reads V once and costs 2 N K r + 2 K r^2 + 2 N r^2 operations.
+    """
+    dtype = _checks.compute_dtype(V, A, B)
+    V, A, B = V.to(dtype), A.to(dtype), B.to(dtype)
+    U = V @ A.T  # [N, r]
+    G = A @ A.T  # [r, r]
+    sqnorm = v_sqnorm.to(dtype) + ((2 * s) * U + (s * s) * (B @ G)).mul(B).sum(1)
+    # Rounding can push a row that cancels below zero; an all-zero row has inv_norm 0, not inf.
+    positive = sqnorm > 0
+    return torch.where(positive, torch.where(positive, sqnorm, 1.0).rsqrt(), 0.0)
+
+
+@torch.library.custom_op("prunekern::dora_gain", mutates_args=())
+def _dora_gain(
+    V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
+) -> tuple[Tensor, Tensor]:
+    _check(V, A, B, m, m_b, v_sqnorm)
+    inv_norm = factored_inv_norm(V, A, B, s, v_sqnorm)
+    gain = m.to(inv_norm.dtype) * inv_norm
+    if m_b is not None:
+        gain = gain * m_b.to(inv_norm.dtype)
+    return gain, inv_norm
+
+
+def _check(V, A, B, m, m_b, v_sqnorm) -> None:
+    op = "dora_gain"
+    _checks.shape(op, "V", V, (None, None))
+    (N, K), r = V.shape, A.shape[0]
+    _checks.shape(op, "A", A, (r, K))
+    _checks.shape(op, "B", B, (N, r))
+    for name, tensor in (("m", m), ("m_b", m_b), ("v_sqnorm", v_sqnorm)):
+        if tensor is not None:
+            _checks.shape(op, name, tensor, (N,))
+    for name, tensor in (("V", V), ("A", A), ("B", B), ("m", m)):
+        _checks.floating(op, name, tensor)
+    _checks.same_device(op, "V", V.device, A=A, B=B, m=m, m_b=m_b, v_sqnorm=v_sqnorm)
+
+
+@_dora_gain.register_fake
+def _(V, A, B, m, m_b, s, v_sqnorm):
+    dtype = _checks.compute_dtype(V, A, B)
+    return V.new_empty(V.shape[0], dtype=dtype), V.new_empty(V.shape[0], dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, _, m, m_b, _, _ = inputs
+    ctx.save_for_backward(m, m_b, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, d_gain, _d_inv_norm):
+    m, m_b, inv_norm = ctx.saved_tensors
+    scaled = d_gain * inv_norm
+    d_m = d_mb = None
+    if ctx.needs_input_grad[3]:
+        d_m = (scaled if m_b is None else scaled * m_b).to(m.dtype)
+    if ctx.needs_input_grad[4]:
+        d_mb = (scaled * m).to(m_b.dtype)
+    return None, None, None, d_m, d_mb, None, None
+
+
+_dora_gain.register_autograd(_backward, setup_context=_setup_context)
+
+
+def dora_gain(
+    V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gain and inverse row norm of a masked DoRA layer.
+
+    V [N, K], A [r, K], B [N, r]: float64, float32, bfloat16 or float16; m [N] magnitude; m_b [N] binary mask or
+    None (all kept); s scale; v_sqnorm [N] cached |V|^2 by rows (`row_sqnorm`). Returns gain [N] and inv_norm [N],
+    fp32 (float64 for float64 inputs). Gradients flow to m and m_b only: the norm is detached (DoRA, section 4.3).
+    An all-zero row has inv_norm 0. ValueError / TypeError on shapes, dtypes or devices that do not fit.
+    """
+    return _dora_gain(V, A, B, m, m_b, s, v_sqnorm)

@@ -1,0 +1,179 @@
+"""`prunekern::dora_linear`: a linear layer under masked DoRA, without forming its weight.
+
+    z = x V^T + s (x_lora A^T) B^T          y = gain * z + bias
+
+`dora_linear` is what callers see; it is composed of `dora_linear_forward`, which also hands back z and
+p = x_lora A^T for the backward pass. z is kept because the gradient of gain reads it and cannot be had from y where
+gain is zero (a masked channel must still get its mask gradient).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+def dora_linear_reference(x, V, A, B, gain, bias, s, x_lora=None) -> Tensor:
+    """The definition, differentiable: one weight for V, one for the low-rank branch, no factoring of the product."""
+    dtype = _checks.compute_dtype(x, V, A, B, gain)
+    x_low = (x if x_lora is None else x_lora).to(dtype)
+    low = s * (B.to(dtype) @ A.to(dtype))  # [N, K]
+    z = torch.einsum("...k,nk->...n", x.to(dtype), V.to(dtype)) + torch.einsum("...k,nk->...n", x_low, low)
+    y = gain.to(dtype) * z
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    # bf16 products on CPU are off limits: oneDNN dies with SIGILL where a hypervisor hides the AMX tile palettes.
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return x.dtype
+
+
+@torch.library.custom_op("prunekern::dora_linear_forward", mutates_args=())
+def _forward(
+    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, x_lora: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [..., N] in x's dtype, z [T, N] and p [T, r] in the dtype of the products."""
+    dtype = _matmul_dtype(x)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, K]
+    low = flat if x_lora is None else x_lora.reshape(flat.shape).to(dtype)
+    p = low @ A.to(dtype).T  # [T, r]
+    z = flat @ V.to(dtype).T  # [T, N]
+    z.addmm_(p, B.to(dtype).T, alpha=s)
+    # One pass over the output: gain and bias together, in fp32 where the products are 16 bit.
+    y = z * gain if bias is None else torch.addcmul(bias, z, gain)
+    return y.to(x.dtype).view(*x.shape[:-1], V.shape[0]), z, p
+
+
+@_forward.register_fake
+def _(x, V, A, B, gain, bias, s, x_lora):
+    T, N, r = x.numel() // max(x.shape[-1], 1), V.shape[0], A.shape[0]
+    dtype = _matmul_dtype(x)
+    return x.new_empty(*x.shape[:-1], N), x.new_empty(T, N, dtype=dtype), x.new_empty(T, r, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    x, V, A, B, gain, bias, s, x_lora = inputs
+    _, z, p = output
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(
+        x if needs[2] and x_lora is None else None,
+        x_lora if needs[2] else None,
+        V if needs[0] else None,
+        A,
+        B,
+        gain,
+        z if needs[4] else None,
+        p if needs[3] else None,
+    )
+    ctx.s, ctx.x_meta, ctx.bias_dtype = s, (x.shape, x.dtype), None if bias is None else bias.dtype
+    ctx.has_x_lora = x_lora is not None
+    ctx.mark_non_differentiable(z, p)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _dz, _dp):
+    grads: list[Tensor | None] = [None] * 8
+    if dy is None:
+        return tuple(grads)
+    x, x_lora, V, A, B, gain, z, p = ctx.saved_tensors
+    needs, s, (x_shape, x_dtype) = ctx.needs_input_grad, ctx.s, ctx.x_meta
+    dtype = torch.float32 if dy.device.type == "cpu" and dy.dtype != torch.float64 else dy.dtype
+    dy = dy.reshape(-1, dy.shape[-1])  # [T, N]
+    if needs[4]:
+        grads[4] = (dy.to(gain.dtype) * z).sum(0).to(gain.dtype)
+    if needs[5]:
+        grads[5] = dy.sum(0, dtype=ctx.bias_dtype)
+    low_needs_x = needs[7] if ctx.has_x_lora else needs[0]
+    if needs[0] or needs[2] or needs[3] or low_needs_x:
+        dz = (dy * gain).to(dtype)  # [T, N]
+        if needs[3]:
+            grads[3] = (dz.T @ p).mul_(s).to(B.dtype)
+        if needs[2] or low_needs_x:
+            dp = (dz @ B.to(dtype)).mul_(s)  # [T, r]
+        if needs[2]:
+            read = x_lora if ctx.has_x_lora else x
+            grads[2] = (dp.T @ read.reshape(dp.shape[0], -1).to(dtype)).to(A.dtype)
+        if needs[0]:
+            dx = dz @ V.to(dtype)  # [T, K]
+            if not ctx.has_x_lora:
+                dx.addmm_(dp, A.to(dtype))
+            grads[0] = dx.to(x_dtype).view(x_shape)
+        if ctx.has_x_lora and needs[7]:
+            grads[7] = (dp @ A.to(dtype)).to(x_dtype).view(x_shape)
+    if needs[1]:
+        raise RuntimeError("dora_linear: V must be frozen (got V.requires_grad=True); no gradient is formed for it")
+    return tuple(grads)
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+_SCHEMA = (
+    "(Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s, Tensor? x_lora=None) -> Tensor"
+)
+torch.library.define("prunekern::dora_linear", _SCHEMA)
+
+
+def _check(x, V, A, B, gain, bias, x_lora) -> None:
+    op = "dora_linear"
+    _checks.shape(op, "V", V, (None, None))
+    (N, K), r = V.shape, A.shape[0]
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"{op}: x must have shape [..., {K}] as V is [{N}, {K}] (got {list(x.shape)})")
+    _checks.shape(op, "A", A, (r, K))
+    _checks.shape(op, "B", B, (N, r))
+    _checks.shape(op, "gain", gain, (N,))
+    if bias is not None:
+        _checks.shape(op, "bias", bias, (N,))
+    if x_lora is not None:
+        _checks.shape(op, "x_lora", x_lora, tuple(x.shape))
+    for name, tensor in (("x", x), ("V", V), ("A", A), ("B", B), ("gain", gain)):
+        _checks.floating(op, name, tensor)
+    _checks.same_device(op, "x", x.device, V=V, A=A, B=B, gain=gain, bias=bias, x_lora=x_lora)
+
+
+@torch.library.impl("prunekern::dora_linear", "CompositeImplicitAutograd")
+def _dora_linear(x, V, A, B, gain, bias, s, x_lora=None):
+    _check(x, V, A, B, gain, bias, x_lora)
+    return _forward(x, V, A, B, gain, bias, s, x_lora)[0]
+
+
+def _register_autocast(device: str, key: str) -> None:
+    # The products run in the autocast dtype; gain and bias stay fp32, where a gain near 1 would round to 1 in bf16.
+    exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    @torch.library.impl("prunekern::dora_linear", key)
+    def _(x, V, A, B, gain, bias, s, x_lora=None):
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            x, V, A, B = (t.to(dtype) if t.dtype != torch.float64 else t for t in (x, V, A, B))
+            x_lora = x_lora if x_lora is None or x_lora.dtype == torch.float64 else x_lora.to(dtype)
+            return torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora)
+
+
+_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("cpu", "AutocastCPU")
+
+
+def dora_linear(
+    x: Tensor,
+    V: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gain: Tensor,
+    bias: Tensor | None,
+    s: float,
+    x_lora: Tensor | None = None,
+) -> Tensor:
+    """y = gain * (x V^T + s (x_lora A^T) B^T) + bias.
+
+    x [..., K]; V [N, K] frozen; A [r, K]; B [N, r]; gain [N] fp32; bias [N] or None, already multiplied with the
+    mask (m_b * b); x_lora [..., K]: what the low-rank branch reads where dropout makes it differ from x. Returns
+    [..., N] in x's dtype. Gradients to x, A, B, gain, bias and x_lora, by reductions without atomics: bitwise
+    repeatable. float64, float32, bfloat16, float16 (16-bit products on CPU are computed in fp32). ValueError /
+    TypeError on shapes, dtypes or devices that do not fit; RuntimeError when V requires a gradient.
+    """
+    return torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora)

@@ -1,0 +1,66 @@
+"""`prunekern::dora_merge`: fold V, A, B and gain into one weight, writing kept rows and columns only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+def dora_merge_reference(V, A, B, gain, rows=None, cols=None, s=1.0) -> Tensor:
+    """The definition on the whole matrix, then the removal."""
+    dtype = _checks.compute_dtype(V, A, B, gain)
+    W = gain.to(dtype)[:, None] * (V.to(dtype) + s * (B.to(dtype) @ A.to(dtype)))
+    W = W if rows is None else W[rows]
+    W = W if cols is None else W[:, cols]
+    return W.to(V.dtype)
+
+
+@torch.library.custom_op("prunekern::dora_merge", mutates_args=())
+def _dora_merge(
+    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
+) -> Tensor:
+    op = "dora_merge"
+    _checks.shape(op, "V", V, (None, None))
+    (N, K), r = V.shape, A.shape[0]
+    _checks.shape(op, "A", A, (r, K))
+    _checks.shape(op, "B", B, (N, r))
+    _checks.shape(op, "gain", gain, (N,))
+    for name, tensor in (("V", V), ("A", A), ("B", B), ("gain", gain)):
+        _checks.floating(op, name, tensor)
+    _checks.same_device(op, "V", V.device, A=A, B=B, gain=gain, rows=rows, cols=cols)
+    dtype = _checks.compute_dtype(V, A, B, gain)
+    if rows is not None:
+        _checks.kept_index(op, "rows", rows, N)
+        V, B, gain = V.index_select(0, rows), B.index_select(0, rows), gain.index_select(0, rows)
+    if cols is not None:
+        _checks.kept_index(op, "cols", cols, K)
+        V, A = V.index_select(1, cols), A.index_select(1, cols)
+    merged = torch.addmm(V.to(dtype), B.to(dtype), A.to(dtype), alpha=s)  # [rows, cols]
+    return merged.mul_(gain.to(dtype)[:, None]).to(V.dtype)
+
+
+@_dora_merge.register_fake
+def _(V, A, B, gain, rows, cols, s=1.0):
+    N = V.shape[0] if rows is None else rows.shape[0]
+    K = V.shape[1] if cols is None else cols.shape[0]
+    return V.new_empty(N, K)
+
+
+def dora_merge(
+    V: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gain: Tensor,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+    s: float = 1.0,
+) -> Tensor:
+    """W' = gain * (V + s B A), restricted to kept rows and columns.
+
+    V [N, K], A [r, K], B [N, r], gain [N] (it holds the norm of the *full* row, so removing columns does not
+    change it); rows, cols: sorted int64 kept indices or None (all). Returns [len(rows), len(cols)] in V's dtype,
+    computed in fp32 (float64 for float64). Not differentiable. ValueError / TypeError on what does not fit.
+    """
+    return _dora_merge(V, A, B, gain, rows, cols, s)

@@ -1,0 +1,148 @@
+"""transformers' Trainer with the two stages of pruning: masks and adapters learn; then the masks are final."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from .checkpoint import load_adapter_state, save_adapter
+from .pruner import Pruner
+
+
+class PruneTrainer(Trainer):
+    """`transformers.Trainer` for an attached model.
+
+    pruner: what `attach` returned for `model`. stage_one: share of the optimiser steps in which masks learn; then
+    `pruner.finalize()` and stage two, adapters only. ramp: share of stage one over which the removed share rises to
+    the target. Learning rates are constant in each stage: `args.learning_rate` (5e-5 by default), then
+    `final_learning_rate` (1e-5, as ASP-DAC 2025); mask logits have `mask_learning_rate`. `args.warmup_steps` counts.
+
+    Checkpoints hold the adapter, optimiser and trainer state, not the frozen weights. `train(resume_from_checkpoint=
+    True)` takes the newest complete one and ends with the same masks and weights as a run that was never stopped.
+    A loss that is not finite raises FloatingPointError before the weights are touched; checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *,
+        pruner: Pruner,
+        stage_one: float = 0.6,
+        ramp: float = 0.5,
+        final_learning_rate: float = 1e-5,
+        mask_learning_rate: float = 2e-2,
+        **kwargs,
+    ):
+        model = pruner.model if model is None else model
+        if model is not pruner.model:
+            raise ValueError("PruneTrainer: model must be the one that pruner was attached to")
+        for name, value in (("stage_one", stage_one), ("ramp", ramp)):
+            if not 0 < value <= 1:
+                raise ValueError(f"PruneTrainer: {name} must be in (0, 1] (got {value})")
+        if args is not None and args.load_best_model_at_end:
+            raise ValueError(
+                "PruneTrainer: load_best_model_at_end must be False (got True): the best checkpoint may lie before "
+                "the budget was met"
+            )
+        super().__init__(model=model, args=args, **kwargs)
+        self.pruner, self.stage_one, self.ramp = pruner, stage_one, ramp
+        self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate
+        self.report: dict | None = None  # what finalize() kept
+        self.add_callback(_Stages(self))
+
+    def stage_one_steps(self, max_steps: int) -> int:
+        return max(1, round(max_steps * self.stage_one))
+
+    # -- optimiser -----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = self.pruner.param_groups(self.args.learning_rate, self.mask_learning_rate, self.args.weight_decay)
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            boundary = self.stage_one_steps(num_training_steps)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            drop = self.final_learning_rate / self.args.learning_rate
+
+            def factor(step: int, second: float) -> float:
+                return min(1.0, (step + 1) / (warmup + 1)) * (1.0 if step < boundary else second)
+
+            optimizer = self.optimizer if optimizer is None else optimizer
+            second = {"adapters": drop, "masks": 0.0}
+            by_group = [lambda step, s=second[g["name"]]: factor(step, s) for g in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_group)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}; training stops, weights are those of "
+                f"step {self.state.global_step} and checkpoints in {self.args.output_dir} are untouched"
+            )
+        return loss
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "loss" in logs or any(k.endswith("_loss") for k in logs):
+            logs = {**logs, "sparsity": round(self.pruner.expected_sparsity(), 6)}
+        super().log(logs, *args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        save_adapter(self.pruner, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_adapter_state(self.pruner, resume_from_checkpoint)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            newest = last_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise FileNotFoundError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a run: a kill while one was written leaves it out."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        state = path / "trainer_state.json"  # Trainer writes it last
+        if number and state.is_file():
+            try:
+                json.loads(state.read_text())
+            except ValueError:
+                continue
+            found.append((int(number[1]), path))
+    return max(found)[1] if found else None
+
+
+class _Stages(TrainerCallback):
+    """Calls the pruner after every optimiser step, and finalises at the stage boundary."""
+
+    def __init__(self, trainer: PruneTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        boundary = self.trainer.stage_one_steps(state.max_steps)
+        self.trainer.pruner.ramp_steps = max(1, round(boundary * self.trainer.ramp))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        pruner = self.trainer.pruner
+        pruner.step()
+        if state.global_step >= self.trainer.stage_one_steps(state.max_steps) and not pruner.finalized:
+            self.trainer.report = pruner.finalize()
