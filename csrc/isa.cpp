@@ -1,0 +1,118 @@
+// What this CPU can do, and the table that follows from it. The one place that asks.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/kernel.h"
+#include "prunekern/prunekern.h"
+
+#ifdef PRUNEKERN_X86
+#include <cpuid.h>
+#endif
+
+namespace prunekern {
+namespace {
+
+#ifdef PRUNEKERN_X86
+struct Cpu {
+  bool avx2 = false, avx512 = false;
+
+  Cpu() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1;
+    if (!osxsave) return;
+    unsigned low, high;  // XCR0: the registers the operating system saves; cpuid alone does not tell
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = ymm && fma && (b >> 5 & 1);
+    const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+    avx512 = avx2 && zmm && (b & wanted) == wanted;
+  }
+};
+#endif
+
+bool supported(Isa isa) {
+#ifdef PRUNEKERN_X86
+  static const Cpu cpu;
+  if (isa == Isa::avx2) return cpu.avx2;
+  if (isa == Isa::avx512) return cpu.avx512;
+#endif
+  return isa == Isa::generic;
+}
+
+std::string names(const std::vector<Isa>& isas) {
+  std::string text;
+  for (Isa isa : isas) text += (text.empty() ? "" : ", ") + std::string(name(isa));
+  return text;
+}
+
+Isa choose() {
+  const std::vector<Isa> can = supported_isas();
+  const char* wanted = std::getenv("PRUNEKERN_ISA");
+  if (wanted == nullptr || *wanted == '\0') return can.back();
+  const Isa isa = parse_isa(wanted);
+  if (!supported(isa))
+    throw std::runtime_error("PRUNEKERN_ISA: this CPU cannot run " + std::string(wanted) + " (it can run " +
+                             names(can) + ")");
+  return isa;
+}
+
+}  // namespace
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    default: return "generic";
+  }
+}
+
+Isa parse_isa(const std::string& text) {
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512})
+    if (text == name(isa)) return isa;
+  throw std::invalid_argument("PRUNEKERN_ISA must be generic, avx2 or avx512 (got " + text + ")");
+}
+
+Activation parse_activation(const std::string& text) {
+  if (text == "none") return Activation::none;
+  if (text == "relu") return Activation::relu;
+  if (text == "gelu") return Activation::gelu;
+  if (text == "gelu_tanh") return Activation::gelu_tanh;
+  if (text == "silu") return Activation::silu;
+  throw std::invalid_argument("activation must be none, relu, gelu, gelu_tanh or silu (got " + text + ")");
+}
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas;
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512})
+    if (supported(isa)) isas.push_back(isa);
+  return isas;
+}
+
+Isa active_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+std::int64_t panel_width(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return 16;
+    case Isa::avx512: return 32;
+    default: return 8;
+  }
+}
+
+const Kernels& kernels(Isa isa) {
+  if (!supported(isa))
+    throw std::runtime_error("this CPU cannot run " + std::string(name(isa)) + " (it can run " +
+                             names(supported_isas()) + ")");
+#ifdef PRUNEKERN_X86
+  if (isa == Isa::avx2) return kAvx2Kernels;
+  if (isa == Isa::avx512) return kAvx512Kernels;
+#endif
+  return kGenericKernels;
+}
+
+}  // namespace prunekern

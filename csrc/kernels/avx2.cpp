@@ -1,0 +1,65 @@
+// AVX2 + FMA: tiles of 6 rows by 2 vectors of 8 (12 accumulators, 2 weights, 1 broadcast: 15 of 16 registers).
+#include <immintrin.h>
+
+#include "tile.h"
+
+namespace prunekern {
+namespace {
+
+// AVX2 has no expand: for each 8-bit mask, which source lane every lane takes.
+struct ExpandTable {
+  unsigned char lane[256][8];
+
+  constexpr ExpandTable() : lane() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int i = 0, next = 0; i < 8; ++i) lane[mask][i] = static_cast<unsigned char>(mask >> i & 1 ? next++ : 0);
+  }
+};
+constexpr ExpandTable kExpand;
+alignas(32) constexpr int kOnes[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+struct Avx2 {
+  static constexpr int kWidth = 8;
+  using F = __m256;
+
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static __m256i first(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + 8 - n)); }
+  static F load_part(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static void store_part(float* p, F a, int n) { _mm256_maskstore_ps(p, first(n), a); }
+  static F expand(const float* p, std::uint32_t mask) {
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand.lane[mask]));
+    const F spread = _mm256_permutevar8x32_ps(load(p), _mm256_cvtepu8_epi32(lanes));
+    const __m256i bits = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+    const __m256i keep =
+        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits), bits);
+    return _mm256_and_ps(spread, _mm256_castsi256_ps(keep));
+  }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F abs(F a) { return _mm256_andnot_ps(set(-0.0f), a); }
+  static F madd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F power(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+  static F scale(F a, F n) {  // in two halves: 2^n alone leaves the range of fp32
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    return mul(mul(a, power(half)), power(_mm256_sub_epi32(whole, half)));
+  }
+  static F select_positive(F x, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+  }
+};
+
+}  // namespace
+
+constexpr Kernels kAvx2Kernels = make_kernels<Avx2, 1, 2, 3, 4, 5, 6>();
+
+}  // namespace prunekern

@@ -1,0 +1,85 @@
+// Any CPU: four floats at a time in plain C++, which the compiler turns into SSE2, NEON or whatever there is.
+#include "tile.h"
+
+namespace prunekern {
+namespace {
+
+struct Generic {
+  static constexpr int kWidth = 4;
+  struct F {
+    float v[4];
+  };
+
+  template <class Fn>
+  static inline F each(Fn fn) {
+    F out;
+    for (int i = 0; i < 4; ++i) out.v[i] = fn(i);
+    return out;
+  }
+  static F set(float x) {
+    return each([&](int) { return x; });
+  }
+  static F load(const float* p) {
+    return each([&](int i) { return p[i]; });
+  }
+  static void store(float* p, F a) {
+    for (int i = 0; i < 4; ++i) p[i] = a.v[i];
+  }
+  static F load_part(const float* p, int n) {
+    return each([&](int i) { return i < n ? p[i] : 0.0f; });
+  }
+  static void store_part(float* p, F a, int n) {
+    for (int i = 0; i < n; ++i) p[i] = a.v[i];
+  }
+  // The bits of mask take consecutive values from p; the rest is zero.
+  static F expand(const float* p, std::uint32_t mask) {
+    return each([&](int i) { return mask >> i & 1 ? *p++ : 0.0f; });
+  }
+  static F add(F a, F b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F sub(F a, F b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static F mul(F a, F b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static F div(F a, F b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  static F min(F a, F b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F max(F a, F b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F abs(F a) {
+    return each([&](int i) { return a.v[i] < 0 ? -a.v[i] : a.v[i]; });
+  }
+  static F madd(F a, F b, F c) {
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  // The exact product exp and gelu rely on; in double it is exact without an FMA instruction.
+  static F fma(F a, F b, F c) {
+    return each([&](int i) { return static_cast<float>(static_cast<double>(a.v[i]) * b.v[i] + c.v[i]); });
+  }
+  static F round(F a) {
+    return each([&](int i) { return (a.v[i] + 12582912.0f) - 12582912.0f; });  // 1.5 * 2^23; |a| < 2^22
+  }
+  static F scale(F a, F n) {  // a * 2^n, n integral in [-151, 129]
+    return each([&](int i) {
+      const int power = n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0;
+      const int half = power / 2;
+      return a.v[i] * __builtin_ldexpf(1.0f, half) * __builtin_ldexpf(1.0f, power - half);
+    });
+  }
+  static F select_positive(F x, F yes, F no) {
+    return each([&](int i) { return x.v[i] > 0 ? yes.v[i] : no.v[i]; });
+  }
+};
+
+}  // namespace
+
+constexpr Kernels kGenericKernels = make_kernels<Generic, 1, 2, 3, 4>();
+
+}  // namespace prunekern

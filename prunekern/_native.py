@@ -1,0 +1,49 @@
+"""The one place that imports the C++ core, and says why where it is not there."""
+
+from __future__ import annotations
+
+try:
+    # Before torch, `_C` would load the system's OpenMP beside torch's own; after it, both share one.
+    import torch  # noqa: F401
+
+    from prunekern import _C
+except ImportError as error:  # no compiler at install time, or a library of the machine is missing
+    _C = None
+    _reason = str(error)
+else:
+    _reason = ""
+
+_REMEDY = (
+    "install a C++17 compiler (apt-get install g++), then: pip install --force-reinstall --no-deps prunekern"
+)
+
+
+def available() -> bool:
+    """Whether the C++ kernels are there."""
+    return _C is not None and _unusable() is None
+
+
+def why_not() -> str | None:
+    """One line: what is missing and how to get it; None where the kernels are there."""
+    if _C is not None:
+        return _unusable()
+    if "_C" in _reason:
+        return f"no C++ kernels: prunekern was installed without a compiler; {_REMEDY}"
+    return f"no C++ kernels: {_reason}; {_REMEDY}"
+
+
+def _unusable() -> str | None:
+    """PRUNEKERN_ISA may ask for what this CPU lacks, or for a name that is none."""
+    try:
+        _C.isa()
+    except (RuntimeError, ValueError) as error:
+        return f"no C++ kernels: {error}"
+    return None
+
+
+def core():
+    """The module `prunekern._C`; raises RuntimeError with `why_not()` where it is not there."""
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _C
