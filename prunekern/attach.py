@@ -74,7 +74,9 @@ def _adapted(table: Table, config: PruneConfig) -> list[str]:
     for target in config.targets:
         if not any(n == target or n.endswith("." + target) for n in table.layers):
             known = sorted({n.rpartition(".")[2] for n in table.layers})
-            raise ValueError(f"PruneConfig: targets entry {target!r} matches no block linear; block linears end in {known}")
+            raise ValueError(
+                f"PruneConfig: targets entry {target!r} matches no block linear; block linears end in {known}"
+            )
     return [n for n in table.layers if any(n == t or n.endswith("." + t) for t in config.targets)]
 
 

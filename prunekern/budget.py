@@ -1,4 +1,4 @@
-"""From mask logits to a cost: the threshold that meets a target in expectation, and the choice that meets it exactly."""
+"""Mask logits and cost: the threshold that meets a target in expectation, the choice that meets it exactly."""
 
 from __future__ import annotations
 

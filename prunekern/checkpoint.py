@@ -116,7 +116,9 @@ def check_tensors(model: nn.Module, plan: Plan, files: Iterable[str]) -> None:
             if got is None:
                 raise ValueError(f"{where}: tensor {tensor!r} is missing")
             if got != shape:
-                raise ValueError(f"{where}: tensor {tensor!r} must have shape {list(shape)} by the plan (got {list(got)})")
+                raise ValueError(
+                    f"{where}: tensor {tensor!r} must have shape {list(shape)} by the plan (got {list(got)})"
+                )
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------
@@ -142,7 +144,10 @@ def save_adapter(pruner, path: str | os.PathLike) -> None:
         tensors = {n: t.cpu().contiguous() for n, t in _adapter_tensors(pruner.model).items()}
         save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
         config = {"format": ADAPTER_FORMAT, "prune_config": pruner.config.to_dict(), "pruner": pruner.state_dict()}
+        # What `prunekern compact BASE ADAPTER OUT` needs to rebuild the model: its class, and its head's size.
         config["base_model"] = getattr(pruner.model.config, "_name_or_path", "") or None
+        config["architecture"] = type(pruner.model).__name__
+        config["model_config"] = pruner.model.config.to_diff_dict()
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -167,6 +172,17 @@ def load_adapter(model: nn.Module, path: str | os.PathLike):
     model.load_state_dict(tensors, strict=False)
     pruner.load_state_dict(config["pruner"])
     return pruner
+
+
+def load_base(base: str | os.PathLike, adapter: str | os.PathLike) -> nn.Module:
+    """The dense model an adapter was trained on, with the task head's shape: class and config as the adapter says."""
+    import transformers
+
+    config, _ = _read_adapter(Path(adapter))
+    cls = getattr(transformers, str(config.get("architecture")), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(f"{adapter}: architecture must name a transformers model (got {config.get('architecture')!r})")
+    return cls.from_pretrained(base, config=cls.config_class.from_dict(config["model_config"]))
 
 
 def load_adapter_state(pruner, path: str | os.PathLike) -> None:
@@ -266,7 +282,7 @@ def _sync(path: Path) -> None:
 
 
 def _put(folder: Path, path: Path) -> None:
-    """`folder` takes the name `path`; an old folder there takes `folder`'s name, in the same instant where Linux can."""
+    """`folder` takes the name `path`, an old folder there takes `folder`'s, in the same instant where Linux can."""
     if not path.exists():
         os.rename(folder, path)
         return

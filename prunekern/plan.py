@@ -143,7 +143,9 @@ def masks_of(model: nn.Module) -> dict[str, ChannelMask]:
 def plan(model: nn.Module) -> Plan:
     """What the masks of an attached model keep now, `finalize`d or not. ValueError for a model never attached."""
     if not any(isinstance(m, MaskedDoRALinear) for m in model.modules()):
-        raise ValueError(f"plan: {type(model).__name__} has no masked layers; call prunekern.attach(model, config) first")
+        raise ValueError(
+            f"plan: {type(model).__name__} has no masked layers; call prunekern.attach(model, config) first"
+        )
     return from_kept(families.of(model).table(model), {c: m.kept() for c, m in masks_of(model).items()})
 
 
@@ -157,7 +159,9 @@ def check(plan: Plan, table: Table) -> None:
         p = plan.layers[name]
         if (p.out_features, p.in_features, p.bias) != (layer.rows, layer.cols, layer.bias):
             got = f"[{p.out_features}, {p.in_features}], bias {p.bias}"
-            raise ValueError(f"plan: layer {name!r} must be [{layer.rows}, {layer.cols}], bias {layer.bias} (got {got})")
+            raise ValueError(
+                f"plan: layer {name!r} must be [{layer.rows}, {layer.cols}], bias {layer.bias} (got {got})"
+            )
     kept = {}
     for carrier, group in table.groups.items():
         alive = torch.zeros(table.layers[carrier].rows, dtype=torch.bool)

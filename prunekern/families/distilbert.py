@@ -25,9 +25,7 @@ class CompactDistilBertAttention(hf.DistilBertSelfAttention):
     """Attention on the kept channels. Returns what o reads; the block adds o's product to the residual."""
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, hf.eager_attention_forward
-        )
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, hf.eager_attention_forward)
         return padded_heads_attention(
             self, self.q_lin, self.k_lin, self.v_lin, self.layout, hidden_states, attention_mask, interface, **kwargs
         )

@@ -73,7 +73,9 @@ class Table:
 
     def settle(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """bool [count] by carrier, after heads without any value channel have taken their query/key groups along."""
-        settled = {c: kept[c].cpu() if c in kept else torch.ones(g.count, dtype=torch.bool) for c, g in self.groups.items()}
+        settled = {
+            c: kept[c].cpu() if c in kept else torch.ones(g.count, dtype=torch.bool) for c, g in self.groups.items()
+        }
         for carrier, group in self.groups.items():
             if group.lives_by in self.groups:
                 reader = self.groups[group.lives_by]

@@ -111,9 +111,7 @@ def _backward(ctx, dy, _dz, _dp):
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
 
-_SCHEMA = (
-    "(Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s, Tensor? x_lora=None) -> Tensor"
-)
+_SCHEMA = "(Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s, Tensor? x_lora=None) -> Tensor"
 torch.library.define("prunekern::dora_linear", _SCHEMA)
 
 

@@ -1,0 +1,246 @@
+"""The command `prunekern`: train, compact, eval, bench, demo, info."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+# Option types that several commands share.
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+TaskName = Annotated[str | None, typer.Option(help="reviews, or a GLUE task: mrpc rte sst2 mnli cola qnli qqp stsb.")]
+Data = Annotated[Path | None, typer.Option(help="Local .jsonl, .csv, .tsv or .parquet instead of --task.")]
+Text = Annotated[str | None, typer.Option(help="Text column of --data; two with a comma between for pairs.")]
+Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
+Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0 leaves torch's default.")]
+
+
+def _task(task: str | None, data: Path | None, text: str | None, label: str | None, validation, test):
+    from . import tasks
+
+    if (task is None) == (data is None):
+        raise typer.BadParameter("give either --task or --data")
+    if task is not None:
+        if any(o is not None for o in (text, label, validation, test)):
+            raise typer.BadParameter("--text, --label, --validation and --test go with --data")
+        return tasks.get(task)
+    columns = None if text is None else tuple(t.strip() for t in text.split(","))
+    columns = columns[0] if columns and len(columns) == 1 else columns
+    return tasks.get(data, text=columns, label=label, validation=validation, test=test)
+
+
+def _threads(count: int) -> None:
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub name of the dense model; or a demo model: mini-distilbert.")
+    ],
+    out: Out,
+    task: TaskName = None,
+    data: Data = None,
+    text: Text = None,
+    label: Label = None,
+    validation: Split = None,
+    test: Split = None,
+    sparsity: Annotated[float, typer.Option(help="Share of the block linears to remove, in [0, 1).")] = 0.25,
+    cost: Annotated[str, typer.Option(help="What the share is of: params or macs.")] = "params",
+    preset: Annotated[str, typer.Option(help="full: every block linear; paper: query and value only.")] = "full",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    align: Annotated[int, typer.Option(help="Kept channels of a layer come in multiples of this.")] = 1,
+    epochs: float = 3.0,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: by --epochs.")] = -1,
+    batch_size: int = 8,
+    lr: Annotated[float, typer.Option(help="Of adapters and head in stage one.")] = 5e-5,
+    final_lr: Annotated[float, typer.Option(help="Of adapters and head in stage two.")] = 1e-5,
+    mask_lr: Annotated[float, typer.Option(help="Of mask logits.")] = 2e-2,
+    stage_one: Annotated[float, typer.Option(help="Share of the steps in which masks learn.")] = 0.6,
+    max_length: MaxLength = 128,
+    save_steps: int = 500,
+    seed: int = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from OUT's newest checkpoint.")] = False,
+    threads: Threads = 0,
+) -> None:
+    """Fine-tune with DoRA and masks, remove what they prune, save OUT/compact, OUT/adapter and OUT/report.json."""
+    from .config import PruneConfig
+    from .demo.models import MODEL_NAMES, demo_model
+    from .recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
+
+    _threads(threads)
+    config = PruneConfig(
+        rank=rank, alpha=alpha, dropout=dropout, preset=preset, sparsity=sparsity, cost=cost, align=align, seed=seed
+    )
+    options = TrainOptions(
+        epochs, max_steps, batch_size, lr, final_lr, mask_lr, stage_one, 0.5, 0, max_length, save_steps, seed
+    )
+    data_task = _task(task, data, text, label, validation, test)
+    dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task)
+    pruner, trained = fine_tune(dense, tokenizer, data_task, config, options, out, resume, console)
+    masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
+    small = finish(pruner, tokenizer, out)
+    compact, _ = evaluate(small, tokenizer, data_task, max_length, console=console)
+    plan = pruner.plan()
+    write_report(
+        out,
+        task=data_task.name,
+        model=model,
+        config=config,
+        options=options,
+        trained=trained,
+        score={"masked": masked, "compact": compact},
+        block_params={"compact": plan.params(), "dense": plan.dense_params()},
+    )
+    table = Table(title=f"{data_task.name}: {100 * trained['sparsity']:.2f} % of the block {cost} removed")
+    for column in ("kind", "kept", "of"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, (kept, of) in trained["by_kind"].items():
+        table.add_row(kind.replace("_", " / "), f"{kept:,}", f"{of:,}")
+    console.print(table)
+    metric, split = data_task.metric, data_task.score_split
+    console.print(f"{split} {metric}: {100 * masked[metric]:.2f} before removal, {100 * compact[metric]:.2f} after")
+    console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}")
+
+
+@app.command()
+def compact(
+    base: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder written by train (OUT/adapter) or save_adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the compact model.")],
+) -> None:
+    """Merge a trained adapter into its base model and remove what its masks prune."""
+    from .checkpoint import load_adapter, load_base, save
+    from .compact import compact as make_compact
+    from .demo.models import MODEL_NAMES, demo_model
+
+    dense = load_base(demo_model(base) if base in MODEL_NAMES else base, adapter)
+    plan = load_adapter(dense, adapter).plan()
+    save(make_compact(dense), out)
+    console.print(f"{out}: {plan.params():,} of {plan.dense_params():,} block parameters kept")
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[Path, typer.Argument(help="Folder of a compact (or dense) model with its tokenizer.")],
+    task: TaskName = None,
+    data: Data = None,
+    text: Text = None,
+    label: Label = None,
+    validation: Split = None,
+    test: Split = None,
+    max_length: MaxLength = 128,
+    threads: Threads = 0,
+) -> None:
+    """Score a saved model on a task."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from . import hf  # noqa: F401  (compact folders load too)
+    from .recipe import evaluate
+
+    _threads(threads)
+    data_task = _task(task, data, text, label, validation, test)
+    loaded = AutoModelForSequenceClassification.from_pretrained(model)
+    if loaded.config.num_labels != data_task.num_labels:
+        raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
+    metrics, _ = evaluate(loaded, AutoTokenizer.from_pretrained(model), data_task, max_length, console=console)
+    for name, value in metrics.items():
+        console.print(f"{data_task.name}, {data_task.score_split}: {name} {100 * value:.2f}")
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="Folder of a compact model.")],
+    shapes: Annotated[str, typer.Option(help="batch x tokens, with commas between.")] = "1x128,8x128",
+    threads: Annotated[int, typer.Option(help="Threads of torch and the C++ kernels.")] = 1,
+    seconds: Annotated[float, typer.Option(help="About how long to measure each shape.")] = 5.0,
+) -> None:
+    """Time a compact model beside its dense twin (same config, random weights), interleaved in one process."""
+    from .checkpoint import load
+    from .hf import PrunekernConfig
+    from .measure import dense_twin, latency
+
+    try:
+        parsed = [tuple(int(n) for n in s.split("x")) for s in shapes.split(",")]
+        if any(len(s) != 2 or min(s) < 1 for s in parsed):
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(f"--shapes must look like 1x128,8x128 (got {shapes!r})") from None
+    small = load(model)
+    section = small.config.quantization_config
+    plan = (section if isinstance(section, PrunekernConfig) else PrunekernConfig(**section)).parsed()
+    ideal = plan.dense_macs() / plan.macs() if plan.macs() else float("inf")
+    table = Table(title=f"{model}, {threads} thread(s); ideal {ideal:.2f} x by multiply-adds")
+    for column in ("batch x tokens", "dense ms", "compact ms", "speed-up", "of ideal"):
+        table.add_column(column, justify="right")
+    dense = dense_twin(small)
+    for batch, tokens in parsed:
+        with console.status(f"timing {batch} x {tokens}"):
+            t = latency({"dense": dense, "compact": small}, batch, tokens, seconds, threads)
+        speedup = t["dense"] / t["compact"]
+        cells = (
+            f"{1e3 * t['dense']:.2f}",
+            f"{1e3 * t['compact']:.2f}",
+            f"{speedup:.2f}",
+            f"{100 * speedup / ideal:.0f} %",
+        )
+        table.add_row(f"{batch} x {tokens}", *cells)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    model: Annotated[str, typer.Option(help="mini-distilbert, mini-bert or mini-roberta.")] = "mini-distilbert",
+    sparsity: Annotated[float, typer.Option(help="Share of the block parameters to remove, in [0, 1).")] = 0.25,
+    seed: int = 0,
+    threads: Threads = 0,
+) -> None:
+    """Fine-tune a real encoder on real sentences, prune it, reload it in a new process and time it."""
+    from .demo.run import run
+
+    _threads(threads)
+    run(out, model, sparsity, seed, console)
+
+
+@app.command()
+def info() -> None:
+    """What prunekern runs on here."""
+    from .info import info as collect
+
+    table = Table(show_header=False)
+    for name, value in collect().items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), str(value))
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line on stderr and status 2; the rest keeps its traceback."""
+    from .tasks import DataError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns at every fork otherwise
+    try:
+        app()
+    except (DataError, ValueError, FileNotFoundError, NotADirectoryError, FloatingPointError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""From a dense model and a task to a trained, compact one: what `prunekern train` and the demo do."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .attach import attach
+from .checkpoint import save, save_adapter
+from .compact import compact
+from .config import PruneConfig
+from .pruner import Pruner
+from .tasks import Task
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train. Learning rates: of adapters and head in stage one and two (ASP-DAC 2025), and of mask logits."""
+
+    epochs: float = 3.0
+    max_steps: int = -1
+    batch_size: int = 8
+    learning_rate: float = 5e-5
+    final_learning_rate: float = 1e-5
+    mask_learning_rate: float = 2e-2
+    stage_one: float = 0.6
+    ramp: float = 0.5
+    warmup_steps: int = 0
+    max_length: int = 128
+    save_steps: int = 500
+    seed: int = 0
+
+
+def load_dense(model: str, task: Task) -> tuple[nn.Module, object]:
+    """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return AutoModelForSequenceClassification.from_pretrained(model, **task.model_kwargs()), tokenizer
+
+
+def training_arguments(options: TrainOptions, out: Path, **extra):
+    """TrainingArguments of a run, ours or a baseline's."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(out),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=options.learning_rate,
+        warmup_steps=options.warmup_steps,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        seed=options.seed,
+        **extra,
+    )
+
+
+def fine_tune(
+    model: nn.Module,
+    tokenizer,
+    task: Task,
+    config: PruneConfig,
+    options: TrainOptions,
+    out: Path,
+    resume: bool = False,
+    console=None,
+) -> tuple[Pruner, dict]:
+    """Attach, train both stages, finalise. Returns the pruner and its report (what was kept; seconds of training)."""
+    from transformers import PrinterCallback, set_seed
+
+    from .progress import RichProgress
+    from .trainer import PruneTrainer
+
+    set_seed(options.seed)
+    encoded = task.encode(tokenizer, options.max_length)
+    pruner = attach(model, config)
+    progress = RichProgress(pruner, console)
+    trainer = PruneTrainer(
+        args=training_arguments(options, out / "checkpoints"),
+        pruner=pruner,
+        stage_one=options.stage_one,
+        ramp=options.ramp,
+        final_learning_rate=options.final_learning_rate,
+        mask_learning_rate=options.mask_learning_rate,
+        train_dataset=encoded["train"],
+        data_collator=task.collator(tokenizer),
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        progress.close()
+    return pruner, {**pruner.report(), "train_seconds": time.perf_counter() - start, "steps": trainer.state.global_step}
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, tokenizer, task: Task, max_length: int = 128, split: str | None = None, console=None):
+    """(metrics, predictions [rows, labels]) of a model on the task's scored split, batches bucketed by length."""
+    from rich.progress import track
+    from transformers import EvalPrediction
+
+    data = task.encode(tokenizer, max_length)[split or task.score_split]
+    collate, device = task.collator(tokenizer), next(model.parameters()).device
+    order = torch.tensor(data["length"]).argsort(stable=True).tolist()
+    rows = [data[i] for i in order]
+    logits = []
+    batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
+    model.eval()
+    for batch in track(batches, description="evaluating", transient=True, console=console):
+        inputs = {k: v.to(device) for k, v in collate(batch).items() if k != "labels"}
+        logits.append(model(**inputs).logits.float().cpu())
+    logits = torch.cat(logits)[torch.tensor(order).argsort()]
+    labels = torch.tensor(data["labels"])
+    return task.compute_metrics(EvalPrediction(predictions=logits.numpy(), label_ids=labels.numpy())), logits
+
+
+def finish(pruner: Pruner, tokenizer, out: Path) -> nn.Module:
+    """Write OUT/adapter and OUT/compact (with the tokenizer), and return the compact model."""
+    save_adapter(pruner, out / "adapter")
+    small = compact(pruner.model)
+    save(small, out / "compact")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer.save_pretrained(out / "compact")
+    return small
+
+
+def write_report(out: Path, **content) -> Path:
+    """OUT/report.json; dataclasses are written as their fields."""
+    path = out / "report.json"
+    path.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
+    return path
+
+
+def _plain(value):
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else str(value)
