@@ -104,8 +104,7 @@ def scratch(parent: Path) -> Iterator[Path]:
         folder.mkdir()
     except OSError as error:
         raise FetchError(
-            f"cache folder {parent} cannot be written ({error.strerror}); "
-            "set PRUNEKERN_CACHE to a writable one"
+            f"cache folder {parent} cannot be written ({error.strerror}); set PRUNEKERN_CACHE to a writable one"
         ) from error
     try:
         yield folder

@@ -43,8 +43,8 @@ def load(
     text: the column of the text, or two of them for pairs.
     label: its column. For a classification strings, integers or booleans: classes are those of `path`, in the
         order of their values (numerical where they are integers). For a regression numbers.
-    validation, test: files of their own, of any of the formats. One that is not given is drawn from `path`, as
-        the given share of its rows, the same way on every machine and with no duplicate in two splits
+    validation, test: files of their own, of any of the formats. What is not given is drawn from `path`, as
+        the given share of its rows, the same way everywhere and with no duplicate in two splits
         (`split.grouped_split`). test_share=0: no test split.
     metric: "accuracy" (default) or "matthews"; for a regression "pearson".
     Raises FileNotFoundError; ValueError for an argument out of range; DataError, naming file and line, for a

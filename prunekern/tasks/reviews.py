@@ -1,8 +1,8 @@
 """Movie-review sentences with mean human ratings, our stand-in for SST-2 where the hub is out of reach.
 
 Hutto and Gilbert, "VADER" (ICWSM 2014): 10,605 sentences of movie reviews, each rated by at least 20 people
-on a scale from -4 to 4. The file ships in the source archive of vaderSentiment 3.3.2 (MIT). It is not SST-2, and
-tables must not call it so.
+on a scale from -4 to 4. The file ships in the source archive of vaderSentiment 3.3.2 (MIT). It is not SST-2,
+and tables must not call it so.
 """
 
 from __future__ import annotations
