@@ -45,9 +45,7 @@ class CompactLinear(nn.Module):
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"CompactLinear: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})"
-            )
+            raise ValueError(f"CompactLinear: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
         _checks.shape("CompactLinear", "weight", weight, (None, None))
         _checks.floating("CompactLinear", "weight", weight)
         kept_out, kept_in = weight.shape
@@ -65,15 +63,13 @@ class CompactLinear(nn.Module):
         self.weight = _frozen(weight)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
         device = weight.device if weight.device.type != "meta" else torch.device("cpu")
-        self.register_buffer(
-            "in_index", _index("in_index", in_index, kept_in, None, device), persistent=False
-        )
+        self.register_buffer("in_index", _index("in_index", in_index, kept_in, None, device), persistent=False)
         self.register_buffer(
             "out_index", _index("out_index", out_index, kept_out, out_features, device), persistent=False
         )
         self.out_features = out_features
         self.activation = activation
-        self._cache: tuple[Tensor, int, Tensor] | None = None  # (weight, its version, packed)
+        self._cache: _Cache | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., in] -> [..., out_features]; residual: [..., out_features] or None."""
@@ -81,23 +77,24 @@ class CompactLinear(nn.Module):
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """`forward` with another activation: how CompactMLP fuses its own."""
-        parameters = self._parameters  # nn.Module's attribute lookup would cost as much as the rest of this
+        parameters, buffers = self._parameters, self._buffers  # a third of the time of self.weight
         weight, bias = parameters["weight"], parameters["bias"]
-        in_index, out_index = self._buffers["in_index"], self._buffers["out_index"]
-        rest = (bias, in_index, out_index, self.out_features, activation, residual)
+        rest = (bias, buffers["in_index"], buffers["out_index"], self.out_features, activation, residual)
         if not self._can_pack(x, weight, bias, residual):
             if x.dtype != weight.dtype and torch.is_autocast_enabled(x.device.type):
                 x = x.to(weight.dtype)
                 rest = (*rest[:-1], None if residual is None else residual.to(weight.dtype))
             return compact_linear(x, weight, *rest)
         cache = self._cache
-        if torch.compiler.is_compiling():  # a graph packs nothing, and checks the version when it runs
-            if cache is None or cache[0] is not weight:
+        if _is_compiling():  # a graph packs nothing, and compares address and version when it runs
+            if cache is None or cache.weight is not weight:
                 return compact_linear(x, weight, *rest)
-            return torch.ops.prunekern._compact_linear_cached(x, weight, cache[2], cache[1], *rest)
-        if cache is None or cache[0] is not weight or cache[1] != version_of(weight):
-            cache = self._fill_cache(weight)
-        return compact_linear(x, cache[2], *rest)
+            return torch.ops.prunekern._compact_linear_cached(
+                x, weight, cache.packed, cache.address, cache.version, *rest
+            )
+        if cache is None or not cache.is_of(weight):
+            cache = self._cache = _Cache(weight)
+        return compact_linear(x, cache.packed, *rest)
 
     def pack(self) -> CompactLinear:
         """Packs the weight now instead of at the first call; returns self. Does nothing where nothing packs.
@@ -107,7 +104,7 @@ class CompactLinear(nn.Module):
         """
         weight = self.weight
         if weight.dtype == torch.float32 and weight.device.type == "cpu" and _native.available():
-            self._fill_cache(weight)
+            self._cache = _Cache(weight)
         return self
 
     def extra_repr(self) -> str:
@@ -118,14 +115,11 @@ class CompactLinear(nn.Module):
             text += f" of {self.out_features}"
         return f"{text}, bias={self.bias is not None}, activation={self.activation}"
 
-    def _can_pack(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-        if (
-            x.dtype is not torch.float32
-            or weight.dtype is not torch.float32
-            or not (weight.is_cpu and x.is_cpu)
-        ):
+    @staticmethod
+    def _can_pack(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+        if x.dtype is not _f32 or weight.dtype is not _f32 or not weight.is_cpu or not x.is_cpu:
             return False
-        if torch.is_grad_enabled() and (
+        if _grad_enabled() and (
             x.requires_grad
             or weight.requires_grad
             or (bias is not None and bias.requires_grad)
@@ -133,12 +127,7 @@ class CompactLinear(nn.Module):
         ):
             return False
         # An exported program goes to other machines: it keeps the plain weight.
-        return _AVAILABLE and not torch.compiler.is_exporting()
-
-    def _fill_cache(self, weight: Tensor) -> tuple[Tensor, int, Tensor]:
-        version = version_of(weight)
-        self._cache = (weight, version, pack_weight(weight))
-        return self._cache
+        return _AVAILABLE and not _is_exporting()
 
     def _apply(self, fn, recurse=True):
         self._cache = None
@@ -153,7 +142,28 @@ class CompactLinear(nn.Module):
         return {**self.__dict__, "_cache": None}
 
 
+class _Cache:
+    """A packed weight and what it was packed from: good while weight is the same object, place and version."""
+
+    __slots__ = ("weight", "alive", "address", "version", "packed")
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.alive = weight.detach()  # keeps the address from being given to something else
+        self.address = weight.data_ptr()
+        self.version = version_of(weight)
+        self.packed = pack_weight(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether `packed` is still this weight."""
+        return self.weight is weight and self.address == weight.data_ptr() and self.version == version_of(weight)
+
+
 _AVAILABLE = _native.available()
+_is_compiling = torch.compiler.is_compiling
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+_grad_enabled = torch.is_grad_enabled
+_f32 = torch.float32
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -28,9 +28,7 @@ class CompactMLP(nn.Module):
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"CompactMLP: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})"
-            )
+            raise ValueError(f"CompactMLP: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
         self.up = _compact("up", up)
         self.down = _compact("down", down)
         self.gate = None if gate is None else _compact("gate", gate)
