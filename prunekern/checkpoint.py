@@ -242,7 +242,7 @@ def replacing(path: Path, ours: Callable[[str], bool]):
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        folder.chmod(0o755)
+        folder.chmod(0o777 & ~_umask())
         yield folder
         if path.exists():
             for old in path.iterdir():
@@ -250,6 +250,8 @@ def replacing(path: Path, ours: Callable[[str], bool]):
                     _carry(old, folder / old.name)
         for file in folder.rglob("*"):
             if file.is_file():
+                if ours(file.name):
+                    file.chmod(0o666 & ~_umask())  # safetensors writes through a private temporary file
                 _sync(file)
         _sync(folder)
         _put(folder, path)
@@ -271,6 +273,12 @@ def _link(old, new) -> None:
         os.link(old, new, follow_symlinks=False)
     except OSError:
         shutil.copy2(old, new, follow_symlinks=False)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -230,11 +230,19 @@ def info() -> None:
     console.print(table)
 
 
+def _quiet() -> None:
+    """One progress bar is ours; those of transformers and datasets, and their load reports, stay off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns at every fork otherwise
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and status 2; the rest keeps its traceback."""
     from .tasks import DataError
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns at every fork otherwise
+    _quiet()
     try:
         app()
     except (DataError, ValueError, FileNotFoundError, NotADirectoryError, FloatingPointError) as error:

@@ -60,11 +60,19 @@ class PrunekernQuantizer(HfQuantizer):
             self.quantization_config.plan = plan.to_dict()
             check(plan, families.of(model).table(model))
             skeleton(model, plan)
+        self._indices = {
+            name: buffer for name, buffer in model.named_buffers() if name.endswith(("in_index", "out_index"))
+        }
         if checkpoint_files:
             check_tensors(model, plan, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
+        # transformers has replaced every non-persistent buffer by an uninitialised one: put the kept indices back.
+        for name, index in self._indices.items():
+            parent, _, buffer = name.rpartition(".")
+            module = model.get_submodule(parent)
+            setattr(module, buffer, index.to(module.weight.device))
         # A compact model is an ordinary one: .to(), .float(), .double() and Trainer work on it.
         model.hf_quantizer = None
         model.is_quantized = False

@@ -63,6 +63,7 @@ def training_arguments(options: TrainOptions, out: Path, **extra):
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         seed=options.seed,
         **extra,
