@@ -16,6 +16,11 @@ from .families import Table
 from .nn import ChannelMask, CompactLinear, MaskedDoRALinear
 from .pruner import Pruner
 
+BF16_REASON = (
+    "PyTorch's bf16 matrix product dies with an illegal instruction on this CPU (oneDNN sees AMX announced without its "
+    "tile palettes). Train in fp32, or start Python with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+)
+
 
 def attach(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
     """Replace the targeted linears of `model` by `MaskedDoRALinear`s, in place, and return their `Pruner`.
@@ -118,11 +123,7 @@ def _refuse_crashing_autocast(model: nn.Module) -> None:
     if not (on_cpu and torch.is_autocast_enabled("cpu")):
         return
     if torch.get_autocast_dtype("cpu") == torch.bfloat16 and bf16_matmul_crashes():
-        raise RuntimeError(
-            "attach: bf16 autocast is off limits on this CPU: PyTorch's bf16 matrix product dies with an illegal "
-            "instruction here (oneDNN sees AMX announced without its tile palettes). Train in fp32, or start Python "
-            "with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
-        )
+        raise RuntimeError(f"attach: bf16 autocast is off limits here: {BF16_REASON}")
 
 
 @functools.cache

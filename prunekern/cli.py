@@ -240,12 +240,12 @@ def _quiet() -> None:
 
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and status 2; the rest keeps its traceback."""
-    from .tasks import DataError
+    from .demo.fetch import FetchError
 
     _quiet()
     try:
         app()
-    except (DataError, ValueError, FileNotFoundError, NotADirectoryError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, FloatingPointError, FetchError) as error:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
         sys.exit(2)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback
 
+from .attach import BF16_REASON, bf16_matmul_crashes
 from .checkpoint import load_adapter_state, save_adapter
 from .pruner import Pruner
 
@@ -51,6 +52,8 @@ class PruneTrainer(Trainer):
                 "PruneTrainer: load_best_model_at_end must be False (got True): the best checkpoint may lie before "
                 "the budget was met"
             )
+        if args is not None and args.bf16 and args.device.type == "cpu" and bf16_matmul_crashes():
+            raise RuntimeError(f"PruneTrainer: bf16 must be False: {BF16_REASON}")
         super().__init__(model=model, args=args, **kwargs)
         self.pruner, self.stage_one, self.ramp = pruner, stage_one, ramp
         self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate

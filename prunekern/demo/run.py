@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,13 +33,20 @@ OPTIONS = TrainOptions(
 SHAPES = ((1, 128), (8, 128))  # batch x tokens
 
 
-def run(out: Path, model: str = DEFAULT_MODEL, sparsity: float = 0.25, seed: int = 0, console: Console | None = None):
+def run(
+    out: Path,
+    model: str = DEFAULT_MODEL,
+    sparsity: float = 0.25,
+    seed: int = 0,
+    console: Console | None = None,
+    options: TrainOptions = OPTIONS,
+) -> dict:
     """Everything, into the folder `out`: compact/, dense/, adapter/, report.json, report.png. Returns the report."""
     from .plot import plot
 
     console = console or Console()
     start = time.perf_counter()
-    options = TrainOptions(**{**OPTIONS.__dict__, "seed": seed})
+    options = replace(options, seed=seed)
     config = PruneConfig(sparsity=sparsity, seed=seed)
     console.print(f"[bold]1[/] {model} and movie-review sentences: fetching, checking, converting")
     folder, task = demo_model(model), tasks.get("reviews")
