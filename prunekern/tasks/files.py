@@ -187,17 +187,13 @@ def _number_classes(rows: dict[str, _Rows], label: str) -> tuple[str, ...]:
     train = rows["train"]
     names = tuple(sorted(set(train.labels), key=_order))
     if len(names) < 2:
-        raise DataError(
-            f"data file {train.path}: label {label!r} needs 2 classes or more (got only {names[0]!r})"
-        )
+        raise DataError(f"data file {train.path}: label {label!r} needs 2 classes or more (got only {names[0]!r})")
     numbers = {name: number for number, name in enumerate(names)}
     for split, part in rows.items():
         for where, name in zip(part.where, part.labels, strict=True):
             if name not in numbers:
                 known = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-                raise DataError(
-                    f"{where}: label {name!r} of the {split} file is unknown; training has {known}"
-                )
+                raise DataError(f"{where}: label {name!r} of the {split} file is unknown; training has {known}")
         part.labels = [numbers[name] for name in part.labels]
     return names
 
@@ -210,9 +206,7 @@ def _numbers(rows: _Rows, label: str) -> list[float]:
                 raise ValueError
             number = float(value)
         except (TypeError, ValueError):
-            raise DataError(
-                f"{where}: label {label!r} of a regression must be a number (got {value!r})"
-            ) from None
+            raise DataError(f"{where}: label {label!r} of a regression must be a number (got {value!r})") from None
         if not math.isfinite(number):
             raise DataError(f"{where}: label {label!r} of a regression must be finite (got {number})")
         out.append(number)

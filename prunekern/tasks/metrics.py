@@ -38,9 +38,7 @@ def score(metric: str, predictions: Any, labels: Any) -> float:
     classes = predictions.shape[1]
     if labels.min() < 0 or labels.max() >= classes:
         bad = labels[(labels < 0) | (labels >= classes)][0]
-        raise ValueError(
-            f"{metric}: labels must be in 0..{classes - 1} (got {bad}; -1 marks a hidden test label)"
-        )
+        raise ValueError(f"{metric}: labels must be in 0..{classes - 1} (got {bad}; -1 marks a hidden test label)")
     predicted = predictions.argmax(axis=1)
     if metric == "accuracy":
         from sklearn.metrics import accuracy_score

@@ -8,7 +8,7 @@ import pytest
 DATA = Path(__file__).parents[1] / "data"
 
 
-def write_glue(folder: Path, rows: dict) -> Path:
+def _write_glue(folder: Path, rows: dict) -> Path:
     """A dataset repository of the hub's layout: README.md and <task>/<split>-00000-of-00001.parquet.
 
     rows: {task: {split: [[text, ..., label], ...]}}; columns and types are those the README declares.
@@ -37,13 +37,18 @@ def write_glue(folder: Path, rows: dict) -> Path:
 
 
 @pytest.fixture(scope="session")
+def write_glue():
+    return _write_glue
+
+
+@pytest.fixture(scope="session")
 def glue_rows():
     return json.loads((DATA / "glue" / "rows.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def glue_folder(tmp_path_factory, glue_rows):
-    return write_glue(tmp_path_factory.mktemp("hub") / "glue", glue_rows)
+    return _write_glue(tmp_path_factory.mktemp("hub") / "glue", glue_rows)
 
 
 @pytest.fixture(autouse=True)
@@ -60,4 +65,4 @@ def tokenizer():
     from transformers import BertTokenizer
 
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] a an the film dog cat good bad is was and of in it ##s . ,".split()
-    return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=64)
+    return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=512)

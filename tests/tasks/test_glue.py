@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import write_glue
 from transformers import EvalPrediction
 
 from prunekern import tasks
@@ -90,7 +89,7 @@ def test_a_local_folder_that_is_not_there(tmp_path):
         tasks.get("rte", source=tmp_path / "nowhere")
 
 
-def test_a_folder_without_the_task(tmp_path, glue_rows):
+def test_a_folder_without_the_task(tmp_path, glue_rows, write_glue):
     folder = write_glue(tmp_path / "glue", {"sst2": glue_rows["sst2"]})
     with pytest.raises(tasks.DataError, match="GLUE task 'rte' could not be loaded"):
         tasks.get("rte", source=folder)
@@ -99,7 +98,7 @@ def test_a_folder_without_the_task(tmp_path, glue_rows):
 @pytest.mark.parametrize(
     "name, bad, message", [("sst2", -1, "0..1"), ("stsb", -1.0, "0..5"), ("stsb", float("nan"), "0..5")]
 )
-def test_a_hidden_label_is_refused(tmp_path, glue_rows, name, bad, message):
+def test_a_hidden_label_is_refused(tmp_path, glue_rows, name, bad, message, write_glue):
     rows = copy.deepcopy(glue_rows[name])
     rows["validation"][1][-1] = bad
     folder = write_glue(tmp_path / "glue", {name: rows})
@@ -107,7 +106,7 @@ def test_a_hidden_label_is_refused(tmp_path, glue_rows, name, bad, message):
         tasks.get(name, source=folder)
 
 
-def test_a_missing_column_names_those_there_are(tmp_path, glue_rows):
+def test_a_missing_column_names_those_there_are(tmp_path, glue_rows, write_glue):
     folder = write_glue(tmp_path / "glue", {"qnli": glue_rows["qnli"]})
     readme = folder / "README.md"
     readme.write_text("---\nconfigs:\n- config_name: rte\n  data_files:\n" + _files("qnli") + "---\n")
@@ -117,7 +116,7 @@ def test_a_missing_column_names_those_there_are(tmp_path, glue_rows):
         tasks.get("rte", source=folder)
 
 
-def test_other_label_names_are_refused(tmp_path, glue_rows):
+def test_other_label_names_are_refused(tmp_path, glue_rows, write_glue):
     folder = write_glue(tmp_path / "glue", {"mrpc": glue_rows["mrpc"]})
     readme = folder / "README.md"
     readme.write_text("---\nconfigs:\n- config_name: rte\n  data_files:\n" + _files("mrpc") + "---\n")
@@ -125,7 +124,7 @@ def test_other_label_names_are_refused(tmp_path, glue_rows):
         tasks.get("rte", source=folder)
 
 
-def test_an_empty_split_is_refused(tmp_path, glue_rows):
+def test_an_empty_split_is_refused(tmp_path, glue_rows, write_glue):
     folder = write_glue(tmp_path / "glue", {"cola": glue_rows["cola"] | {"validation": []}})
     with pytest.raises(tasks.DataError, match="GLUE task 'cola'.*(no rows|could not be loaded)"):
         tasks.get("cola", source=folder)
