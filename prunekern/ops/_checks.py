@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +44,16 @@ def kept_index(op: str, name: str, index: torch.Tensor, size: int) -> None:
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         raise ValueError(f"{op}: {name} must be sorted and < {size} (got {int(index[at])} at position {at})")
+
+
+def without_autocast(device: torch.device):
+    """Context for the products inside an op: autocast would cast their fp32 operands back to 16 bit.
+
+    The norm would lose all but 8 bits, and a bf16 product on CPU kills the process on some machines.
+    """
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:

@@ -16,7 +16,8 @@ from . import _checks
 def row_sqnorm(V: Tensor) -> Tensor:
     """|V|^2 of each row. V [N, K] -> [N], fp32 (float64 for float64)."""
     V = V.detach().to(_checks.compute_dtype(V))
-    return torch.einsum("nk,nk->n", V, V)
+    with _checks.without_autocast(V.device):
+        return torch.einsum("nk,nk->n", V, V)
 
 
 def dora_gain_reference(V, A, B, m, m_b, s, v_sqnorm=None) -> tuple[Tensor, Tensor]:
@@ -36,9 +37,10 @@ def factored_inv_norm(V, A, B, s, v_sqnorm) -> Tensor:
     """
     dtype = _checks.compute_dtype(V, A, B)
     V, A, B = V.to(dtype), A.to(dtype), B.to(dtype)
-    U = V @ A.T  # [N, r]
-    G = A @ A.T  # [r, r]
-    sqnorm = v_sqnorm.to(dtype) + ((2 * s) * U + (s * s) * (B @ G)).mul(B).sum(1)
+    with _checks.without_autocast(V.device):
+        U = V @ A.T  # [N, r]
+        G = A @ A.T  # [r, r]
+        sqnorm = v_sqnorm.to(dtype) + ((2 * s) * U + (s * s) * (B @ G)).mul(B).sum(1)
     # Rounding can push a row that cancels below zero; an all-zero row has inv_norm 0, not inf.
     positive = sqnorm > 0
     return torch.where(positive, torch.where(positive, sqnorm, 1.0).rsqrt(), 0.0)
@@ -59,7 +61,7 @@ def _dora_gain(
 def _check(V, A, B, m, m_b, v_sqnorm) -> None:
     op = "dora_gain"
     _checks.shape(op, "V", V, (None, None))
-    (N, K), r = V.shape, A.shape[0]
+    (N, K), r = V.shape, A.shape[0] if A.dim() else None
     _checks.shape(op, "A", A, (r, K))
     _checks.shape(op, "B", B, (N, r))
     for name, tensor in (("m", m), ("m_b", m_b), ("v_sqnorm", v_sqnorm)):
@@ -72,6 +74,7 @@ def _check(V, A, B, m, m_b, v_sqnorm) -> None:
 
 @_dora_gain.register_fake
 def _(V, A, B, m, m_b, s, v_sqnorm):
+    _check(V, A, B, m, m_b, v_sqnorm)  # a compiled graph, or one argument on meta, comes here only
     dtype = _checks.compute_dtype(V, A, B)
     return V.new_empty(V.shape[0], dtype=dtype), V.new_empty(V.shape[0], dtype=dtype)
 

@@ -40,9 +40,10 @@ def _forward(
     dtype = _matmul_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, K]
     low = flat if x_lora is None else x_lora.reshape(flat.shape).to(dtype)
-    p = low @ A.to(dtype).T  # [T, r]
-    z = flat @ V.to(dtype).T  # [T, N]
-    z.addmm_(p, B.to(dtype).T, alpha=s)
+    with _checks.without_autocast(x.device):
+        p = low @ A.to(dtype).T  # [T, r]
+        z = flat @ V.to(dtype).T  # [T, N]
+        z.addmm_(p, B.to(dtype).T, alpha=s)
     # One pass over the output: gain and bias together, in fp32 where the products are 16 bit.
     y = z * gain if bias is None else torch.addcmul(bias, z, gain)
     return y.to(x.dtype).view(*x.shape[:-1], V.shape[0]), z, p
@@ -79,6 +80,11 @@ def _backward(ctx, dy, _dz, _dp):
     grads: list[Tensor | None] = [None] * 8
     if dy is None:
         return tuple(grads)
+    with _checks.without_autocast(dy.device):
+        return _gradients(ctx, dy, grads)
+
+
+def _gradients(ctx, dy, grads):
     x, x_lora, V, A, B, gain, z, p = ctx.saved_tensors
     needs, s, (x_shape, x_dtype) = ctx.needs_input_grad, ctx.s, ctx.x_meta
     dtype = torch.float32 if dy.device.type == "cpu" and dy.dtype != torch.float64 else dy.dtype
@@ -96,7 +102,7 @@ def _backward(ctx, dy, _dz, _dp):
             dp = (dz @ B.to(dtype)).mul_(s)  # [T, r]
         if needs[2]:
             read = x_lora if ctx.has_x_lora else x
-            grads[2] = (dp.T @ read.reshape(dp.shape[0], -1).to(dtype)).to(A.dtype)
+            grads[2] = (dp.T @ read.reshape(-1, A.shape[1]).to(dtype)).to(A.dtype)
         if needs[0]:
             dx = dz @ V.to(dtype)  # [T, K]
             if not ctx.has_x_lora:
@@ -118,7 +124,7 @@ torch.library.define("prunekern::dora_linear", _SCHEMA)
 def _check(x, V, A, B, gain, bias, x_lora) -> None:
     op = "dora_linear"
     _checks.shape(op, "V", V, (None, None))
-    (N, K), r = V.shape, A.shape[0]
+    (N, K), r = V.shape, A.shape[0] if A.dim() else None
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"{op}: x must have shape [..., {K}] as V is [{N}, {K}] (got {list(x.shape)})")
     _checks.shape(op, "A", A, (r, K))
@@ -128,8 +134,9 @@ def _check(x, V, A, B, gain, bias, x_lora) -> None:
         _checks.shape(op, "bias", bias, (N,))
     if x_lora is not None:
         _checks.shape(op, "x_lora", x_lora, tuple(x.shape))
-    for name, tensor in (("x", x), ("V", V), ("A", A), ("B", B), ("gain", gain)):
-        _checks.floating(op, name, tensor)
+    for name, tensor in (("x", x), ("V", V), ("A", A), ("B", B), ("gain", gain), ("bias", bias), ("x_lora", x_lora)):
+        if tensor is not None:
+            _checks.floating(op, name, tensor)
     _checks.same_device(op, "x", x.device, V=V, A=A, B=B, gain=gain, bias=bias, x_lora=x_lora)
 
 

@@ -21,28 +21,34 @@ def dora_merge_reference(V, A, B, gain, rows=None, cols=None, s=1.0) -> Tensor:
 def _dora_merge(
     V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
 ) -> Tensor:
+    _check(V, A, B, gain, rows, cols)
+    dtype = _checks.compute_dtype(V, A, B, gain)
+    if rows is not None:
+        _checks.kept_index("dora_merge", "rows", rows, V.shape[0])
+        V, B, gain = V.index_select(0, rows), B.index_select(0, rows), gain.index_select(0, rows)
+    if cols is not None:
+        _checks.kept_index("dora_merge", "cols", cols, V.shape[1])
+        V, A = V.index_select(1, cols), A.index_select(1, cols)
+    with _checks.without_autocast(V.device):
+        merged = torch.addmm(V.to(dtype), B.to(dtype), A.to(dtype), alpha=s)  # [rows, cols]
+    return merged.mul_(gain.to(dtype)[:, None]).to(V.dtype)
+
+
+def _check(V, A, B, gain, rows, cols) -> None:
     op = "dora_merge"
     _checks.shape(op, "V", V, (None, None))
-    (N, K), r = V.shape, A.shape[0]
+    (N, K), r = V.shape, A.shape[0] if A.dim() else None
     _checks.shape(op, "A", A, (r, K))
     _checks.shape(op, "B", B, (N, r))
     _checks.shape(op, "gain", gain, (N,))
     for name, tensor in (("V", V), ("A", A), ("B", B), ("gain", gain)):
         _checks.floating(op, name, tensor)
     _checks.same_device(op, "V", V.device, A=A, B=B, gain=gain, rows=rows, cols=cols)
-    dtype = _checks.compute_dtype(V, A, B, gain)
-    if rows is not None:
-        _checks.kept_index(op, "rows", rows, N)
-        V, B, gain = V.index_select(0, rows), B.index_select(0, rows), gain.index_select(0, rows)
-    if cols is not None:
-        _checks.kept_index(op, "cols", cols, K)
-        V, A = V.index_select(1, cols), A.index_select(1, cols)
-    merged = torch.addmm(V.to(dtype), B.to(dtype), A.to(dtype), alpha=s)  # [rows, cols]
-    return merged.mul_(gain.to(dtype)[:, None]).to(V.dtype)
 
 
 @_dora_merge.register_fake
 def _(V, A, B, gain, rows, cols, s=1.0):
+    _check(V, A, B, gain, rows, cols)  # a compiled graph, or one argument on meta, comes here only
     N = V.shape[0] if rows is None else rows.shape[0]
     K = V.shape[1] if cols is None else cols.shape[0]
     return V.new_empty(N, K)
