@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -228,7 +229,8 @@ def main() -> None:
         if path.exists() or args.only_report:
             continue
         with console.status(f"run {i + 1} of {len(wanted)}: {name}, {100 * share:.0f} % removed, seed {seed}"):
-            result = run(name, share, seed, args, RUNS / "scratch")
+            with tempfile.TemporaryDirectory() as scratch:
+                result = run(name, share, seed, args, Path(scratch))
         path.with_suffix(".part").write_text(json.dumps(result) + "\n")
         path.with_suffix(".part").replace(path)
         took = result["train_seconds"]

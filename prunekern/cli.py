@@ -42,6 +42,8 @@ def _task(task: str | None, data: Path | None, text: str | None, label: str | No
 def _threads(count: int) -> None:
     import torch
 
+    if count < 0:
+        raise typer.BadParameter(f"--threads must be at least 0 (got {count})")
     if count:
         torch.set_num_threads(count)
 
@@ -245,8 +247,8 @@ def main() -> None:
     _quiet()
     try:
         app()
-    except (ValueError, FileNotFoundError, NotADirectoryError, FloatingPointError, FetchError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+    except (ValueError, OSError, FloatingPointError, FetchError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prunekern import _native
+from prunekern import __version__, _native
 
 
 def info() -> dict[str, Any]:
@@ -21,7 +21,7 @@ def info() -> dict[str, Any]:
     """
     available = _native.available()
     return {
-        "version": _version("prunekern"),
+        "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -1,0 +1,116 @@
+"""The command line on a tiny model and local files: the whole way, and what a user gets wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import prunekern
+from prunekern.cli import app
+
+WORDS = "good great fine nice bad awful poor sad film plot actor scene the a was is very".split()
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny dense model with its tokenizer, and a sentiment task that words decide."""
+    folder = tmp_path_factory.mktemp("cli")
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names)
+    fast.save_pretrained(folder / "dense")
+    config = DistilBertConfig(vocab_size=len(vocabulary), dim=32, n_heads=2, hidden_dim=64, n_layers=2)
+    config.max_position_embeddings = 32
+    DistilBertModel(config).save_pretrained(folder / "dense")
+    rows = []
+    for i in range(240):
+        word = WORDS[i % 8]
+        sentence = f"the {WORDS[8 + i % 4]} was {'very ' if i % 3 else ''}{word}"
+        rows.append({"text": sentence, "label": "positive" if i % 8 < 4 else "negative"})
+    for name, part in (("train", rows[:160]), ("validation", rows[160:200]), ("test", rows[200:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    return folder
+
+
+def data(files):
+    options = ["--data", files / "train.jsonl", "--validation", files / "validation.jsonl"]
+    return [*options, "--test", files / "test.jsonl", "--text", "text", "--label", "label", "--max-length", 16]
+
+
+def test_train_eval_bench(files, tmp_path):
+    out = tmp_path / "run"
+    common = ["--batch-size", 16, "--lr", 1e-2, "--final-lr", 3e-3, "--rank", 8, "--sparsity", 0.3, "--threads", 1]
+    result = invoke("train", "--model", files / "dense", *data(files), "--out", out, "--max-steps", 120, *common)
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "report.json").read_text())
+    assert 0.3 <= report["trained"]["sparsity"] < 0.302
+    assert report["score"]["masked"] == report["score"]["compact"]
+    assert report["score"]["compact"]["accuracy"] > 0.9  # a word decides: anything that learns gets this right
+    assert {p.name for p in (out / "compact").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+    scored = invoke("eval", out / "compact", *data(files))
+    assert scored.exit_code == 0, scored.output
+    assert f"{100 * report['score']['compact']['accuracy']:.2f}" in scored.output
+
+    timed = invoke("bench", out / "compact", "--shapes", "1x8", "--seconds", 0.1)
+    assert timed.exit_code == 0, timed.output
+    assert "1 x 8" in timed.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--sparsity", "1.0"], "sparsity must be in"),
+        (["--rank", "0"], "rank must be"),
+        (["--preset", "paper", "--sparsity", "0.6"], "the most it can remove is"),
+        (["--preset", "none"], "preset must be one of"),
+        (["--text", "sentence"], "sentence"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_status_2(files, tmp_path, change, message):
+    args = ["train", "--model", files / "dense", *data(files), "--out", tmp_path / "run", "--max-steps", 2]
+    if change[0] in args:
+        args[args.index(change[0]) + 1] = change[1]
+    else:
+        args += change
+    code = "from prunekern.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "compact").exists()
+
+
+def test_task_or_data(files, tmp_path):
+    neither = invoke("train", "--model", files / "dense", "--out", tmp_path)
+    both = invoke("train", "--model", files / "dense", "--out", tmp_path, "--task", "sst2", *data(files))
+    assert neither.exit_code == both.exit_code == 2
+    assert "either --task or --data" in neither.output
+
+
+def test_info_names_version_and_isa():
+    result = invoke("info")
+    assert result.exit_code == 0
+    assert prunekern.__version__ in result.output
+    assert torch.__version__ in result.output
+
+
+def test_bench_refuses_a_dense_folder(files):
+    code = "from prunekern.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", str(files / "dense")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "not a compact model" in result.stderr
