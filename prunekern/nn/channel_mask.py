@@ -52,7 +52,7 @@ class ChannelMask(nn.Module):
         """
         logits = self.logits.data
         if bool(kept.all()):
-            threshold = logits.min() - 1
+            threshold = torch.nextafter(logits.min() - 1, logits.new_tensor(-float("inf")))  # below 1e8 - 1 == 1e8, too
         elif not bool(kept.any()):
             threshold = logits.max() + 1
         else:

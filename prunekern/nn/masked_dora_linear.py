@@ -12,6 +12,11 @@ from ..ops.dora_gain import factored_inv_norm
 from .channel_mask import ChannelMask
 
 
+def _changed(normed: tuple | None, now: tuple, count: int) -> bool:
+    """Whether one of the first `count` tensors is another one, or another version, than the norm was computed from."""
+    return normed is None or any(a is not b or v != w for (a, v), (b, w) in zip(normed[:count], now, strict=False))
+
+
 class MaskedDoRALinear(nn.Module):
     """W'_p = (m_b * m)(V + s B A) / ||V + s B A||, with V = `weight` [N, K] frozen (ASP-DAC 2025; DoRA 2024).
 
@@ -61,18 +66,32 @@ class MaskedDoRALinear(nn.Module):
         self.refresh()
 
     def _versions(self) -> tuple:
-        # Identity and version: an optimiser step changes the version, load_state_dict(assign=True) the identity.
-        return tuple((id(t), 0 if t.is_inference() else t._version) for t in (self.weight, self.A, self.B))
+        # Identity and version: an optimiser step changes the version, functional_call or assignment the identity. The
+        # tensors themselves are held, as a new one could otherwise stand at the address of the last.
+        return tuple((t, 0 if t.is_inference() else t._version) for t in (self.weight, self.A, self.B))
 
+    # Inference mode off: a cache first filled by an evaluation must not become a tensor that cannot be trained with.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute the cached row norm. Called at every optimiser step, and by forward when A, B or V changed."""
         versions = self._versions()
-        if self._normed is None or self._normed[0] != versions[0]:
+        if _changed(self._normed, versions, 1):
             self.v_sqnorm = ops.row_sqnorm(self.weight)
         _, inv_norm = ops.dora_gain(self.weight, self.A, self.B, self.magnitude, None, self.scale, self.v_sqnorm)
-        self.inv_norm.copy_(inv_norm)
+        if self.inv_norm.dtype == inv_norm.dtype:
+            self.inv_norm.copy_(inv_norm)  # in place: a compiled graph reads this buffer
+        else:
+            self.inv_norm = inv_norm  # the module was cast to 16 bit: gain stays fp32
         self._normed = versions
+
+    def _follow(self) -> None:
+        """Refresh the cache where what it was computed from changed; |V|^2 is all that norm_grad "full" reads of it."""
+        # A compiled graph cannot ask for versions: there `Pruner.step`, `load_state_dict` and casts refresh.
+        if torch.compiler.is_compiling():
+            return
+        if _changed(self._normed, self._versions(), 1 if self.norm_grad == "full" else 3):
+            self.refresh()
 
     def mask_values(self) -> Tensor | None:
         """m_b [N] as the forward pass uses it now, or None where this layer carries no mask."""
@@ -80,12 +99,10 @@ class MaskedDoRALinear(nn.Module):
 
     def gain(self, m_b: Tensor | None) -> Tensor:
         """m_b * m / ||V + s B A||, [N]."""
+        self._follow()
         if self.norm_grad == "full":
             inv_norm = factored_inv_norm(self.weight, self.A, self.B, self.scale, self.v_sqnorm)
         else:
-            # A compiled graph cannot ask for versions: there `Pruner.step` keeps the buffer up to date.
-            if not torch.compiler.is_compiling() and self._normed != self._versions():
-                self.refresh()
             inv_norm = self.inv_norm
         gain = self.magnitude * inv_norm
         return gain if m_b is None else m_b * gain
@@ -108,8 +125,17 @@ class MaskedDoRALinear(nn.Module):
         return weight, bias if bias is None else bias.detach().clone()
 
     def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
         self._normed = None  # moved or cast: identity may stay while the numbers change
-        return super()._apply(fn, recurse)
+        self.refresh()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def __getstate__(self):
+        return self.__dict__ | {"_normed": None}  # a copy's versions start anew
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, norm_grad={self.norm_grad!r}"
