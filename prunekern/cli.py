@@ -174,8 +174,8 @@ def bench(
 ) -> None:
     """Time a compact model beside its dense twin (same config, random weights), interleaved in one process."""
     from .checkpoint import load
-    from .hf import PrunekernConfig
     from .measure import dense_twin, latency
+    from .plan import plan as plan_of
 
     try:
         parsed = [tuple(int(n) for n in s.split("x")) for s in shapes.split(",")]
@@ -184,8 +184,7 @@ def bench(
     except ValueError:
         raise typer.BadParameter(f"--shapes must look like 1x128,8x128 (got {shapes!r})") from None
     small = load(model)
-    section = small.config.quantization_config
-    plan = (section if isinstance(section, PrunekernConfig) else PrunekernConfig(**section)).parsed()
+    plan = plan_of(small)
     ideal = plan.dense_macs() / plan.macs() if plan.macs() else float("inf")
     table = Table(title=f"{model}, {threads} thread(s); ideal {ideal:.2f} x by multiply-adds")
     for column in ("batch x tokens", "dense ms", "compact ms", "speed-up", "of ideal"):

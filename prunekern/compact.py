@@ -18,8 +18,10 @@ def compact(model: nn.Module) -> nn.Module:
     """The compact model of an attached one, which is left untouched: same class, heads and call signature.
 
     Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode. The
-    result is in eval mode, frozen, ready for `save`. ValueError for a model that was never attached.
+    result is in eval mode, frozen, ready for `save`. ValueError for a model that was never attached, or is compact already.
     """
+    if any(isinstance(m, CompactLinear) for m in model.modules()):
+        raise ValueError(f"compact: {type(model).__name__} is compact already")
     plan = plan_of(model)
     linears = {name: model.get_submodule(name) for name in plan.layers}
     # Block linears are not copied: their place is taken by the compact ones.

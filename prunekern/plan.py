@@ -141,12 +141,16 @@ def masks_of(model: nn.Module) -> dict[str, ChannelMask]:
 
 
 def plan(model: nn.Module) -> Plan:
-    """What the masks of an attached model keep now, `finalize`d or not. ValueError for a model never attached."""
-    if not any(isinstance(m, MaskedDoRALinear) for m in model.modules()):
-        raise ValueError(
-            f"plan: {type(model).__name__} has no masked layers; call prunekern.attach(model, config) first"
-        )
-    return from_kept(families.of(model).table(model), {c: m.kept() for c, m in masks_of(model).items()})
+    """What the masks of an attached model keep now, `finalize`d or not; of a compact model, what was kept.
+
+    ValueError for a model that is neither.
+    """
+    if any(isinstance(m, MaskedDoRALinear) for m in model.modules()):
+        return from_kept(families.of(model).table(model), {c: m.kept() for c, m in masks_of(model).items()})
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    if stored is not None and hasattr(stored, "parsed"):
+        return stored.parsed()
+    raise ValueError(f"plan: {type(model).__name__} has no masked layers; call prunekern.attach(model, config) first")
 
 
 def check(plan: Plan, table: Table) -> None:
