@@ -18,7 +18,7 @@ def compact(model: nn.Module) -> nn.Module:
     """The compact model of an attached one, which is left untouched: same class, heads and call signature.
 
     Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode. The
-    result is in eval mode, frozen, ready for `save`. ValueError for a model that was never attached, or is compact already.
+    result is in eval mode, frozen, ready for `save`. ValueError for a model never attached, or compact already.
     """
     if any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"compact: {type(model).__name__} is compact already")
