@@ -1,0 +1,458 @@
+"""Compact output equals masked output, and both equal a stock model whose weights are merged by the definition."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import (
+    FAMILIES,
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    TASKS,
+    attached,
+    batch,
+    build,
+    difference,
+    keep_only,
+    logits,
+    names,
+    prune,
+    reference,
+    state,
+    unchanged,
+)
+
+import prunekern as pk
+from prunekern import _native
+
+F64, F32 = 1e-10, 1e-4  # the promise: max |difference| of logits relative to max |logit|
+
+
+def check(model, inputs, tolerance, small=None):
+    small = pk.compact(model) if small is None else small
+    want = logits(reference(model), inputs)
+    masked = logits(model, inputs)
+    assert difference(masked, want) <= tolerance
+    assert difference(logits(small, inputs), masked) <= tolerance
+    return small
+
+
+# -- the core promise ------------------------------------------------------------------------------------------
+
+SHARES = (0.0, 0.3, 0.8, 0.97, 1.0)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compact_equals_masked(family, task, attention, share):
+    for dtype, tolerance in ((torch.float64, F64), (torch.float32, F32)):
+        model = build(family, task, attention, dtype)
+        prune(attached(model), share, seed=1)
+        small = pk.compact(model)
+        for size, padded in ((1, False), (1, True), (8, True)):
+            check(model, batch(size, padded=padded), tolerance, small)
+
+
+def test_fp32_runs_on_the_kernels():
+    """The fp32 half of the promise is about the C++ kernels: they must be what runs."""
+    assert _native.available(), _native.why_not()
+    model = build()
+    prune(attached(model), 0.3)
+    small = pk.compact(model)
+    from prunekern.nn import compact_linear as module
+
+    packed = []
+    real = module.compact_linear
+
+    def watch(x, weight, *args, **kwargs):
+        packed.append(weight.dim() == 3)
+        return real(x, weight, *args, **kwargs)
+
+    module.compact_linear = watch
+    try:
+        logits(small, batch())
+    finally:
+        module.compact_linear = real
+    assert len(packed) == 2 * 6 and all(packed)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    family=st.sampled_from(FAMILIES),
+    attention=st.sampled_from(["sdpa", "eager"]),
+    seed=st.integers(0, 10_000),
+    shares=st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]), min_size=10, max_size=10),
+    size=st.integers(1, 3),
+    length=st.integers(3, 12),
+)
+def test_compact_equals_masked_for_any_mix_of_shares(family, attention, seed, shares, size, length):
+    """Every mask of every layer with a share of its own, heads cut whole and in part."""
+    model = build(family, "token", attention, torch.float64, seed=seed)
+    pruner = attached(model, seed=seed)
+    rng = np.random.default_rng(seed)
+    kept = {}
+    for (name, mask), share in zip(pruner.masks.items(), shares, strict=True):
+        kept[name] = rng.random(mask.logits.numel()) >= share
+        if mask.logits.numel() == HIDDEN:
+            kept[name] &= np.repeat(rng.random(HEADS) >= share / 2, HEAD_DIM)
+    keep_only(pruner, kept)
+    check(model, batch(size, length, seed=seed), F64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_not_final_and_final_alike(family):
+    model = build(family, dtype=torch.float64)
+    pruner = attached(model, sparsity=0.4)
+    for _ in range(3):
+        pruner.step()
+    model.eval()
+    check(model, batch(), F64)
+    pruner.finalize()
+    check(model, batch(), F64)
+
+
+@pytest.mark.parametrize(
+    "options", [{"preset": "paper"}, {"targets": ["q", "v"]}, {"targets": ["v"]}, {"targets": ["q"]}]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_choices_of_layers(family, options):
+    if "targets" in options:
+        last = {part: name.rpartition(".")[2] for part, name in names(family).items()}
+        options = {"targets": [last[t] for t in options["targets"]]}
+    for share in (0.5, 0.9):
+        model = build(family, dtype=torch.float64)
+        prune(attached(model, **options), share)
+        small = check(model, batch(), F64)
+        n = names(family)
+        assert small.get_submodule(n["up"]).weight.shape == (FFN, HIDDEN)  # a compact layer all the same, whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_targets_by_full_name_and_partners_outside_the_targets(family):
+    """Only one layer's FFN and keys: partners without adapters are cut as they are."""
+    n = names(family, 1)
+    model = build(family, dtype=torch.float64)
+    pruner = attached(model, targets=[n["up"], n["k"]], sparsity=0.05)
+    assert set(pruner.masks) == {n["up"]} and set(pruner.layers) == {n["up"], n["k"]}
+    prune(pruner, 0.5)
+    small = check(model, batch(), F64)
+    kept = int(pruner.masks[n["up"]].kept().sum())
+    assert small.get_submodule(n["up"]).weight.shape == (kept, HIDDEN)
+    assert small.get_submodule(n["down"]).weight.shape == (HIDDEN, kept)
+
+
+# -- edges by name ---------------------------------------------------------------------------------------------
+
+
+def only(size, *ranges):
+    kept = np.zeros(size, bool)
+    for first, last in ranges:
+        kept[first:last] = True
+    return kept
+
+
+def head(index, width=HEAD_DIM):
+    return index * HEAD_DIM, index * HEAD_DIM + width
+
+
+NONE, NO_FFN = np.zeros(HIDDEN, bool), np.zeros(FFN, bool)
+HEADS_0_2 = only(HIDDEN, head(0), head(2))
+EDGES = {
+    "layer intact": {},
+    "head vanished": {"v": HEADS_0_2},
+    "heads of unequal width": {"v": only(HIDDEN, head(0, 3), head(1, 7), head(2), head(3, 1))},
+    "head without query and key": {"q": HEADS_0_2},
+    "no query and key in the layer": {"q": NONE},
+    "query wider than value": {
+        "q": only(HIDDEN, head(0), head(1), head(2)),
+        "v": only(HIDDEN, head(0, 2), head(1, 1), head(3, 2)),
+    },
+    "value wider than query": {
+        "q": only(HIDDEN, head(0, 2), head(3, 1)),
+        "v": only(HIDDEN, head(0), head(1, 5), head(3)),
+    },
+    "head with queries but no values": {"q": only(HIDDEN, head(1)), "v": HEADS_0_2},
+    "one channel of each": {"q": only(HIDDEN, (5, 6)), "v": only(HIDDEN, (17, 18)), "up": only(FFN, (95, 96))},
+    "o without input": {"v": NONE},
+    "o without input and without rows": {"v": NONE, "o": NONE},
+    "rows of o": {"o": only(HIDDEN, (3, 20), (40, 41))},
+    "rows of down": {"down": only(HIDDEN, (0, 1), (30, 48))},
+    "all rows of o gone": {"o": NONE},
+    "all rows of down gone": {"down": NONE},
+    "FFN empty": {"up": NO_FFN},
+    "FFN empty and rows of down": {"up": NO_FFN, "down": only(HIDDEN, (7, 13))},
+    "whole attention gone": {"q": NONE, "v": NONE, "o": NONE},
+    "whole FFN gone": {"up": NO_FFN, "down": NONE},
+    "whole layer gone": {"q": NONE, "v": NONE, "o": NONE, "up": NO_FFN, "down": NONE},
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("family,attention", [*itertools.product(FAMILIES, ["sdpa", "eager"])])
+def test_edge(family, attention, edge):
+    n = names(family, 1)
+    for dtype, tolerance in ((torch.float64, F64), (torch.float32, F32)):
+        model = build(family, "token", attention, dtype)
+        pruner = attached(model)
+        keep_only(pruner, {n[part]: kept for part, kept in EDGES[edge].items()})
+        small = pk.compact(model)
+        for inputs in (batch(1, padded=False), batch(8)):
+            check(model, inputs, tolerance, small)
+
+
+def shapes(model, n):
+    return {part: tuple(model.get_submodule(name).weight.shape) for part, name in n.items()}
+
+
+def compacted(family, edge):
+    n = names(family, 1)
+    model = build(family, "token", dtype=torch.float64)
+    keep_only(attached(model), {n[part]: kept for part, kept in EDGES[edge].items()})
+    return model, pk.compact(model), n
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vanished_head_takes_its_queries_and_keys_along(family):
+    _, small, n = compacted(family, "head vanished")
+    wide, half = (HIDDEN, HIDDEN), (HIDDEN // 2, HIDDEN)
+    want = {"q": half, "k": half, "v": half, "o": (HIDDEN, HIDDEN // 2), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
+    assert shapes(small, n) == want
+    assert shapes(small, names(family, 0))["q"] == wide
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_without_queries_averages_the_allowed_values(family):
+    """Written out: attention weights 1 / (allowed keys), padding excluded."""
+    for attention in ("sdpa", "eager"):
+        n = names(family, 0)
+        model = build(family, "token", attention, torch.float64, layers=1)
+        keep_only(attached(model), {n["q"]: NONE})
+        small = pk.compact(model)
+        inputs = batch(4)
+        seen = {}
+        for tag, module in (("v", n["v"]), ("o", n["o"])):
+            small.get_submodule(module).register_forward_hook(
+                lambda m, args, out, tag=tag: seen.update({tag + " in": args[0], tag + " out": out})
+            )
+        logits(small, inputs)
+        allowed = inputs["attention_mask"].double()
+        mean = torch.einsum("bt,btc->bc", allowed, seen["v out"]) / allowed.sum(1, keepdim=True)
+        want = mean[:, None].expand_as(seen["o in"])
+        torch.testing.assert_close(seen["o in"], want, rtol=1e-12, atol=1e-12)
+        assert shapes(small, n)["q"] == shapes(small, n)["k"] == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_empty_ffn_still_adds_the_bias_of_down(family):
+    model, small, n = compacted(family, "FFN empty")
+    assert shapes(small, n)["up"] == (0, HIDDEN) and shapes(small, n)["down"] == (HIDDEN, 0)
+    before = logits(small, batch())
+    with torch.no_grad():
+        small.get_submodule(n["down"]).bias.add_(torch.randn(HIDDEN, dtype=torch.float64))
+    assert difference(logits(small, batch()), before) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_gone_is_two_layer_norms_not_the_identity(family):
+    model, small, n = compacted(family, "whole layer gone")
+    assert all(w == 0 for w in (small.get_submodule(name).weight.numel() for name in n.values()))
+    hidden = small(**batch(), output_hidden_states=True).hidden_states
+    block = small.get_submodule(n["q"].rpartition(".attention")[0])
+    if family == "distilbert":
+        norms = block.sa_layer_norm, block.output_layer_norm
+    else:
+        norms = block.attention.output.LayerNorm, block.output.LayerNorm
+    with torch.no_grad():
+        torch.testing.assert_close(norms[1](norms[0](hidden[1])), hidden[2], rtol=1e-12, atol=1e-12)
+    assert difference(hidden[1], hidden[2]) > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_softmax_scale_is_that_of_the_dense_head(family):
+    """One query channel a head: with the scale of a head one wide the weights would differ."""
+    n = names(family, 0)
+    model = build(family, "token", "eager", torch.float64, layers=1)
+    keep_only(attached(model), {n["q"]: only(HIDDEN, *(head(h, 1) for h in range(HEADS)))})
+    small = pk.compact(model)
+    inputs = batch(2)
+    want = model(**inputs, output_attentions=True).attentions[0]
+    got = small(**inputs, output_attentions=True).attentions[0]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert float(got.std()) > 1e-3
+
+
+# -- what stays as it was --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_model_is_untouched(family):
+    model = build(family)
+    pruner = attached(model)
+    prune(pruner, 0.5)
+    model.train()
+    before, grads = state(model), {n: p.requires_grad for n, p in model.named_parameters()}
+    types = {n: type(m) for n, m in model.named_modules()}
+    small = pk.compact(model)
+    unchanged(model, before)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == grads
+    assert {n: type(m) for n, m in model.named_modules()} == types
+    assert all(m.training for m in model.modules()) and not any(m.training for m in small.modules())
+    assert getattr(model.config, "quantization_config", None) is None
+    assert model.config is not small.config
+    with torch.no_grad():  # and nothing is shared: what happens to one does not happen to the other
+        for p in small.parameters():
+            p.add_(1)
+    unchanged(model, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_class_same_head_and_frozen(family):
+    for task in TASKS:
+        model = build(family, task)
+        prune(attached(model), 0.5)
+        small = pk.compact(model)
+        assert type(small) is type(model)
+        assert not any(p.requires_grad for p in small.parameters())
+        assert not [n for n, _ in small.named_parameters() if n.endswith((".A", ".B", "magnitude", "logits"))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tied_embeddings_stay_tied(family):
+    model = build(family, "masked_lm")
+    prune(attached(model), 0.5)
+    small = pk.compact(model)
+    assert small.get_output_embeddings().weight is small.get_input_embeddings().weight
+    assert small.get_input_embeddings().weight is not model.get_input_embeddings().weight
+    with torch.no_grad():
+        before = logits(small, batch())
+        small.get_input_embeddings().weight[7] += 1
+        assert difference(logits(small, batch()), before) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_attentions(family):
+    model = build(family, attention="eager", dtype=torch.float64)
+    n = names(family, 1)
+    keep_only(attached(model), {n["v"]: HEADS_0_2, n["q"]: only(HIDDEN, head(0, 3), head(2, 2))})
+    small = pk.compact(model)
+    inputs = batch()
+    kwargs = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        got, want = small(**inputs, **kwargs), model(**inputs, **kwargs)
+    assert len(got.hidden_states) == len(want.hidden_states) == 3
+    for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
+        assert difference(a, b) <= F64
+    assert difference(got.attentions[0], want.attentions[0]) <= F64
+    # Heads 1 and 3 are gone from the second layer: the weights of the two that are left, in order.
+    assert got.attentions[1].shape[1] == 2
+    assert difference(got.attentions[1], want.attentions[1][:, [0, 2]]) <= F64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attentions_of_a_layer_without_heads(family):
+    model = build(family, attention="eager", dtype=torch.float64)
+    keep_only(attached(model), {names(family, 1)["v"]: NONE})
+    small = pk.compact(model)
+    with torch.no_grad():
+        out = small(**batch(), output_attentions=True)
+    assert len(out.attentions) in (1, 2) and out.attentions[0].shape[1] == HEADS
+    assert difference(out.logits, logits(model, batch())) <= F64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_embeds_and_tuples(family):
+    model = build(family, dtype=torch.float64)
+    prune(attached(model), 0.5)
+    small = pk.compact(model)
+    embeds = torch.randn(2, 6, HIDDEN, dtype=torch.float64)
+    with torch.no_grad():
+        got = small(inputs_embeds=embeds, return_dict=False)
+        want = model(inputs_embeds=embeds, return_dict=False)
+    assert isinstance(got, tuple) and difference(got[0], want[0]) <= F64
+    labels = torch.tensor([0, 2])
+    with torch.no_grad():
+        assert (
+            abs(
+                float(small(inputs_embeds=embeds, labels=labels).loss - model(inputs_embeds=embeds, labels=labels).loss)
+            )
+            < 1e-10
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_can_be_switched_after_compaction(family):
+    model = build(family, dtype=torch.float64)
+    prune(attached(model), 0.5)
+    small = pk.compact(model)
+    want = logits(small, batch())
+    small.set_attn_implementation("eager")
+    assert small.config._attn_implementation == "eager"
+    assert difference(logits(small, batch()), want) <= F64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations(family):
+    """Every activation that is zero at zero, fused into the product or not, gives what the masked model gives."""
+    key = "activation" if family == "distilbert" else "hidden_act"
+    accepted = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
+    for activation in accepted:
+        model = build(family, dtype=torch.float64, **{key: activation})
+        prune(attached(model), 0.4)
+        check(model, batch(), F64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("activation", ["gelu_fast", "gelu_python", "swish"])
+def test_activations_by_their_other_names(family, activation):
+    model = build(family, dtype=torch.float64, **{"activation" if family == "distilbert" else "hidden_act": activation})
+    prune(attached(model), 0.4)
+    check(model, batch(), 1e-6 if activation == "gelu_fast" else F64)  # gelu_fast spells sqrt(2 / pi) with ten digits
+
+
+# -- training the masked model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(family):
+    grads = []
+    for checkpointing in (False, True):
+        model = build(family)
+        pruner = attached(model, dropout=0.1)
+        pruner.step()
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            assert model.is_gradient_checkpointing
+        torch.manual_seed(0)
+        model(**batch(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 40
+    for name, grad in grads[0].items():
+        assert grad is not None and torch.isfinite(grad).all(), name
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_trainable_parameter_gets_a_gradient(family):
+    model = build(family)
+    pruner = attached(model)
+    for mask in pruner.masks.values():  # a third off: masked channels learn, too
+        mask.noise.copy_(torch.where(torch.arange(mask.noise.numel()) % 3 == 0, -9.0, 9.0))
+    model.train()
+    model(**batch(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+        if p.requires_grad and not name.endswith("logits"):
+            assert float(p.grad.abs().max()) > 0, name
+    # Query logits act through the softmax only; each kind has groups, off ones among them, with a gradient.
+    n = names(family, 0)
+    for part in ("q", "v", "o", "up", "down"):
+        mask = pruner.masks[n[part]]
+        assert float(mask.logits.grad[::3].abs().max()) > 0, part
