@@ -1,4 +1,5 @@
-// prunekern._C: addresses and sizes in, numbers out. No torch: prunekern/ops checks tensors and passes addresses.
+// prunekern._C: addresses and sizes in, numbers out. No torch: prunekern/ops checks tensors and passes
+// addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,10 +20,10 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void compact_linear(Address x, std::int64_t m, std::int64_t x_stride, std::int64_t in_features, Address packed,
-                    std::int64_t n, std::int64_t k, Address bias, Address in_index, Address out_index,
-                    std::int64_t n_out, int activation, Address residual, std::int64_t residual_stride, Address y,
-                    std::int64_t y_stride, int threads) {
+void compact_linear(Address x, std::int64_t m, std::int64_t x_stride, std::int64_t in_features,
+                    Address packed, std::int64_t n, std::int64_t k, Address bias, Address in_index,
+                    Address out_index, std::int64_t n_out, int activation, Address residual,
+                    std::int64_t residual_stride, Address y, std::int64_t y_stride, int threads) {
   if (activation < 0 || activation > static_cast<int>(prunekern::Activation::silu))
     throw std::invalid_argument("compact_linear: activation must be 0 to 4");
   prunekern::LinearCall call;
@@ -70,11 +71,13 @@ std::vector<std::string> supported_isas() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "prunekern's C++ core. Addresses are integers; 0 means not given.";
-  m.def("isa", [] { return std::string(prunekern::name(prunekern::active_isa())); },
-        "The instruction set in use (PRUNEKERN_ISA overrides it).");
+  m.def(
+      "isa", [] { return std::string(prunekern::name(prunekern::active_isa())); },
+      "The instruction set in use (PRUNEKERN_ISA overrides it).");
   m.def("supported_isas", &supported_isas, "What this CPU can run, worst first.");
-  m.def("panel_width", [] { return prunekern::panel_width(prunekern::active_isa()); },
-        "Columns of a packed panel for the instruction set in use.");
+  m.def(
+      "panel_width", [] { return prunekern::panel_width(prunekern::active_isa()); },
+      "Columns of a packed panel for the instruction set in use.");
   m.def("pack_weight", &pack_weight, "weight [n, k] (any strides) -> packed [ceil(n / w), k, w].");
   m.def("unpack_weight", &unpack_weight, "packed [ceil(n / w), k, w] -> weight [n, k], contiguous.");
   m.def("compact_linear", &compact_linear, "See prunekern/prunekern.h, LinearCall; arguments in this order.");

@@ -63,9 +63,12 @@ Isa choose() {
 
 const char* name(Isa isa) {
   switch (isa) {
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-    default: return "generic";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    default:
+      return "generic";
   }
 }
 
@@ -98,9 +101,12 @@ Isa active_isa() {
 
 std::int64_t panel_width(Isa isa) {
   switch (isa) {
-    case Isa::avx2: return 16;
-    case Isa::avx512: return 32;
-    default: return 8;
+    case Isa::avx2:
+      return 16;
+    case Isa::avx512:
+      return 32;
+    default:
+      return 8;
   }
 }
 

@@ -27,9 +27,10 @@
 namespace prunekern {
 namespace {
 
-constexpr std::int64_t kLine = 64;                 // bytes of a cache line
-constexpr std::int64_t kMaxBlockRows = 140;        // ten full AVX-512 tiles
-constexpr std::int64_t kStreamAhead = 4096;        // bytes prefetched ahead where a panel has one tile only
+constexpr std::int64_t kLine = 64;           // bytes of a cache line
+constexpr std::int64_t kMaxBlockRows = 140;  // ten full AVX-512 tiles
+constexpr std::int64_t kMaxRowLines = 8;     // of y, prefetched for a row: a panel and its gaps, seldom more
+constexpr std::int64_t kStreamAhead = 8192;  // bytes prefetched ahead where a panel has one tile only
 
 struct Range {
   std::int64_t begin, end;
@@ -79,8 +80,9 @@ std::int64_t block_rows(std::int64_t k, std::int64_t tile_rows) {
   return std::clamp(fit, 2 * tile_rows, kMaxBlockRows);
 }
 
-// The rows of one block as the tiles read them: x itself, or a copy where it must be gathered, or where the rows
-// of a tile would fall into one set of the L1 cache (a stride of whole pages: 14 rows do not fit 12 ways).
+// The rows of one block as the tiles read them: x itself, or a copy where it must be gathered, or where the
+// rows of a tile would fall into one set of the L1 cache (a stride of whole pages: 14 rows do not fit 12
+// ways).
 struct Block {
   const float* data;
   std::int64_t stride;
@@ -110,6 +112,7 @@ void run(const LinearCall& call, const Kernels& kernels, const Windows& windows,
   alignas(64) float acc[kMaxRows * kMaxWidth + kMaxWidth] = {};
   alignas(64) float bias[kMaxWidth];
   const std::int64_t width = kernels.width, panel_floats = width * call.k;
+  const std::int64_t step_lines = 4 * width * 4 / kLine;  // lines of weights in 4 steps of k
   const EpilogueFn epilogue = kernels.epilogue[static_cast<int>(call.activation)];
   const std::int64_t blocks = ceil_div(rows.size(), block_rows(call.k, kernels.rows));
   for (std::int64_t b = 0; b < blocks; ++b) {
@@ -118,28 +121,48 @@ void run(const LinearCall& call, const Kernels& kernels, const Windows& windows,
     const Block block = take_block(call, block_range, scratch);
     const std::int64_t tiles = ceil_div(block_range.size(), kernels.rows);
     for (std::int64_t p = panels.begin; p < panels.end; ++p) {
-      const float* panel = call.packed + p * panel_floats;
       const std::int64_t channels = std::min(width, call.n - p * width);
       std::fill(bias, bias + width, 0.0f);
       if (call.bias != nullptr) std::copy_n(call.bias + p * width, channels, bias);
       const Window* window = windows.all.data() + windows.first[p];
       const std::int64_t n_windows = windows.first[p + 1] - windows.first[p];
-      const std::int64_t step_lines = 4 * width * 4 / kLine;  // lines of weights in 4 steps of k
+      const std::int64_t columns_end = window[n_windows - 1].column + window[n_windows - 1].width;
+      const TileFn* tile_fns = channels * 2 > width ? kernels.tile : kernels.half_tile;
+
+      // The weights after these: the next panel, or the first one again for the next block.
+      const float* panel = call.packed + p * panel_floats;
+      const float* next = p + 1 < panels.end ? panel + panel_floats
+                          : b + 1 < blocks   ? call.packed + panels.begin * panel_floats
+                                             : nullptr;
       for (std::int64_t t = 0; t < tiles; ++t) {
         const Range tile = share(block_range.size(), t, tiles);  // 16 rows: 8 + 8, not 14 + 2
-        TileArgs args{block.data + tile.begin * block.stride, block.stride, panel, call.k, acc, nullptr, 0};
-        if (tiles == 1) {
-          args.prefetch = panel + kStreamAhead / 4;
-          args.prefetch_lines = step_lines;
-        } else if (p + 1 < panels.end) {
-          args.prefetch = panel + panel_floats + share(panel_floats, t, tiles).begin;
-          args.prefetch_lines = ceil_div(step_lines, tiles);
-        }
-        kernels.tile[tile.size()](args);
         const std::int64_t row = block_range.begin + tile.begin;
-        epilogue({acc, tile.size(), bias, window, n_windows,
-                  call.residual == nullptr ? nullptr : call.residual + row * call.residual_stride,
-                  call.residual_stride, call.y + row * call.y_stride, call.y_stride});
+        float* y = call.y + row * call.y_stride;
+        const float* residual =
+            call.residual == nullptr ? nullptr : call.residual + row * call.residual_stride;
+
+        TileArgs args{};
+        args.a = block.data + tile.begin * block.stride;
+        args.a_stride = block.stride;
+        args.panel = panel;
+        args.k = call.k;
+        args.acc = acc;
+        // A store that misses waits for its line: 3 to 8 % of the whole where y is larger than L2.
+        args.y = y + window->column;
+        args.y_stride = call.y_stride;
+        args.residual = residual == nullptr ? nullptr : residual + window->column;
+        args.residual_stride = call.residual_stride;
+        args.row_lines = std::min(ceil_div(columns_end - window->column, kLine / 4) + 1, kMaxRowLines);
+        if (tiles == 1) {
+          args.next_weights = panel + kStreamAhead / 4;
+          args.next_lines = step_lines;
+        } else if (next != nullptr) {
+          args.next_weights = next + share(panel_floats, t, tiles).begin;
+          args.next_lines = ceil_div(step_lines, tiles);
+        }
+        tile_fns[tile.size()](args);
+        epilogue(
+            {acc, tile.size(), bias, window, n_windows, residual, call.residual_stride, y, call.y_stride});
       }
     }
   }
@@ -163,8 +186,9 @@ void require(bool ok, const std::string& message) {
 void check(const LinearCall& call) {
   require(call.m >= 0 && call.in_features >= 0 && call.k >= 0 && call.n >= 0 && call.n_out >= 0,
           "sizes must not be negative");
-  require(call.in_index != nullptr || call.k == call.in_features || call.k == 0,
-          "the weight reads " + std::to_string(call.k) + " inputs, x has " + std::to_string(call.in_features));
+  require(
+      call.in_index != nullptr || call.k == call.in_features || call.k == 0,
+      "the weight reads " + std::to_string(call.k) + " inputs, x has " + std::to_string(call.in_features));
   require(call.out_index != nullptr || call.n == call.n_out || call.n == 0,
           "the weight makes " + std::to_string(call.n) + " outputs, n_out is " + std::to_string(call.n_out));
   require(call.x_stride >= 0 && call.residual_stride >= 0 && call.y_stride >= call.n_out, "bad row stride");

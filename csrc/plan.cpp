@@ -13,8 +13,9 @@ void check_index(const char* name, const std::int64_t* index, std::int64_t count
   if (count == 0 || (ascending && index[0] >= 0 && index[count - 1] < size)) return;
   std::int64_t at = 0;
   while (index[at] >= 0 && index[at] < size && (at == 0 || index[at - 1] < index[at])) ++at;
-  throw std::invalid_argument("compact_linear: " + std::string(name) + " must be sorted and < " + std::to_string(size) +
-                              " (got " + std::to_string(index[at]) + " at position " + std::to_string(at) + ")");
+  throw std::invalid_argument("compact_linear: " + std::string(name) + " must be sorted and < " +
+                              std::to_string(size) + " (got " + std::to_string(index[at]) + " at position " +
+                              std::to_string(at) + ")");
 }
 
 void plan_windows(const Kernels& kernels, const std::int64_t* out_index, std::int64_t n, std::int64_t n_out,

@@ -1,4 +1,5 @@
-// AVX2 + FMA: tiles of 6 rows by 2 vectors of 8 (12 accumulators, 2 weights, 1 broadcast: 15 of 16 registers).
+// AVX2 + FMA: tiles of 6 rows by 2 vectors of 8 (12 accumulators, 2 weights, 1 broadcast: 15 of 16
+// registers).
 #include <immintrin.h>
 
 #include "tile.h"
@@ -12,7 +13,8 @@ struct ExpandTable {
 
   constexpr ExpandTable() : lane() {
     for (int mask = 0; mask < 256; ++mask)
-      for (int i = 0, next = 0; i < 8; ++i) lane[mask][i] = static_cast<unsigned char>(mask >> i & 1 ? next++ : 0);
+      for (int i = 0, next = 0; i < 8; ++i)
+        lane[mask][i] = static_cast<unsigned char>(mask >> i & 1 ? next++ : 0);
   }
 };
 constexpr ExpandTable kExpand;

@@ -66,7 +66,7 @@ struct Generic {
   static F round(F a) {
     return each([&](int i) { return (a.v[i] + 12582912.0f) - 12582912.0f; });  // 1.5 * 2^23; |a| < 2^22
   }
-  static F scale(F a, F n) {  // a * 2^n, n integral in [-151, 129]
+  static F scale(F a, F n) {  // a * 2^n, n integral in [-153, 129]
     return each([&](int i) {
       const int power = n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0;
       const int half = power / 2;

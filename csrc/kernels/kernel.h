@@ -15,8 +15,16 @@ struct TileArgs {
   const float* panel;
   std::int64_t k;
   float* acc;
-  const float* prefetch;        // weights needed soon, drawn into the L2 cache on the way ...
-  std::int64_t prefetch_lines;  // ... so many cache lines for every 4 steps of k (0: none)
+
+  // What will be needed soon, drawn into the caches on the way. Every 4 steps of k: so many lines of weights
+  // (0: none), and what the epilogue will touch of one more row of y and of the residual (null: none).
+  const float* next_weights;
+  std::int64_t next_lines;
+  const float* y;
+  std::int64_t y_stride;
+  const float* residual;
+  std::int64_t residual_stride;
+  std::int64_t row_lines;
 };
 
 // Up to one vector of consecutive output columns, and where its values come from.
@@ -48,11 +56,12 @@ constexpr int kMaxWidth = 32;
 constexpr int kActivations = 5;
 
 struct Kernels {
-  int width;                           // columns of a panel
-  int vector;                          // floats of a vector: widest window
-  int rows;                            // most rows of a tile
-  TileFn tile[kMaxRows + 1];           // by rows, from 1
-  EpilogueFn epilogue[kActivations];   // by Activation
+  int width;                          // columns of a panel
+  int vector;                         // floats of a vector: widest window
+  int rows;                           // most rows of a tile
+  TileFn tile[kMaxRows + 1];          // by rows, from 1
+  TileFn half_tile[kMaxRows + 1];     // the same for a panel with nothing in its second vector
+  EpilogueFn epilogue[kActivations];  // by Activation
 };
 
 extern const Kernels kGenericKernels;

@@ -8,12 +8,12 @@
 
 namespace prunekern {
 
-// exp(x + extra), |extra| small: relative error under 3e-7 down to the denormals, exp(-inf) = 0, exp(inf) = inf.
-// `extra` carries the part of the argument that fp32 rounding of x lost.
+// exp(x + extra), |extra| small: relative error under 3e-7 down to the denormals, exp(-inf) = 0, exp(inf) =
+// inf. `extra` carries the part of the argument that fp32 rounding of x lost.
 template <class V>
 inline typename V::F exp_sum(typename V::F x, typename V::F extra) {
   using F = typename V::F;
-  x = V::max(V::set(-104.0f), V::min(V::set(89.0f), x));
+  x = V::max(V::set(-106.0f), V::min(V::set(89.0f), x));
   const F n = V::round(V::mul(x, V::set(1.44269504f)));
   F r = V::fma(n, V::set(-0.693359375f), x);  // Cephes' split of ln 2: the first product is exact
   r = V::fma(n, V::set(2.12194440e-4f), r);
@@ -29,13 +29,14 @@ inline typename V::F exp_sum(typename V::F x, typename V::F extra) {
 }
 
 // x * Phi(x), without the cancellation of 1 + erf(x) on the left: with t = 1 / (1 + 0.3 |x|),
-// erfc(|x| / sqrt 2) = exp(-x^2 / 2) P(t). P is a minimax fit of degree 8 to erfcx on [0, 14.6] (relative error
-// 5.8e-8; beyond, exp is zero in fp32). The square is carried exactly, in two parts.
+// erfc(|x| / sqrt 2) = exp(-x^2 / 2) P(t). P is a minimax fit of degree 8 to erfcx on [0, 14.6] (relative
+// error 5.8e-8; beyond, exp is zero in fp32). The square is carried exactly, in two parts.
 template <class V>
 inline typename V::F gelu(typename V::F x) {
   using F = typename V::F;
-  const F bounded = V::min(V::set(15.0f), x);  // keeps 0 * inf out of the right side
-  const F size = V::abs(bounded);
+  const F limit = V::set(15.0f);       // exp(-15^2 / 2) is zero in fp32
+  const F bounded = V::min(limit, x);  // keeps 0 * inf out of the right side
+  const F size = V::min(limit, V::abs(x));
   const F t = V::div(V::set(1.0f), V::fma(size, V::set(0.3f), V::set(1.0f)));
   F p = V::set(7.682352255e-2f);
   p = V::fma(p, t, V::set(-3.386573216e-1f));

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,16 +102,27 @@ def pack_weight(weight: Tensor) -> Tensor:
     weight = weight.detach()
     n, k = weight.shape
     width = core.panel_width()
-    packed = torch.empty(-(-n // width), k, width)
+    packed = _empty_panels(-(-n // width), k, width)
     core.pack_weight(weight.data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.data_ptr())
     return packed
+
+
+def _empty_panels(*shape: int) -> Tensor:
+    """Where it fills a huge page (2 MiB) it starts on one: the C++ core asks for such pages, see pack.cpp."""
+    page = 2**21 // 4  # floats
+    size = math.prod(shape)
+    if size < page:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    memory = torch.empty(size + page, dtype=torch.float32, device="cpu")  # what is never touched costs nothing
+    start = -(memory.data_ptr() // 4) % page
+    return memory[start : start + size].view(shape)
 
 
 def unpack_weight(packed: Tensor, n: int) -> Tensor:
     """The plain weight [n, K] of `pack_weight`'s panels."""
     core = _native.core()
     _check_panels("unpack_weight", packed, n, packed.shape[1] if packed.dim() == 3 else 0)
-    weight = torch.empty(n, packed.shape[1])
+    weight = torch.empty(n, packed.shape[1], dtype=torch.float32, device="cpu")
     core.unpack_weight(packed.data_ptr(), n, packed.shape[1], weight.data_ptr())
     return weight
 

@@ -1,4 +1,5 @@
-// prunekern: compact linear layers on the CPU. The whole public C++ API: raw pointers, strides, a thread count.
+// prunekern: compact linear layers on the CPU. The whole public C++ API: raw pointers, strides, a thread
+// count.
 //
 // All matrices are fp32 and row-major; a stride is a number of elements. Bad arguments throw
 // std::invalid_argument; an instruction set this CPU lacks throws std::runtime_error. Every function may be
@@ -30,11 +31,12 @@ Isa active_isa();
 // Columns of one packed panel: 8 (generic), 16 (avx2), 32 (avx512).
 std::int64_t panel_width(Isa isa);
 
-// Packs weight [n, k] into panels [ceil(n / w), k, w] with w = panel_width(isa): panel p holds output channels
-// p*w .. p*w + w - 1, the last one padded with zeros. `packed` must hold packed_size(isa, n, k) floats.
+// Packs weight [n, k] into panels [ceil(n / w), k, w] with w = panel_width(isa): panel p holds output
+// channels p*w .. p*w + w - 1, the last one padded with zeros. `packed` must hold packed_size(isa, n, k)
+// floats; fresh memory aligned to 2 MiB is laid on huge pages where Linux has them.
 std::int64_t packed_size(Isa isa, std::int64_t n, std::int64_t k);
-void pack_weight(Isa isa, const float* weight, std::int64_t row_stride, std::int64_t column_stride, std::int64_t n,
-                 std::int64_t k, float* packed);
+void pack_weight(Isa isa, const float* weight, std::int64_t row_stride, std::int64_t column_stride,
+                 std::int64_t n, std::int64_t k, float* packed);
 void unpack_weight(Isa isa, const float* packed, std::int64_t n, std::int64_t k, float* weight);
 
 // y = scatter(act(gather(x) W^T + bias)) + residual.

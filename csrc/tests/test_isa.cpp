@@ -1,0 +1,19 @@
+// Detection, names, and what is refused.
+#include "check.h"
+
+using namespace prunekern;
+
+int main() {
+  const std::vector<Isa> isas = supported_isas();
+  CHECK(!isas.empty() && isas.front() == Isa::generic, "generic must always be there");
+  for (Isa isa : isas) CHECK(parse_isa(name(isa)) == isa, "%s", name(isa));
+  if (std::getenv("PRUNEKERN_ISA") == nullptr) CHECK(active_isa() == isas.back(), "%s", name(active_isa()));
+  CHECK(panel_width(Isa::generic) == 8 && panel_width(Isa::avx2) == 16 && panel_width(Isa::avx512) == 32,
+        "a panel's width tells its instruction set");
+  std::string message = message_of([] { parse_isa("sse9"); });
+  CHECK(message == "PRUNEKERN_ISA must be generic, avx2 or avx512 (got sse9)", "%s", message.c_str());
+  message = message_of([] { parse_activation("sigmoid"); });
+  CHECK(message == "activation must be none, relu, gelu, gelu_tanh or silu (got sigmoid)", "%s",
+        message.c_str());
+  return 0;
+}
