@@ -241,7 +241,7 @@ def _quiet() -> None:
 
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and status 2; the rest keeps its traceback."""
-    from .demo.fetch import FetchError
+    from .tasks.fetch import FetchError
 
     _quiet()
     try:

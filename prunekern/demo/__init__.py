@@ -1,5 +1,1 @@
-"""What the demo runs on: real weights and real sentences that ship inside registry packages.
-
-`fetch` gets a pinned archive with pip and checks it, `models` turns one of them into ordinary model folders.
-Nothing is imported here: `prunekern.demo.fetch` needs the standard library only.
-"""
+"""The demo: real weights that ship inside a registry package (`models`), the run (`run`), its picture (`plot`)."""

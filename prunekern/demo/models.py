@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .fetch import MINILM, cache_dir, fetch, read_member, scratch, unpack
+from ..tasks.fetch import MINILM, cache_dir, fetch, read_member, scratch, unpack
 
 if TYPE_CHECKING:
     import torch

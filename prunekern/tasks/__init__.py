@@ -36,7 +36,7 @@ def get(name_or_path: str | os.PathLike, **options: Any) -> Task:
     options: for a file those of `files.load` (text, label, validation, test, regression, ...), for a GLUE
         task `source`. One that is None counts as not given.
     Raises ValueError for an unknown name, extension or option; DataError for data that cannot be used;
-    FileNotFoundError for a file that is not there; prunekern.demo.fetch.FetchError when the archive of
+    FileNotFoundError for a file that is not there; prunekern.tasks.fetch.FetchError when the archive of
     `reviews` cannot be had.
     """
     from . import files, glue, reviews

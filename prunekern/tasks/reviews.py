@@ -24,11 +24,11 @@ def load() -> Task:
     Labels: 0 negative, 1 positive. Columns: sentence, label, idx (the number in the source file), rating.
     The split is the same everywhere (`split.grouped_split`): 2,500 test, 500 validation, 7,072 train, and no
     duplicate in two of them.
-    Raises prunekern.demo.fetch.FetchError when the archive cannot be fetched.
+    Raises prunekern.tasks.fetch.FetchError when the archive cannot be fetched.
     """
     from datasets import DatasetDict
 
-    from ..demo.fetch import VADER, fetch, read_member
+    from .fetch import VADER, fetch, read_member
 
     rows = parse(read_member(read_member(fetch(VADER), _OUTER), _INNER).decode("utf-8"))
     parts = grouped_split([text_key(sentence) for _, _, sentence in rows], SIZES)

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from prunekern import tasks
 from prunekern.demo import models
-from prunekern.demo.fetch import MINILM, FetchError, fetch, read_member
 from prunekern.demo.models import MODEL_NAMES, demo_model
+from prunekern.tasks.fetch import MINILM, FetchError, fetch, read_member
 
 # Computed in float64, so that only the stored weights differ: one fp32 rounding of position row + type row, of values
 # below 1 (half an ulp: 3e-8), which the embedding LayerNorm multiplies by a few. The others hold the same weights.

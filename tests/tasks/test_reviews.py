@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from prunekern import tasks
-from prunekern.demo.fetch import VADER, fetch, read_member
 from prunekern.tasks import reviews
+from prunekern.tasks.fetch import VADER, fetch, read_member
 from prunekern.tasks.split import text_key
 
 

@@ -13,8 +13,8 @@ import zipfile
 
 import pytest
 
-from prunekern.demo import fetch as module
-from prunekern.demo.fetch import VADER, Archive, FetchError, fetch, read_member, sha256_of, unpack
+from prunekern.tasks import fetch as module
+from prunekern.tasks.fetch import VADER, Archive, FetchError, fetch, read_member, sha256_of, unpack
 
 WHEEL = "tinydata-1.0-py3-none-any.whl"
 
@@ -146,7 +146,7 @@ def test_killed_in_the_middle(cache, shop):
     """A process that dies while pip writes leaves nothing that is trusted; its litter is swept a day later."""
     archive = pinned(shop)
     code = f"""
-import os, prunekern.demo.fetch as f
+import os, prunekern.tasks.fetch as f
 def dies(command, **kwargs):
     target = command[command.index("--dest") + 1]
     os.mkdir(target)
