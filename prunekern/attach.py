@@ -43,6 +43,8 @@ def attach(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
     adapted = _adapted(table, config)
     masked = [name for name in adapted if name in table.groups]
     _refuse_unreachable(table, masked, config)
+    for name in adapted:
+        _refuse_misfit(name, model.get_submodule(name), config)
 
     head = _task_head(model)
     generator = torch.Generator().manual_seed(config.seed)
@@ -98,6 +100,18 @@ def _refuse_unreachable(table: Table, masked: list[str], config: PruneConfig) ->
             f"PruneConfig: sparsity {config.sparsity} is out of reach of {chosen}; "
             f"the most it can remove is {most:.4f} of the block {config.cost}"
         )
+
+
+def _refuse_misfit(name: str, linear: nn.Module, config: PruneConfig) -> None:
+    """Before anything is replaced: a layer that is no plain linear (its adapter would be lost), or a rank too large."""
+    if not isinstance(linear, nn.Linear):
+        kind = f"{type(linear).__module__}.{type(linear).__name__}"
+        raise ValueError(f"attach: layer {name!r} must be a torch.nn.Linear (got {kind}); merge its adapter first")
+    if not linear.weight.is_floating_point():
+        raise ValueError(f"attach: layer {name!r} must hold a floating-point weight (got {linear.weight.dtype})")
+    N, K = linear.weight.shape
+    if config.rank > min(N, K):
+        raise ValueError(f"PruneConfig: rank must be in 1..{min(N, K)} for {name!r}, [{N}, {K}] (got {config.rank})")
 
 
 def _row_group(table: Table, name: str) -> torch.Tensor | None:

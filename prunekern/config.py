@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass, fields
 
 PRESETS = ("full", "paper")
@@ -55,18 +56,20 @@ class PruneConfig:
             number(name, 0, math.inf, "a non-negative integer", int)
         number("sparsity", 0, math.nextafter(1.0, 0), "in [0, 1)")
         number("dropout", 0, math.nextafter(1.0, 0), "in [0, 1)")
-        number("alpha", math.ulp(0.0), math.inf, "positive")
-        number("temperature", math.ulp(0.0), math.inf, "positive")
+        number("alpha", math.ulp(0.0), sys.float_info.max, "positive and finite")
+        number("temperature", math.ulp(0.0), sys.float_info.max, "positive and finite")
         if self.cost not in COSTS:
             refuse("cost", f"one of {COSTS}")
         if self.norm_grad not in ("detached", "full"):
             refuse("norm_grad", "'detached' or 'full'")
         if self.preset is not None and self.preset not in PRESETS:
             refuse("preset", f"one of {PRESETS}, or None with targets")
-        if isinstance(self.targets, str):
-            refuse("targets", "a list of module names")
-        if self.preset is None and not self.targets:
+        if self.preset is None and self.targets is None:
             refuse("targets", "a list of module names when preset is None")
+        if self.targets is not None:
+            listed = isinstance(self.targets, (list, tuple)) and len(self.targets) > 0
+            if not listed or not all(isinstance(t, str) for t in self.targets):
+                refuse("targets", "a list of module names, or None with a preset")
         if self.targets is not None:
             # Naming targets replaces the preset's choice; both together would leave it unclear which one holds.
             object.__setattr__(self, "preset", None)

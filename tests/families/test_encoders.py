@@ -227,6 +227,18 @@ def test_vanished_head_takes_its_queries_and_keys_along(family):
     assert shapes(small, names(family, 0))["q"] == wide
 
 
+def record(model, **modules):
+    """A dict that fills with the inputs ("v in") and outputs ("v out") of these modules at the next forward."""
+    seen = {}
+
+    def hook(tag):
+        return lambda m, args, out: seen.update({f"{tag} in": args[0], f"{tag} out": out})
+
+    for tag, name in modules.items():
+        model.get_submodule(name).register_forward_hook(hook(tag))
+    return seen
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_without_queries_averages_the_allowed_values(family):
     """Written out: attention weights 1 / (allowed keys), padding excluded."""
@@ -236,11 +248,7 @@ def test_head_without_queries_averages_the_allowed_values(family):
         keep_only(attached(model), {n["q"]: NONE})
         small = pk.compact(model)
         inputs = batch(4)
-        seen = {}
-        for tag, module in (("v", n["v"]), ("o", n["o"])):
-            small.get_submodule(module).register_forward_hook(
-                lambda m, args, out, tag=tag: seen.update({tag + " in": args[0], tag + " out": out})
-            )
+        seen = record(small, v=n["v"], o=n["o"])
         logits(small, inputs)
         allowed = inputs["attention_mask"].double()
         mean = torch.einsum("bt,btc->bc", allowed, seen["v out"]) / allowed.sum(1, keepdim=True)
