@@ -55,16 +55,11 @@ class CMakeBuild(build_ext):
         if result.returncode == 0:
             return
         log = result.stdout
-        if (
-            "No CMAKE_CXX_COMPILER could be found" in log
-            or "is not a full path to an existing compiler" in log
-        ):
+        if "No CMAKE_CXX_COMPILER could be found" in log or "is not a full path to an existing compiler" in log:
             raise _CannotBuild("no C++ compiler found")
         # A compiler that is there and fails is a bug worth seeing, not a reason to install something slower.
         sys.stderr.write(log)
-        raise RuntimeError(
-            f"{Path(command[0]).name} failed with exit status {result.returncode}; its output is above"
-        )
+        raise RuntimeError(f"{Path(command[0]).name} failed with exit status {result.returncode}; its output is above")
 
 
 class _CannotBuild(Exception):

@@ -224,7 +224,7 @@ def _check_panels(op: str, packed: Tensor, n: int, k: int) -> None:
 
 def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual) -> None:
     n = n_out if out_index is None else out_index.numel()
-    k = x.shape[-1] if in_index is None and x.dim() else 0 if in_index is None else in_index.numel()
+    k = packed.shape[1] if packed.dim() == 3 else 0
     _check_panels(OP, packed, n, k)
     _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual)
 
@@ -320,7 +320,7 @@ class _Call:
             return None
         if _grad_enabled() and (
             x.requires_grad
-            or self.alive[0].requires_grad
+            or packed.requires_grad
             or (self.bias is not None and self.bias.requires_grad)
             or (residual is not None and residual.requires_grad)
         ):
@@ -393,7 +393,9 @@ def version_of(weight: Tensor) -> int:
 def _fake(x, packed, bias, in_index, out_index, n_out, activation, residual) -> Tensor:
     if packed.dim() == 2:
         n, k = packed.shape
-        _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual)
+    else:
+        n, k = n_out if out_index is None else out_index.numel(), packed.shape[1]
+    _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual)
     return x.new_empty((*x.shape[:-1], n_out))
 
 
