@@ -128,12 +128,15 @@ def select_global(table: Table, scores: Scores, share: float, what: str, align: 
         _take(state, ranked[:middle])
         low, high = (low, middle) if state.share() >= share else (middle + 1, high)
     _take(state, ranked[:low])
-    # The last block may have taken a whole head along: give back what the target does not need.
+    # The last block may have taken a whole head along, and met the target by far: give back what it does not need,
+    # highest scores first. A mask whose next block is needed now is needed to the end, as the share only falls.
+    needed: set[str] = set()
     for carrier in reversed(ranked[:low]):
-        state.blocks[carrier] -= 1
-        if state.share() < share:
-            state.blocks[carrier] += 1
-            break
+        if carrier not in needed:
+            state.blocks[carrier] -= 1
+            if state.share() < share:
+                state.blocks[carrier] += 1
+                needed.add(carrier)
     return state.result()
 
 

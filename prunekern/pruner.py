@@ -84,7 +84,10 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """After `optimizer.step()`: refresh the cached norms; follow the budget; draw the next step's noise."""
+        """After `optimizer.step()`: refresh the cached norms; follow the budget; draw the next step's noise.
+
+        FloatingPointError where the mask logits are not finite any more.
+        """
         self.steps += 1
         for layer in self.layers.values():
             if layer.norm_grad == "detached":
@@ -92,7 +95,13 @@ class Pruner:
         masks = self.masks
         if not masks or self.finalized:
             return
-        threshold = budget.solve_threshold(self.table, self._logits(), self.target(), self.config.cost)
+        logits = self._logits()
+        bad = next((c for c, v in logits.items() if not np.isfinite(v).all()), None)
+        if bad is not None:
+            raise FloatingPointError(
+                f"mask logits of {bad!r} are not finite after step {self.steps}; training diverged"
+            )
+        threshold = budget.solve_threshold(self.table, logits, self.target(), self.config.cost)
         for mask in masks.values():
             mask.threshold.fill_(threshold)
         self._draw()

@@ -26,7 +26,7 @@ class PruneTrainer(Trainer):
 
     Checkpoints hold the adapter, optimiser and trainer state, not the frozen weights. `train(resume_from_checkpoint=
     True)` takes the newest complete one and ends with the same masks and weights as a run that was never stopped.
-    A loss that is not finite raises FloatingPointError before the weights are touched; checkpoints stay.
+    A loss or a gradient that is not finite raises FloatingPointError before the weights are touched; checkpoints stay.
     """
 
     def __init__(
@@ -90,12 +90,15 @@ class PruneTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if not math.isfinite(loss.item()):
+        self._refuse_unless_finite("loss", loss.item())
+        return loss
+
+    def _refuse_unless_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1}; training stops, weights are those of "
+                f"{what} is {value} at step {self.state.global_step + 1}; training stops, weights are those of "
                 f"step {self.state.global_step} and checkpoints in {self.args.output_dir} are untouched"
             )
-        return loss
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs or any(k.endswith("_loss") for k in logs):
@@ -143,6 +146,13 @@ class _Stages(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         boundary = self.trainer.stage_one_steps(state.max_steps)
         self.trainer.pruner.ramp_steps = max(1, round(boundary * self.trainer.ramp))
+        if self.trainer.pruner.finalized and self.trainer.pruner.masks:  # resumed in stage two
+            self.trainer.report = self.trainer.pruner.report()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.scaler is None:  # a loss scaler meets such gradients, and skips the step, by itself
+            grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            self.trainer._refuse_unless_finite("gradient norm", torch.nn.utils.get_total_norm(grads).item())
 
     def on_step_end(self, args, state, control, **kwargs):
         pruner = self.trainer.pruner
