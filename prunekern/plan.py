@@ -13,6 +13,7 @@ from .families import Table
 from .nn import ChannelMask, MaskedDoRALinear
 
 FORMAT = 1
+MOST_CHANNELS = 1 << 24  # far above any layer; an edited file must not make us allocate what it says
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +80,7 @@ class Plan:
             raise ValueError(f"plan: format must be {FORMAT} (got {data.get('format')!r})")
         layers = {}
         for name, entry in data["layers"].items():
-            try:
-                out_features, in_features = (int(n) for n in entry["shape"])
-                rows, cols, bias = entry["rows"], entry["cols"], bool(entry["bias"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"plan: layer {name!r} needs shape [out, in], bias, rows and cols ({error})") from None
+            out_features, in_features, rows, cols, bias = _fields(name, entry)
             rows = _from_bitmap(rows, out_features, f"layer {name!r}: rows")
             cols = _from_bitmap(cols, in_features, f"layer {name!r}: cols")
             layers[name] = LayerPlan(rows, cols, out_features, in_features, bias)
@@ -94,6 +91,20 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({len(self.layers)} layers, {self.params():,} of {self.dense_params():,} block parameters)"
+
+
+def _fields(name: str, entry) -> tuple:
+    """out_features, in_features, rows, cols and bias of a layer's plain data, types checked."""
+    try:
+        out_features, in_features = shape = entry["shape"]
+        rows, cols, bias = entry["rows"], entry["cols"], entry["bias"]
+        if not all(type(n) is int and 0 < n <= MOST_CHANNELS for n in shape):
+            raise ValueError(f"shape is {shape}")
+        if not isinstance(bias, bool):
+            raise ValueError(f"bias is {bias!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"plan: layer {name!r} needs shape [out, in], bias, rows and cols ({error})") from None
+    return out_features, in_features, rows, cols, bias
 
 
 def _to_bitmap(index: Tensor, size: int) -> str:
