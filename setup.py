@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
         if result.returncode == 0:
             return
         log = result.stdout
-        if "No CMAKE_CXX_COMPILER could be found" in log or "is not a full path to an existing compiler" in log:
+        if "No CMAKE_CXX_COMPILER" in log or "CMAKE_CXX_COMPILER not set" in log:
             raise _CannotBuild("no C++ compiler found")
         # A compiler that is there and fails is a bug worth seeing, not a reason to install something slower.
         sys.stderr.write(log)
