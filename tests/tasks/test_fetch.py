@@ -2,13 +2,13 @@
 mocked but the place packages come from."""
 
 import hashlib
-import importlib.util
 import io
 import os
 import subprocess
 import sys
 import tarfile
 import time
+import venv
 import zipfile
 
 import pytest
@@ -124,9 +124,9 @@ def test_a_registry_that_does_not_answer(cache, shop, monkeypatch):
         fetch(pinned(shop))
 
 
-def test_no_pip(cache, shop, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "pip" else real(name, *args))
+def test_no_pip(cache, shop, monkeypatch, tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(FetchError, match="has no pip to fetch tinydata==1.0 with: run `.* -m ensurepip`, or put"):
         fetch(pinned(shop))
 
