@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -58,10 +59,25 @@ def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
     if not isinstance(section, dict) or section.get("quant_method") != hf.METHOD:
         raise ValueError(f"{path / 'config.json'}: holds no prunekern plan; this is not a compact model")
     names = config.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if len(names) == 1 else None
+    one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    cls = getattr(transformers, names[0], None) if one else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{path / 'config.json'}: architectures must name one transformers model class (got {names})")
-    return cls.from_pretrained(path, dtype=_DTYPES[weights], local_files_only=True).requires_grad_(False).eval()
+    model, info = cls.from_pretrained(
+        path,
+        dtype=_DTYPES[weights],
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in `info`
+    )
+    # transformers fills what is missing with random numbers: right for a new head, not for a model saved whole.
+    for name, got, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{path}: tensor {name!r} must have shape {list(wanted)} (got {list(got)})")
+    for name in sorted(info["missing_keys"]):
+        raise ValueError(f"{path}: tensor {name!r} is missing")
+    for name in sorted(info["unexpected_keys"]):
+        raise ValueError(f"{path}: tensor {name!r} is not of this model")
+    return model.requires_grad_(False).eval()
 
 
 def read_config(path: Path) -> dict:
@@ -88,7 +104,11 @@ def read_header(file: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], int
             raise ValueError(f"{file}: is truncated or no safetensors file ({size} bytes)")
         try:
             header = json.loads(f.read(length))
-            entries = {k: (tuple(v["shape"]), *v["data_offsets"]) for k, v in header.items() if k != "__metadata__"}
+            entries = {}
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    first, last = entry["data_offsets"]
+                    entries[name] = tuple(int(n) for n in entry["shape"]), int(first), int(last)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: has a malformed safetensors header ({error})") from None
     end = max((e[2] for e in entries.values()), default=0)
@@ -140,7 +160,7 @@ def save_adapter(pruner, path: str | os.PathLike) -> None:
     """Write what training changed (not the frozen weights) to the folder `path`, replaced in one step."""
     from safetensors.torch import save_file
 
-    with replacing(Path(path), lambda name: name.startswith("adapter")) as folder:
+    with replacing(Path(path), lambda name: name in ("adapter.safetensors", "adapter_config.json")) as folder:
         tensors = {n: t.cpu().contiguous() for n, t in _adapter_tensors(pruner.model).items()}
         save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
         config = {"format": ADAPTER_FORMAT, "prune_config": pruner.config.to_dict(), "pruner": pruner.state_dict()}
@@ -209,6 +229,11 @@ def _read_adapter(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{file}: format must be {ADAPTER_FORMAT} (got {got!r})")
     if not isinstance(config.get("prune_config"), dict) or not isinstance(config.get("pruner"), dict):
         raise ValueError(f"{file}: must hold prune_config and pruner")
+    for name in ("steps", "ramp_steps"):
+        if type(config["pruner"].get(name)) is not int or config["pruner"][name] < 0:
+            raise ValueError(
+                f"{file}: pruner {name} must be a non-negative integer (got {config['pruner'].get(name)!r})"
+            )
     read_header(weights)
     return config, load_file(weights)
 
@@ -226,8 +251,14 @@ def _check_adapter(attached: nn.Module, tensors: Mapping[str, torch.Tensor], fil
 # -- replacing a folder as a whole -------------------------------------------------------------------------------
 
 
+# What `save_pretrained` writes, and weights in other forms that would contradict it; a model_card.md is not ours.
+_MODEL_FILE = re.compile(
+    r"config\.json|generation_config\.json|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
+
+
 def _is_model_file(name: str) -> bool:
-    return name in ("config.json", "generation_config.json") or name.startswith(("model", "pytorch_model"))
+    return _MODEL_FILE.fullmatch(name) is not None
 
 
 @contextmanager
@@ -236,7 +267,7 @@ def replacing(path: Path, ours: Callable[[str], bool]):
 
     Files of an old folder that are not `ours` are linked over. NotADirectoryError when `path` is a file.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))  # a link to a folder stays one: what it points to is replaced
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: is a file; expected a folder to write to")
     path.parent.mkdir(parents=True, exist_ok=True)

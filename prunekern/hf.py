@@ -36,7 +36,7 @@ class PrunekernConfig(QuantizationConfigMixin):
 
     def parsed(self) -> Plan:
         """The plan. ValueError when it is missing, malformed, or of a newer format."""
-        if not isinstance(self.format, int) or self.format > FORMAT:
+        if type(self.format) is not int or not 1 <= self.format <= FORMAT:
             raise ValueError(
                 f"config.json: quantization_config format {self.format!r} was written by prunekern "
                 f"{self.prunekern_version}; this version reads up to {FORMAT}. Upgrade prunekern"

@@ -1,0 +1,697 @@
+"""Compact models and adapters on disk: exact in a fresh process, refused when damaged, whole after a kill."""
+
+import errno
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    FAMILIES,
+    HIDDEN,
+    TASKS,
+    attached,
+    batch,
+    build,
+    difference,
+    logits,
+    names,
+    prune,
+    state,
+    unchanged,
+)
+
+import prunekern as pk
+from prunekern import checkpoint
+
+TESTS = str(Path(__file__).parent)
+
+
+def small_model(family="distilbert", task="sequence", share=0.5, **options):
+    model = build(family, task, **options)
+    prune(attached(model), share)
+    return pk.compact(model)
+
+
+def python(code, *arguments, check=True):
+    """Run code in a fresh process that sees this package and the tests' helper."""
+    code = f"import sys; sys.path.insert(0, {TESTS!r})\n" + textwrap.dedent(code)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def content(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def litter(folder):
+    return [p.name for p in Path(folder).iterdir() if p.name.startswith(".")]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    small = small_model()
+    pk.save(small, tmp_path / "m")
+    return tmp_path / "m"
+
+
+# -- there and back --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_exact(family, task, share, tmp_path):
+    small = small_model(family, task, share)
+    pk.save(small, tmp_path / "m")
+    back = pk.load(tmp_path / "m")
+    assert type(back) is type(small) and not back.training
+    want, got = small.state_dict(), back.state_dict()
+    assert want.keys() == got.keys() and all(torch.equal(got[n], t) for n, t in want.items())
+    own = dict(small.named_buffers())
+    for name, buffer in back.named_buffers():
+        if name.endswith("_index"):
+            assert torch.equal(buffer, own[name]), name
+    assert torch.equal(logits(back, batch(8)), logits(small, batch(8)))
+    assert pk.plan(back) == pk.plan(small)
+    assert not any(p.requires_grad for p in back.parameters())
+
+
+def test_fresh_process_computes_the_same(tmp_path):
+    for family in FAMILIES:
+        small = small_model(family)
+        pk.save(small, tmp_path / family)
+        torch.save(logits(small, batch(8)), tmp_path / f"{family}.pt")
+    python(
+        """
+        import torch, prunekern as pk
+        torch.set_num_threads(1)
+        for family in ("distilbert", "bert", "roberta"):
+            small = pk.load(f"{sys.argv[1]}/{family}")
+            from tiny_models import batch, logits
+            assert torch.equal(logits(small, batch(8)), torch.load(f"{sys.argv[1]}/{family}.pt")), family
+        """,
+        tmp_path,
+    )
+
+
+def test_save_load_save_load_is_bitwise(tmp_path):
+    for family in FAMILIES:
+        pk.save(small_model(family, "masked_lm"), tmp_path / "a")
+        pk.save(pk.load(tmp_path / "a"), tmp_path / "b")
+        pk.save(pk.load(tmp_path / "b"), tmp_path / "c")
+        assert content(tmp_path / "a") == content(tmp_path / "b") == content(tmp_path / "c")
+
+
+def test_ordinary_layout_and_no_pickle(saved):
+    files = set(content(saved))
+    assert files == {"config.json", "model.safetensors"}
+    assert (saved / "config.json").stat().st_mode & 0o444 == 0o444 and saved.stat().st_mode & 0o777 == 0o755
+    config = json.loads((saved / "config.json").read_text())
+    assert config["architectures"] == ["DistilBertForSequenceClassification"]
+    section = config["quantization_config"]
+    assert section["quant_method"] == "prunekern" and section["format"] == 1 and section["plan"]["layers"]
+    tensors = load_file(saved / "model.safetensors")
+    n = names("distilbert")["up"]
+    plan = pk.Plan.from_dict(section["plan"])
+    assert tensors[f"{n}.weight"].shape == (len(plan.layers[n].rows), HIDDEN)  # plain, not packed
+    assert not [t for t in tensors if "packed" in t or "index" in t]
+
+
+def test_file_shrinks_as_the_parameters_do(tmp_path):
+    sizes, counts = [], []
+    for share in (0.0, 0.5, 0.9):
+        small = small_model(share=share)
+        pk.save(small, tmp_path / str(share))
+        sizes.append((tmp_path / str(share) / "model.safetensors").stat().st_size)
+        counts.append(sum(p.numel() for p in small.parameters()))
+    header = 16_000  # names and shapes
+    for size, count in zip(sizes, counts, strict=True):
+        assert 4 * count < size < 4 * count + header
+    assert counts[0] > 1.5 * counts[1] > 2 * counts[2]
+
+
+def test_dtypes_on_disk_and_load(tmp_path):
+    small = small_model(dtype=torch.float64)
+    pk.save(small, tmp_path / "m")
+    assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.float64}
+    back = pk.load(tmp_path / "m", weights="fp32")
+    assert {p.dtype for p in back.parameters()} == {torch.float32}
+    assert difference(logits(back, batch()), logits(small, batch())) <= 1e-5
+    with pytest.raises(ValueError, match=r"load: weights must be one of \('fp32',.*\(got 'fp8'\)"):
+        pk.load(tmp_path / "m", weights="fp8")
+
+
+def test_shards(tmp_path):
+    small = small_model()
+    pk.save(small, tmp_path / "m", max_shard_size="20KB")
+    shards = sorted(p.name for p in (tmp_path / "m").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert torch.equal(logits(pk.load(tmp_path / "m"), batch()), logits(small, batch()))
+    pk.save(small, tmp_path / "m")  # in one file again: no old shard stays
+    assert set(content(tmp_path / "m")) == {"config.json", "model.safetensors"}
+    pk.save(small, tmp_path / "m", max_shard_size="20KB")
+    (tmp_path / "m" / shards[1]).unlink()
+    with pytest.raises((ValueError, OSError), match=shards[1]):
+        pk.load(tmp_path / "m")
+
+
+def test_other_files_in_the_folder_survive(saved):
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "model_card.md").write_text("card")
+    (saved / "modeling_notes.txt").write_text("notes")
+    (saved / "onnx").mkdir()
+    (saved / "onnx" / "model.onnx").write_bytes(b"x")
+    (saved / "link").symlink_to("tokenizer.json")
+    (saved / "pytorch_model.bin").write_bytes(b"stale")  # another form of the weights: must not be left beside ours
+    pk.save(small_model(share=0.8), saved)
+    own = set(content(saved))
+    assert own == {"config.json", "model.safetensors", *("tokenizer.json", "model_card.md", "modeling_notes.txt")} | {
+        "onnx/model.onnx",
+        "link",
+    }
+    assert (saved / "link").is_symlink() and (saved / "model_card.md").read_text() == "card"
+    assert not litter(saved.parent)
+
+
+def test_real_tokenizer_beside_the_model(saved):
+    from transformers import AutoTokenizer, BertTokenizer
+
+    (saved.parent / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "film"]))
+    BertTokenizer(str(saved.parent / "vocab.txt")).save_pretrained(saved)
+    pk.save(pk.load(saved), saved)
+    assert AutoTokenizer.from_pretrained(saved)("good film")["input_ids"] == [2, 5, 6, 3]
+
+
+# -- where to --------------------------------------------------------------------------------------------------
+
+
+def test_parents_are_made_and_a_file_is_refused(tmp_path):
+    small = small_model()
+    pk.save(small, tmp_path / "a" / "b" / "m")
+    assert pk.load(str(tmp_path / "a" / "b" / "m"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file: is a file; expected a folder"):
+        pk.save(small, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine" and not litter(tmp_path)
+
+
+def test_relative_path_and_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pk.save(small_model(), "m")
+    assert pk.load("m") and not litter(tmp_path)
+
+
+def test_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk" / "m").mkdir(parents=True)
+    (tmp_path / "m").symlink_to(tmp_path / "disk" / "m")
+    for share in (0.5, 0.8):
+        small = small_model(share=share)
+        pk.save(small, tmp_path / "m")
+        assert (tmp_path / "m").is_symlink() and (tmp_path / "disk" / "m" / "config.json").is_file()
+        assert torch.equal(logits(pk.load(tmp_path / "m"), batch()), logits(small, batch()))
+    assert not litter(tmp_path) and not litter(tmp_path / "disk")
+
+
+def test_without_an_atomic_exchange(saved, monkeypatch):
+    """Systems without renameat2: the old folder steps aside first."""
+    monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+    small = small_model(share=0.8)
+    pk.save(small, saved)
+    assert torch.equal(logits(pk.load(saved), batch()), logits(small, batch())) and not litter(saved.parent)
+    before = content(saved)
+    real, calls = os.rename, []
+
+    def rename(a, b):
+        calls.append(b)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "no")
+        return real(a, b)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="no"):
+        pk.save(small_model(share=0.3), saved)
+    monkeypatch.undo()
+    assert content(saved) == before and pk.load(saved)
+
+
+def test_models_that_are_not_compact_are_refused(tmp_path):
+    model = build()
+    for refused in (model, attached(model).model):
+        with pytest.raises(ValueError, match=r"save: model is not compact \(DistilBertForSequenceClassification\)"):
+            pk.save(refused, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+# -- full disk and kill ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["first file", "second file", "sync"])
+def test_full_disk_leaves_the_old_folder_and_no_litter(saved, when, monkeypatch):
+    before = content(saved)
+    other = small_model(share=0.8)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if when == "sync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        real = type(other).save_pretrained
+
+        def save_pretrained(self, folder, **kwargs):
+            if when == "second file":
+                real(self, folder, **kwargs)
+                (Path(folder) / "model.safetensors").write_bytes(b"half")
+            full()
+
+        monkeypatch.setattr(type(other), "save_pretrained", save_pretrained)
+    with pytest.raises(OSError, match="No space left"):
+        pk.save(other, saved)
+    monkeypatch.undo()
+    assert content(saved) == before and not litter(saved.parent)
+    assert pk.load(saved)
+    pk.save(other, saved)  # and the next save goes through
+    assert torch.equal(logits(pk.load(saved), batch()), logits(other, batch()))
+
+
+def test_disk_that_is_really_full(saved):
+    """A limit on the size of files, set in the child: the system itself says no in the middle of the write."""
+    before = content(saved)
+    done = python(
+        """
+        import resource, signal
+        import prunekern as pk
+        from test_checkpoint import small_model
+        other = small_model(share=0.0)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            pk.save(other, sys.argv[1])
+        except Exception as error:
+            print(type(error).__name__, error)
+            raise SystemExit(0)
+        raise SystemExit("saved all the same")
+        """,
+        saved,
+    )
+    assert "File too large" in done.stdout or "os error 27" in done.stdout
+    assert content(saved) == before and not litter(saved.parent)
+
+
+@pytest.mark.parametrize("moment", ["half written", "before the exchange", "after the exchange"])
+def test_kill_in_the_middle_leaves_a_whole_folder(saved, moment):
+    before = content(saved)
+    done = python(
+        """
+        import os, signal
+        from pathlib import Path
+        import prunekern as pk
+        from prunekern import checkpoint
+        from test_checkpoint import small_model
+        moment, other = sys.argv[2], small_model(share=0.8)
+        die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        real = type(other).save_pretrained
+        if moment == "half written":
+            def save_pretrained(self, folder, **kwargs):
+                real(self, folder, **kwargs)
+                file = Path(folder) / "model.safetensors"
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+                die()
+            type(other).save_pretrained = save_pretrained
+        elif moment == "before the exchange":
+            checkpoint._put = die
+        else:
+            put = checkpoint._put
+            checkpoint._put = lambda *a: (put(*a), die())
+        pk.save(other, sys.argv[1])
+        """,
+        saved,
+        moment,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    other = small_model(share=0.8)
+    if moment == "after the exchange":
+        assert torch.equal(logits(pk.load(saved), batch()), logits(other, batch()))
+    else:
+        assert content(saved) == before
+        assert pk.load(saved)
+    pk.save(other, saved)
+    assert torch.equal(logits(pk.load(saved), batch()), logits(other, batch()))
+
+
+def test_first_save_killed_leaves_no_folder_that_looks_complete(tmp_path):
+    done = python(
+        """
+        import os, signal
+        from test_checkpoint import small_model
+        import prunekern as pk
+        from prunekern import checkpoint
+        checkpoint._put = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        pk.save(small_model(), sys.argv[1])
+        """,
+        tmp_path / "m",
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "m").exists()
+
+
+# -- damaged and foreign ---------------------------------------------------------------------------------------
+
+
+def edit_config(folder, change):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+UP = names("distilbert", 1)["up"]
+Q = names("distilbert", 0)["q"]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1, -1000])
+def test_truncated_weights(saved, keep):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="model.safetensors: is truncated"):
+        pk.load(saved)
+
+
+def test_padded_and_malformed_weights(saved):
+    file = saved / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole + b"\0" * 8)
+    with pytest.raises(ValueError, match="model.safetensors: is truncated or padded"):
+        pk.load(saved)
+    length = struct.unpack("<Q", whole[:8])[0]
+    file.write_bytes(whole[:8] + b"{" + b"x" * (length - 1) + whole[8 + length :])
+    with pytest.raises(ValueError, match="model.safetensors: has a malformed safetensors header"):
+        pk.load(saved)
+    file.write_bytes(b"PK\3\4" + b"pickle" * 100)
+    with pytest.raises(ValueError, match="model.safetensors: is truncated or no safetensors file"):
+        pk.load(saved)
+    entries = json.dumps({"a": {"dtype": "F32", "shape": "wide", "data_offsets": [0]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(entries)) + entries)
+    with pytest.raises(ValueError, match="model.safetensors: has a malformed safetensors header"):
+        pk.load(saved)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [f"{UP}.weight", f"{UP}.bias", "classifier.weight", "distilbert.embeddings.word_embeddings.weight"]
+    + ["distilbert.transformer.layer.0.sa_layer_norm.bias"],
+)
+def test_missing_tensor(saved, tensor):
+    """Outside the blocks, too: transformers would fill a missing classifier with random numbers."""
+    edit_tensors(saved, lambda t: t.pop(tensor))
+    with pytest.raises(ValueError, match=f"tensor '{tensor}' is missing"):
+        pk.load(saved)
+
+
+@pytest.mark.parametrize("tensor", [f"{UP}.weight", f"{UP}.bias", "classifier.weight"])
+def test_tensor_of_another_shape(saved, tensor):
+    edit_tensors(saved, lambda t: t.update({tensor: t[tensor][1:].contiguous()}))
+    with pytest.raises(ValueError, match=f"tensor '{tensor}' must have shape"):
+        pk.load(saved)
+
+
+def test_foreign_tensors(saved, tmp_path):
+    edit_tensors(saved, lambda t: t.update(stranger=torch.zeros(3)))
+    with pytest.raises(ValueError, match="tensor 'stranger' is not of this model"):
+        pk.load(saved)
+    pk.save(small_model("bert"), tmp_path / "bert")
+    (saved / "model.safetensors").write_bytes((tmp_path / "bert" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="model.safetensors: tensor 'distilbert..* is missing"):
+        pk.load(saved)
+    pk.save(small_model(share=0.3), tmp_path / "other")  # the same architecture, another plan
+    (saved / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"must have shape \[.*\] by the plan \(got \["):
+        pk.load(saved)
+
+
+def test_weights_gone(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises((OSError, ValueError), match=r"model\.safetensors"):
+        pk.load(saved)
+
+
+def section(change):
+    return lambda config: change(config["quantization_config"])
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda c: c.pop("quantization_config"), "config.json: holds no prunekern plan"),
+        (
+            lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}),
+            "config.json: holds no prunekern plan",
+        ),
+        (lambda c: c.update(quantization_config=[1]), "config.json: holds no prunekern plan"),
+        (
+            section(lambda s: s.update(format=2)),
+            "format 2 was written by prunekern .*; this version reads up to 1. Upgrade",
+        ),
+        (section(lambda s: s.update(format="new")), "format 'new' was written by"),
+        (section(lambda s: s.update(format=0)), "format 0"),
+        (section(lambda s: s.pop("plan")), "config.json: quantization_config has no plan"),
+        (section(lambda s: s.update(plan="all")), "plan: must be a mapping"),
+        (section(lambda s: s["plan"]["layers"].pop(UP)), f"plan: layer '{UP}' is not in the plan"),
+        (section(lambda s: s["plan"]["layers"][UP].update(rows="zz")), f"plan: layer '{UP}': rows must be 'all' or"),
+        (
+            section(lambda s: s["plan"]["layers"][UP].update(rows="all")),
+            "do not match the channel groups|must have shape",
+        ),
+        (section(lambda s: s["plan"]["layers"][UP].update(shape=[95, 48])), f"layer '{UP}'"),
+        (lambda c: c.update(hidden_dim=80), "lin1' must be \\[80, 48\\]"),
+        (lambda c: c.update(n_layers=3), "layer.2.* is not in the plan"),
+        (lambda c: c.update(architectures=["Nonsense"]), r"architectures must name one transformers model class \(got"),
+        (lambda c: c.update(architectures=[]), "architectures must name one transformers model class"),
+        (lambda c: c.update(architectures=None), "architectures must name one transformers model class"),
+        (lambda c: c.update(architectures=["pipeline"]), "architectures must name one transformers model class"),
+        (lambda c: c.update(architectures="DistilBertModel"), "architectures must name one transformers model class"),
+        (lambda c: c.update(architectures=[["x"]]), "architectures must name one transformers model class"),
+    ],
+)
+def test_edited_config(saved, change, message):
+    edit_config(saved, change)
+    with pytest.raises(ValueError, match=message):
+        pk.load(saved)
+
+
+def test_config_that_is_no_config(saved, tmp_path):
+    file = saved / "config.json"
+    whole = file.read_bytes()
+    for text, message in (
+        (whole[: len(whole) // 2], "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b"[]", "object"),
+    ):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+            pk.load(saved)
+    file.unlink()
+    with pytest.raises(
+        FileNotFoundError, match="config.json: no such file; expected a folder written by prunekern.save"
+    ):
+        pk.load(saved)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        pk.load(tmp_path / "nowhere")
+
+
+def test_a_dense_checkpoint_is_refused(tmp_path):
+    build().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="config.json: holds no prunekern plan; this is not a compact model"):
+        pk.load(tmp_path / "dense")
+
+
+# -- adapters --------------------------------------------------------------------------------------------------
+
+
+def trained(final=False, **options):
+    model = build(seed=0)
+    pruner = attached(model, **{"sparsity": 0.4, "dropout": 0.1} | options)
+    with torch.no_grad():
+        model.classifier.weight.add_(0.3)
+    for _ in range(3):
+        pruner.step()
+    if final:
+        pruner.finalize()
+    return model, pruner
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"preset": "paper", "sparsity": 0.2}, {"targets": ["k_lin", "lin1"], "sparsity": 0.1}]
+)
+def test_adapter_round_trip(final, options, tmp_path):
+    model, pruner = trained(final, **options)
+    pk.save_adapter(pruner, tmp_path / "a")
+    assert set(content(tmp_path / "a")) == {"adapter.safetensors", "adapter_config.json"}
+    other = build(seed=0)
+    back = pk.load_adapter(other, tmp_path / "a")
+    assert back.config == pruner.config and back.steps == pruner.steps and back.finalized == pruner.finalized
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for training in (False, True):
+        torch.manual_seed(5)
+        want = logits(model.train(training), batch())
+        torch.manual_seed(5)
+        assert torch.equal(logits(other.train(training), batch()), want)  # noise and dropout included
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: p.requires_grad for n, p in other.named_parameters()} == flags
+    assert back.plan() == pruner.plan()
+
+
+def test_adapter_file_holds_what_training_changed_only(tmp_path):
+    model, pruner = trained()
+    pk.save_adapter(pruner, tmp_path / "a")
+    stored = load_file(tmp_path / "a" / "adapter.safetensors")
+    assert not [n for n in stored if n.endswith("_lin.weight") or "embedding" in n or "layer_norm" in n]
+    assert {"classifier.weight", "pre_classifier.bias"} <= set(stored)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} <= set(stored)
+
+
+def test_adapter_of_a_resumed_pruner_goes_on_alike(tmp_path):
+    model, pruner = trained()
+    pk.save_adapter(pruner, tmp_path / "a")
+    back = pk.load_adapter(build(seed=0), tmp_path / "a")
+    for p in (pruner, back):
+        p.step()
+    a, b = (torch.cat([m.noise for m in p.masks.values()]) for p in (pruner, back))
+    assert torch.equal(a, b)
+
+
+def refused(folder, message, error=ValueError, model=None):
+    """load_adapter raises, and the model is as it was."""
+    model = build(seed=0) if model is None else model
+    before, modules = state(model), dict(model.named_modules())
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(error, match=message):
+        pk.load_adapter(model, folder)
+    unchanged(model, before)
+    assert dict(model.named_modules()) == modules
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    pk.save_adapter(trained()[1], tmp_path / "a")
+    return tmp_path / "a"
+
+
+def test_adapter_that_does_not_fit(adapter):
+    refused(adapter, "tensor '.*' is (missing|not of this model)", model=build("bert"))
+    refused(adapter, r"tensor 'distilbert.transformer.layer.0.ffn.lin1.*' must have shape", model=build(hidden_dim=80))
+    refused(adapter, r"layer\.2\..*' is missing", model=build(layers=3))
+    refused(adapter, r"tensor 'classifier\..*' must have shape", model=build(num_labels=5))
+    refused(adapter, "model is attached already", model=trained()[0])
+
+
+def edit_adapter(folder, change):
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda c: c.update(format=2), r"adapter_config.json: format must be 1 \(got 2\)"),
+        (lambda c: c.pop("format"), r"format must be 1 \(got None\)"),
+        (lambda c: c.pop("pruner"), "must hold prune_config and pruner"),
+        (lambda c: c.update(prune_config=3), "must hold prune_config and pruner"),
+        (lambda c: c["prune_config"].update(rank=0), "PruneConfig: rank must be an integer of at least 1"),
+        (lambda c: c["prune_config"].update(strange=0), "PruneConfig: unknown field 'strange'"),
+        (lambda c: c["prune_config"].update(rank=2), r"must have shape \[2, 48\] for this model \(got \[4, 48\]\)"),
+        (lambda c: c["pruner"].pop("steps"), "adapter_config.json: .*steps"),
+        (lambda c: c["pruner"].update(steps="many"), "adapter_config.json: .*steps"),
+    ],
+)
+def test_edited_adapter_config(adapter, change, message):
+    edit_adapter(adapter, change)
+    refused(adapter, message)
+
+
+def test_damaged_adapter_files(adapter):
+    weights, config = adapter / "adapter.safetensors", adapter / "adapter_config.json"
+    whole, text = weights.read_bytes(), config.read_bytes()
+    weights.write_bytes(whole[:-10])
+    refused(adapter, "adapter.safetensors: is truncated")
+    tensors = {n: t for n, t in load_file_of(whole, adapter).items() if n != f"{Q}.A"}
+    save_file(tensors, weights)
+    refused(adapter, f"tensor '{Q}.A' is missing")
+    save_file({**load_file_of(whole, adapter), "stranger": torch.zeros(1)}, weights)
+    refused(adapter, "tensor 'stranger' is not of this model")
+    weights.write_bytes(whole)
+    config.write_bytes(text[:50])
+    refused(adapter, "adapter_config.json: is not valid JSON")
+    config.write_text("[]")
+    refused(adapter, "adapter_config.json: format must be 1")
+    config.unlink()
+    refused(adapter, "adapter_config.json: no such file", FileNotFoundError)
+    config.write_bytes(text)
+    weights.unlink()
+    refused(adapter, "adapter.safetensors: no such file", FileNotFoundError)
+
+
+def load_file_of(data, folder):
+    file = folder / "whole.safetensors"
+    file.write_bytes(data)
+    return load_file(file)
+
+
+def test_adapter_save_failing_keeps_the_old_one(adapter, monkeypatch):
+    before = content(adapter)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        pk.save_adapter(trained(final=True)[1], adapter)
+    monkeypatch.undo()
+    assert content(adapter) == before and not litter(adapter.parent)
+
+
+def test_adapter_leaves_other_files_of_the_folder(adapter):
+    (adapter / "adapter_notes.md").write_text("mine")
+    (adapter / "optimizer.pt").write_bytes(b"x")
+    pk.save_adapter(trained()[1], adapter)
+    assert set(content(adapter)) == {"adapter.safetensors", "adapter_config.json", "adapter_notes.md", "optimizer.pt"}
+
+
+def test_load_base_rebuilds_the_dense_model_of_an_adapter(tmp_path):
+    """The head's size comes from the adapter, not from the base checkpoint."""
+    build("distilbert", "base").save_pretrained(tmp_path / "base")
+    model, pruner = trained()
+    with torch.no_grad():  # the base the adapter was trained on
+        model.distilbert.embeddings.load_state_dict(build("distilbert", "base").embeddings.state_dict())
+    pk.save_adapter(pruner, tmp_path / "a")
+    dense = checkpoint.load_base(tmp_path / "base", tmp_path / "a")
+    assert type(dense) is type(model) and dense.config.num_labels == 3
+    back = pk.load_adapter(dense, tmp_path / "a")
+    assert back.plan() == pruner.plan()
+    edit_adapter(tmp_path / "a", lambda c: c.update(architecture="os.system"))
+    with pytest.raises(ValueError, match=r"architecture must name a transformers model \(got 'os.system'\)"):
+        checkpoint.load_base(tmp_path / "base", tmp_path / "a")
