@@ -13,9 +13,7 @@ except ImportError as error:  # no compiler at install time, or a library of the
 else:
     _reason = ""
 
-_REMEDY = (
-    "install a C++17 compiler (apt-get install g++), then: pip install --force-reinstall --no-deps prunekern"
-)
+_REMEDY = "install a C++17 compiler (apt-get install g++), then: pip install --force-reinstall --no-deps prunekern"
 
 
 def available() -> bool:
