@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .attach import BF16_REASON, bf16_matmul_crashes
-from .checkpoint import load_adapter_state, save_adapter
+from .checkpoint import load_adapter_state, read_header, save_adapter
 from .pruner import Pruner
 
 
@@ -131,7 +131,9 @@ def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
         if number and state.is_file():
             try:
                 json.loads(state.read_text())
-            except ValueError:
+                json.loads((path / "adapter_config.json").read_text())
+                read_header(path / "adapter.safetensors")
+            except (ValueError, OSError):
                 continue
             found.append((int(number[1]), path))
     return max(found)[1] if found else None
