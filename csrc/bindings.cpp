@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "eager_call.h"
 #include "prunekern/prunekern.h"
 
 namespace py = pybind11;
@@ -81,4 +82,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_weight", &pack_weight, "weight [n, k] (any strides) -> packed [ceil(n / w), k, w].");
   m.def("unpack_weight", &unpack_weight, "packed [ceil(n / w), k, w] -> weight [n, k], contiguous.");
   m.def("compact_linear", &compact_linear, "See prunekern/prunekern.h, LinearCall; arguments in this order.");
+  m.def(
+      "run_peak", [](std::int64_t steps) { return prunekern::run_peak(prunekern::active_isa(), steps); },
+      "Runs multiply-adds that touch no memory; returns their flops, to be divided by their time.");
+  if (!prunekern::add_eager_call(m.ptr())) throw py::error_already_set();
 }

@@ -121,4 +121,6 @@ const Kernels& kernels(Isa isa) {
   return kGenericKernels;
 }
 
+std::int64_t run_peak(Isa isa, std::int64_t steps) { return kernels(isa).peak(steps); }
+
 }  // namespace prunekern

@@ -51,6 +51,8 @@ struct EpilogueArgs {
 using TileFn = void (*)(const TileArgs&);
 using EpilogueFn = void (*)(const EpilogueArgs&);
 
+using PeakFn = std::int64_t (*)(std::int64_t steps);
+
 constexpr int kMaxRows = 14;
 constexpr int kMaxWidth = 32;
 constexpr int kActivations = 5;
@@ -61,6 +63,7 @@ struct Kernels {
   int rows;                           // most rows of a tile
   TileFn tile[kMaxRows + 1];          // by rows, from 1
   TileFn half_tile[kMaxRows + 1];     // the same for a panel with nothing in its second vector
+  PeakFn peak;                        // multiply-adds and nothing else; returns how many flops that was
   EpilogueFn epilogue[kActivations];  // by Activation
 };
 

@@ -18,6 +18,8 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
 _WIDTH = _native.core().panel_width() if _native.available() else 0  # columns of a panel; 0: no C++ core
 _run = _native.core().compact_linear if _WIDTH else None
+# The whole eager call in one C function (csrc/eager_call.cpp); None without the core or with torch < 2.10.
+_EAGER = _native.core().call if _WIDTH and _native.core().use_tensor_types(Tensor, torch.nn.Parameter) else None
 
 
 def compact_linear(
@@ -50,10 +52,10 @@ def compact_linear(
     Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
     Raises ValueError (shapes, indices, devices, activation) or TypeError (dtypes), naming the argument.
     """
-    if not _is_compiling() and type(x) is Tensor:
-        call = getattr(packed, "_prunekern_call", None)
-        if call is not None and call.is_of(packed, bias, in_index, out_index, n_out, activation):
-            y = call(x, packed, residual)
+    if _EAGER and not _is_tracing() and not _dispatch_modes() and _functorch_level() is None and _jit_trace() is None:
+        if not _grad_enabled() or not _needs_grad(x, packed, bias, residual):
+            number = _NUMBER.get(activation, -1)
+            y = _EAGER(x, packed, bias, in_index, out_index, n_out, number, residual, _threads())
             if y is not None:
                 return y
     if n_out is None:
@@ -99,7 +101,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     _checks.shape("pack_weight", "weight", weight, (None, None))
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise TypeError(f"pack_weight: weight must be float32 on cpu (got {weight.dtype} on {weight.device})")
-    weight = weight.detach()
+    weight = weight.detach().resolve_neg()
     n, k = weight.shape
     width = core.panel_width()
     packed = _empty_panels(-(-n // width), k, width)
@@ -150,12 +152,26 @@ def _activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
 def _plain_eager(x: Tensor) -> bool:
     """Whether nothing (a tracer, a subclass, a dispatch mode, functorch) wants to see the op itself."""
     return (
-        not _is_compiling()
+        not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not _dispatch_modes()
         and _functorch_level() is None
         and _jit_trace() is None
     )
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+# What an eager call asks every time, looked up once: an attribute of torch costs as much as the question. Tracing
+# with fake tensors is noticed by their type, in the C++ core.
+_is_tracing = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_jit_trace = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_threads = torch.get_num_threads
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -234,6 +250,7 @@ def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, resid
 
 def _rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     """tensor [..., n] as rows: (tensor, address, row stride), copied only where no single stride describes them."""
+    tensor = tensor.resolve_neg()
     if tensor.dim() == 2:
         if tensor.stride(1) != 1 or tensor.stride(0) < 0:
             tensor = tensor.contiguous()
@@ -251,7 +268,7 @@ def _run_packed(x, packed, bias, in_index, out_index, n_out, activation, residua
         return y
     kept_x, x_address, x_stride = _rows(x)  # kept: the address is worth nothing without its tensor
     kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else _rows(residual)
-    tensors = [None if t is None else t.contiguous() for t in (packed, bias, in_index, out_index)]
+    tensors = [None if t is None else t.resolve_neg().contiguous() for t in (packed, bias, in_index, out_index)]
     packed_address, bias_address, in_address, out_address = (0 if t is None else t.data_ptr() for t in tensors)
     n = n_out if out_index is None else out_index.numel()
     _run(
@@ -259,104 +276,7 @@ def _run_packed(x, packed, bias, in_index, out_index, n_out, activation, residua
         in_address, out_address, n_out, _NUMBER[activation], residual_address, residual_stride, y.data_ptr(),
         n_out, torch.get_num_threads(),
     )  # fmt: skip
-    if type(packed) is Tensor and all(a is b for a, b in zip(tensors[1:], (bias, in_index, out_index), strict=True)):
-        packed._prunekern_call = _Call(packed, bias, in_index, out_index, n_out, activation)
     return y
-
-
-# What an ordinary call asks every time, looked up once: an attribute of torch costs as much as the question.
-_is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_jit_trace = torch._C._get_tracing_state
-_grad_enabled = torch.is_grad_enabled
-_threads = torch.get_num_threads
-_f32 = torch.float32
-
-
-class _Call:
-    """A packed weight and the arguments it was last called with, checked once; it hangs on the packed tensor.
-
-    The dispatcher costs 20 us through Python and the checks another 5, against 60 us for a whole layer at one row.
-    Here a tensor has passed when it is the same object at the same address. An address cannot come to mean
-    something else meanwhile, because `alive` shares its storage. Values of indices are not trusted: the C++ core
-    checks them on every call.
-    """
-
-    __slots__ = (
-        "bias", "in_index", "out_index", "n_out", "activation", "number", "n", "k", "alive", "packed_address",
-        "bias_address", "in_address", "out_address",
-    )  # fmt: skip
-
-    def __init__(self, packed, bias, in_index, out_index, n_out, activation):
-        self.bias, self.in_index, self.out_index = bias, in_index, out_index
-        self.n_out, self.activation, self.number = n_out, activation, _NUMBER[activation]
-        self.n = n_out if out_index is None else out_index.numel()
-        self.k = packed.shape[1]
-        self.alive = [None if t is None else t.detach() for t in (packed, bias, in_index, out_index)]
-        self.packed_address, self.bias_address, self.in_address, self.out_address = (
-            0 if t is None else t.data_ptr() for t in self.alive
-        )
-
-    def is_of(self, packed, bias, in_index, out_index, n_out, activation) -> bool:
-        """Whether these are the arguments that were checked."""
-        return (
-            self.bias is bias
-            and self.in_index is in_index
-            and self.out_index is out_index
-            and self.n_out == n_out
-            and self.activation == activation
-            and self.packed_address == packed.data_ptr()
-            and (bias is None or self.bias_address == bias.data_ptr())
-            and (in_index is None or self.in_address == in_index.data_ptr())
-            and (out_index is None or self.out_address == out_index.data_ptr())
-        )
-
-    def __call__(self, x: Tensor, packed: Tensor, residual: Tensor | None) -> Tensor | None:
-        """y; or None for whatever is not ordinary: the checked path then runs it, or says what is wrong."""
-        if x.dtype is not _f32 or not x.is_cpu or not x.is_contiguous():
-            return None
-        if _dispatch_modes() or _functorch_level() is not None or _jit_trace() is not None:
-            return None
-        if _grad_enabled() and (
-            x.requires_grad
-            or packed.requires_grad
-            or (self.bias is not None and self.bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        ):
-            return None
-        n_out, shape = self.n_out, x.shape
-        if len(shape) == 2:  # new_empty parses separate sizes in half the time of a tuple
-            m, width = shape
-            y = x.new_empty(m, n_out)
-        elif len(shape) == 3:
-            batch, rows, width = shape
-            m = batch * rows
-            y = x.new_empty(batch, rows, n_out)
-        else:
-            return None
-        if m == 0 or (self.in_index is None and width != self.k):
-            return None
-        residual_address = 0
-        if residual is not None:
-            if residual.dtype is not _f32 or not residual.is_cpu or residual.shape != y.shape:
-                return None
-            if not residual.is_contiguous():
-                return None
-            residual_address = residual.data_ptr()
-        _run(
-            x.data_ptr(), m, width, width, self.packed_address, self.n, self.k, self.bias_address,
-            self.in_address, self.out_address, n_out, self.number, residual_address, n_out, y.data_ptr(), n_out,
-            _threads(),
-        )  # fmt: skip
-        return y
-
-    def __deepcopy__(self, memo):
-        """A copied packed tensor lies elsewhere: it starts without one."""
-        return None
-
-    def __reduce__(self):
-        return (type(None), ())
 
 
 # --- registration -----------------------------------------------------------------------------------------------

@@ -363,8 +363,36 @@ def test_dispatch_modes_and_transforms_see_the_op():
 
 
 @native
-def test_a_call_checked_once_notices_new_arguments():
-    """The short way trusts a tensor only while it is the same object at the same address."""
+def test_the_short_way_is_taken():
+    """An ordinary call never reaches the checked path (20 times slower); what only looks ordinary does."""
+    module = sys.modules[compact_linear.__module__]
+    if module._EAGER is None:
+        pytest.skip("torch < 2.10 has no DLPack exchange ABI: every call is checked in Python")
+    packed, x, bias, index = pack_weight(torch.randn(40, 12)), torch.randn(2, 3, 12), torch.randn(40), kept(40, 90)
+    ordinary = (packed, bias, None, index, 90, 2, torch.randn(2, 3, 90), 1)
+    for taken in (x, torch.randn(5, 12), torch.randn(12)[None], torch.randn(2, 3, 20)[..., 4:16], x[:, :1]):
+        rest = (*ordinary[:6], torch.randn(*taken.shape[:-1], 90), 1)
+        assert module._EAGER(taken, *rest) is not None
+    for left in (x.double(), x.to("meta"), x.mT.contiguous().mT, torch._neg_view(x), x[:0], x[..., :11], None, 3):
+        assert module._EAGER(left, *ordinary) is None
+
+
+@native
+def test_negative_bit():
+    """torch keeps the sign of x.conj().imag aside: whoever reads its memory must not take it for its value."""
+    x, weight, bias = torch.randn(3, 12), torch.randn(40, 12), torch.randn(40)
+    packed = pack_weight(weight)
+    y, bound = naive(-x, weight, -bias, None, None, 40, "none", -torch.ones(3, 40))
+    minus = torch._neg_view
+    assert_close(
+        compact_linear(minus(x), packed, minus(bias), None, None, 40, "none", minus(torch.ones(3, 40))), y, bound
+    )
+    assert torch.equal(unpack_weight(pack_weight(minus(weight)), 40), -weight)
+
+
+@native
+def test_an_ordinary_call_notices_new_arguments():
+    """Nothing is remembered from one call to the next."""
     weight, bias, out_index, x = torch.randn(40, 12), torch.randn(40), kept(40, 90), torch.randn(3, 12)
     packed = pack_weight(weight)
     compact_linear(x, packed, bias, None, out_index, 90)
@@ -500,7 +528,7 @@ except RuntimeError as error:
 
 @native
 def test_eager_overhead():
-    """Design: under 3 us over the C++ call. Asserted at 8 us: shared machines; the figure is in bench/layers.py."""
+    """Design: under 3 us over the C++ call. Asserted at 8 us: shared machines; bench/layers.py has the figure."""
     x, packed, bias = torch.randn(1, 8), pack_weight(torch.randn(32, 8)), torch.randn(32)
     y = torch.empty(1, 32)
     raw = (x.data_ptr(), 1, 8, 8, packed.data_ptr(), 32, 8, bias.data_ptr(), 0, 0, 32, 0, 0, 0, y.data_ptr(), 32, 1)
