@@ -326,6 +326,17 @@ def test_norm_follows_every_change(change, norm_grad):
     close(layer(x), want, layer.weight.dtype)
 
 
+@pytest.mark.parametrize("norm_grad", ["detached", "full"])
+def test_copy_of_a_layer_whose_norm_is_stale(norm_grad):
+    """A copy's versions start anew, and may be those the old norm was computed at."""
+    layer = MaskedDoRALinear(*dense(), rank=4, norm_grad=norm_grad).eval()
+    x = torch.randn(5, K)
+    for name in ("B", "weight"):
+        in_place(name)(layer)
+        twin = copy.deepcopy(layer)
+        close(twin(x), definition(layer, x), torch.float32)
+
+
 def test_norm_follows_functional_call():
     """Temporary parameters stand at the same address call after call, at the same version."""
     layer = trained().eval()
