@@ -20,8 +20,8 @@ _WHERE = {
     "compact": "compact",
     "save": "checkpoint",
     "load": "checkpoint",
-    "save_adapter": "checkpoint",
-    "load_adapter": "checkpoint",
+    "save_adapter": "adapter",
+    "load_adapter": "adapter",
     "PruneTrainer": "trainer",
     "info": "info",
 }

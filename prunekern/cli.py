@@ -127,7 +127,8 @@ def compact(
     out: Annotated[Path, typer.Argument(help="Folder for the compact model.")],
 ) -> None:
     """Merge a trained adapter into its base model and remove what its masks prune."""
-    from .checkpoint import load_adapter, load_base, save
+    from .adapter import load_adapter, load_base
+    from .checkpoint import save
     from .compact import compact as make_compact
     from .demo.models import MODEL_NAMES, demo_model
 

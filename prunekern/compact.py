@@ -43,19 +43,6 @@ def _merged(module: nn.Module, kept: LayerPlan) -> tuple[Tensor, Tensor | None]:
     return weight, None if module.bias is None else module.bias.index_select(0, rows)
 
 
-def skeleton(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None) -> None:
-    """Give a dense model the compact structure of `plan`, in place, weights unset (on the meta device)."""
-
-    def make(name: str, in_index, out_index, out_features: int, activation: str) -> CompactLinear:
-        layer, dense = plan.layers[name], model.get_submodule(name).weight
-        options = {"dtype": dense.dtype if dtype is None else dtype, "device": "meta"}
-        weight = torch.empty(layer.rows.numel(), layer.cols.numel(), **options)
-        bias = torch.empty(layer.rows.numel(), **options) if layer.bias else None
-        return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
-
-    families.of(model).rebuild(model, plan, make)
-
-
 def mark(model: nn.Module, plan: Plan) -> nn.Module:
     """Write the plan into the model's config, so that every `save_pretrained` carries it."""
     from .hf import PrunekernConfig

@@ -10,7 +10,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import families
+from .nn import CompactLinear
 from .plan import Plan, check
+from .tensors import check_tensors
 
 METHOD = "prunekern"
 FORMAT = 1
@@ -51,9 +53,6 @@ class PrunekernQuantizer(HfQuantizer):
     """Rebuilds the blocks compact on the skeleton transformers has made, then checks what the files hold."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs):
-        from .checkpoint import check_tensors
-        from .compact import skeleton
-
         # transformers builds on the meta device: indices are real all the same, only weights have no storage yet.
         with torch.device("cpu"):
             plan = _named_for(model, self.quantization_config.parsed())
@@ -84,6 +83,19 @@ class PrunekernQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def skeleton(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None) -> None:
+    """Give a dense model the compact structure of `plan`, in place, weights unset (on the meta device)."""
+
+    def make(name: str, in_index, out_index, out_features: int, activation: str) -> CompactLinear:
+        layer, dense = plan.layers[name], model.get_submodule(name).weight
+        options = {"dtype": dense.dtype if dtype is None else dtype, "device": "meta"}
+        weight = torch.empty(layer.rows.numel(), layer.cols.numel(), **options)
+        bias = torch.empty(layer.rows.numel(), **options) if layer.bias else None
+        return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
+
+    families.of(model).rebuild(model, plan, make)
 
 
 def _named_for(model: nn.Module, plan: Plan) -> Plan:

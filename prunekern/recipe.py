@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .adapter import save_adapter
 from .attach import attach
-from .checkpoint import save, save_adapter
+from .checkpoint import save
 from .compact import compact
 from .config import PruneConfig
 from .pruner import Pruner

@@ -12,8 +12,9 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .attach import BF16_REASON, bf16_matmul_crashes
-from .checkpoint import load_adapter_state, read_header, save_adapter
+from .adapter import load_adapter_state, save_adapter
 from .pruner import Pruner
+from .tensors import read_header
 
 
 class PruneTrainer(Trainer):

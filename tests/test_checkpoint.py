@@ -29,7 +29,8 @@ from tiny_models import (
 )
 
 import prunekern as pk
-from prunekern import checkpoint
+from prunekern import folders
+from prunekern.adapter import load_base
 
 TESTS = str(Path(__file__).parent)
 
@@ -224,7 +225,7 @@ def test_link_to_a_folder_stays_a_link(tmp_path):
 
 def test_without_an_atomic_exchange(saved, monkeypatch):
     """Systems without renameat2: the old folder steps aside first."""
-    monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
     small = small_model(share=0.8)
     pk.save(small, saved)
     assert torch.equal(logits(pk.load(saved), batch()), logits(small, batch())) and not litter(saved.parent)
@@ -316,7 +317,7 @@ def test_kill_in_the_middle_leaves_a_whole_folder(saved, moment):
         import os, signal
         from pathlib import Path
         import prunekern as pk
-        from prunekern import checkpoint
+        from prunekern import folders
         from test_checkpoint import small_model
         moment, other = sys.argv[2], small_model(share=0.8)
         die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
@@ -329,10 +330,10 @@ def test_kill_in_the_middle_leaves_a_whole_folder(saved, moment):
                 die()
             type(other).save_pretrained = save_pretrained
         elif moment == "before the exchange":
-            checkpoint._put = die
+            folders._put = die
         else:
-            put = checkpoint._put
-            checkpoint._put = lambda *a: (put(*a), die())
+            put = folders._put
+            folders._put = lambda *a: (put(*a), die())
         pk.save(other, sys.argv[1])
         """,
         saved,
@@ -356,8 +357,8 @@ def test_first_save_killed_leaves_no_folder_that_looks_complete(tmp_path):
         import os, signal
         from test_checkpoint import small_model
         import prunekern as pk
-        from prunekern import checkpoint
-        checkpoint._put = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        from prunekern import folders
+        folders._put = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         pk.save(small_model(), sys.argv[1])
         """,
         tmp_path / "m",
@@ -688,10 +689,10 @@ def test_load_base_rebuilds_the_dense_model_of_an_adapter(tmp_path):
     with torch.no_grad():  # the base the adapter was trained on
         model.distilbert.embeddings.load_state_dict(build("distilbert", "base").embeddings.state_dict())
     pk.save_adapter(pruner, tmp_path / "a")
-    dense = checkpoint.load_base(tmp_path / "base", tmp_path / "a")
+    dense = load_base(tmp_path / "base", tmp_path / "a")
     assert type(dense) is type(model) and dense.config.num_labels == 3
     back = pk.load_adapter(dense, tmp_path / "a")
     assert back.plan() == pruner.plan()
     edit_adapter(tmp_path / "a", lambda c: c.update(architecture="os.system"))
     with pytest.raises(ValueError, match=r"architecture must name a transformers model \(got 'os.system'\)"):
-        checkpoint.load_base(tmp_path / "base", tmp_path / "a")
+        load_base(tmp_path / "base", tmp_path / "a")

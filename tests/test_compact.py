@@ -20,7 +20,7 @@ from tiny_models import (
 )
 
 import prunekern as pk
-from prunekern.compact import skeleton
+from prunekern.hf import skeleton
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,120 @@
+"""What training changed, on disk: adapters, magnitudes, masks and the task head, without the frozen weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .attach import attach
+from .config import PruneConfig
+from .folders import replacing
+from .nn import MaskedDoRALinear
+from .tensors import read_header
+
+ADAPTER_FORMAT = 1
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything training changes: adapters, magnitudes, logits, thresholds, final flags, the task head."""
+    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedDoRALinear):
+            own = {"A": module.A, "B": module.B, "magnitude": module.magnitude}
+            if module.mask is not None:
+                own |= {f"mask.{k}": v for k, v in module.mask.state_dict().items()}
+            tensors |= {f"{name}.{k}": v for k, v in own.items()}
+    return {n: t.detach() for n, t in tensors.items()}
+
+
+def save_adapter(pruner, path: str | os.PathLike) -> None:
+    """Write what training changed (not the frozen weights) to the folder `path`, replaced in one step."""
+    from safetensors.torch import save_file
+
+    with replacing(Path(path), lambda name: name in ("adapter.safetensors", "adapter_config.json")) as folder:
+        tensors = {n: t.cpu().contiguous() for n, t in _adapter_tensors(pruner.model).items()}
+        save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
+        config = {"format": ADAPTER_FORMAT, "prune_config": pruner.config.to_dict(), "pruner": pruner.state_dict()}
+        # What `prunekern compact BASE ADAPTER OUT` needs to rebuild the model: its class, and its head's size.
+        config["base_model"] = getattr(pruner.model.config, "_name_or_path", "") or None
+        config["architecture"] = type(pruner.model).__name__
+        config["model_config"] = pruner.model.config.to_diff_dict()
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike):
+    """Attach the adapter in the folder `path` to its dense base model, in place; returns the `Pruner`.
+
+    ValueError when the adapter is of another format, or does not fit the model (the first tensor that is missing,
+    unknown or of another shape is named); the model is then left as it was.
+    """
+
+    config, tensors = _read_adapter(Path(path))
+    prune_config = PruneConfig.from_dict(config["prune_config"])
+    # Tried on a copy without storage first, so that a refusal leaves the model as it was.
+    trial = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()})
+    attach(trial, prune_config)
+    _check_adapter(trial, tensors, Path(path))
+    pruner = attach(model, prune_config)
+    model.load_state_dict(tensors, strict=False)
+    pruner.load_state_dict(config["pruner"])
+    return pruner
+
+
+def load_base(base: str | os.PathLike, adapter: str | os.PathLike) -> nn.Module:
+    """The dense model an adapter was trained on, with the task head's shape: class and config as the adapter says."""
+    import transformers
+
+    config, _ = _read_adapter(Path(adapter))
+    cls = getattr(transformers, str(config.get("architecture")), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(f"{adapter}: architecture must name a transformers model (got {config.get('architecture')!r})")
+    return cls.from_pretrained(base, config=cls.config_class.from_dict(config["model_config"]))
+
+
+def load_adapter_state(pruner, path: str | os.PathLike) -> None:
+    """Take an adapter written by `save_adapter` into a model that is attached already. ValueError as `load_adapter`."""
+    config, tensors = _read_adapter(Path(path))
+    _check_adapter(pruner.model, tensors, Path(path))
+    pruner.model.load_state_dict(tensors, strict=False)
+    pruner.load_state_dict(config["pruner"])
+
+
+def _read_adapter(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    from safetensors.torch import load_file
+
+    file, weights = path / "adapter_config.json", path / "adapter.safetensors"
+    for needed in (file, weights):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed}: no such file; expected a folder written by prunekern.save_adapter")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: is not valid JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("format") != ADAPTER_FORMAT:
+        got = config.get("format") if isinstance(config, dict) else config
+        raise ValueError(f"{file}: format must be {ADAPTER_FORMAT} (got {got!r})")
+    if not isinstance(config.get("prune_config"), dict) or not isinstance(config.get("pruner"), dict):
+        raise ValueError(f"{file}: must hold prune_config and pruner")
+    for name in ("steps", "ramp_steps"):
+        if type(config["pruner"].get(name)) is not int or config["pruner"][name] < 0:
+            raise ValueError(
+                f"{file}: pruner {name} must be a non-negative integer (got {config['pruner'].get(name)!r})"
+            )
+    read_header(weights)
+    return config, load_file(weights)
+
+
+def _check_adapter(attached: nn.Module, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    wanted = {n: tuple(t.shape) for n, t in _adapter_tensors(attached).items()}
+    for name in sorted(set(wanted) ^ set(tensors)):
+        raise ValueError(f"{file}: tensor {name!r} is {'missing' if name in wanted else 'not of this model'}")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            got = list(tensors[name].shape)
+            raise ValueError(f"{file}: tensor {name!r} must have shape {list(shape)} for this model (got {got})")
