@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback
 
-from .attach import BF16_REASON, bf16_matmul_crashes
 from .adapter import load_adapter_state, save_adapter
+from .attach import BF16_REASON, bf16_matmul_crashes
 from .pruner import Pruner
 from .tensors import read_header
 
