@@ -36,9 +36,9 @@ def plot(report: dict, plan, path: Path) -> None:
     for i, (kind, shares) in enumerate(kept.items()):
         at = [block + (i - (len(kept) - 1) / 2) * width for block in range(blocks)]
         left.bar(at, [100 * s for s in shares], width, label=kind, color=COLOURS[kind])
-    left.set(xlabel="block", ylabel="kept channels, %", ylim=(0, 100), xticks=range(blocks))
+    left.set(xlabel="block", ylabel="kept channels, %", ylim=(0, 115), yticks=range(0, 101, 20), xticks=range(blocks))
     left.set_title(f"kept channels ({100 * report['trained']['sparsity']:.1f} % of block parameters removed)")
-    left.legend(ncols=len(kept), fontsize=8, loc="lower center")
+    left.legend(ncols=len(kept), fontsize=8, loc="upper center")
     shapes = list(report["latency"])
     for i, (name, colour) in enumerate((("dense", "#999999"), ("compact", "#0072B2"))):
         values = [1e3 * report["latency"][s][name] for s in shapes]
