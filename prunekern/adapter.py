@@ -67,14 +67,30 @@ def load_adapter(model: nn.Module, path: str | os.PathLike):
 
 
 def load_base(base: str | os.PathLike, adapter: str | os.PathLike) -> nn.Module:
-    """The dense model an adapter was trained on, with the task head's shape: class and config as the adapter says."""
+    """The dense model an adapter was trained on, with the task head's shape: class and config as the adapter says.
+
+    ValueError when `base` is another model: a tensor that neither it nor the adapter holds, or of another shape.
+    """
     import transformers
 
-    config, _ = _read_adapter(Path(adapter))
+    config, tensors = _read_adapter(Path(adapter))
     cls = getattr(transformers, str(config.get("architecture")), None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{adapter}: architecture must name a transformers model (got {config.get('architecture')!r})")
-    return cls.from_pretrained(base, config=cls.config_class.from_dict(config["model_config"]))
+    model, info = cls.from_pretrained(
+        base,
+        config=cls.config_class.from_dict(config["model_config"]),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in `info`
+    )
+    # transformers fills what is missing with random numbers; only what the adapter brings itself may be missing.
+    for name in sorted(set(info["missing_keys"]) - set(tensors)):
+        raise ValueError(f"{base}: has no tensor {name!r}; the adapter in {adapter} was trained on another base model")
+    for name, got, wanted in sorted(m for m in info["mismatched_keys"] if m[0] not in tensors):
+        raise ValueError(
+            f"{base}: tensor {name!r} must have shape {list(wanted)} for the adapter in {adapter} (got {list(got)})"
+        )
+    return model
 
 
 def load_adapter_state(pruner, path: str | os.PathLike) -> None:

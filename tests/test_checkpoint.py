@@ -696,3 +696,18 @@ def test_load_base_rebuilds_the_dense_model_of_an_adapter(tmp_path):
     edit_adapter(tmp_path / "a", lambda c: c.update(architecture="os.system"))
     with pytest.raises(ValueError, match=r"architecture must name a transformers model \(got 'os.system'\)"):
         load_base(tmp_path / "base", tmp_path / "a")
+
+
+def test_load_base_refuses_another_base_model(tmp_path):
+    _, pruner = trained()
+    pk.save_adapter(pruner, tmp_path / "a")
+    build("bert", "base").save_pretrained(tmp_path / "bert")
+    with pytest.raises(
+        ValueError, match=r"has no tensor 'distilbert\..*; the adapter in .* was trained on another base"
+    ):
+        load_base(tmp_path / "bert", tmp_path / "a")
+    wide = build("distilbert", "base")
+    wide.resize_token_embeddings(77)
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"tensor 'distilbert.embeddings.*' must have shape \[50, .*\(got \[77, "):
+        load_base(tmp_path / "wide", tmp_path / "a")

@@ -179,6 +179,5 @@ def _index(name: str, index, length: int, size: int | None, device: torch.device
     if index.is_meta:
         raise ValueError(f"CompactLinear: {name} must hold values (got a meta tensor)")
     _checks.shape("CompactLinear", name, index, (length,))
-    bound = 2**62 if size is None else size
-    _checks.kept_index("CompactLinear", name, index, bound)
+    _checks.kept_index("CompactLinear", name, index, size)
     return index.detach().to(device)

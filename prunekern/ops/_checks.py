@@ -30,20 +30,26 @@ def same_device(op: str, first: str, device: torch.device, **others: torch.Tenso
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}; all must share a device")
 
 
-def kept_index(op: str, name: str, index: torch.Tensor, size: int) -> None:
-    """Raises unless `index` holds kept channels: int64, 1-D, strictly ascending, within [0, size)."""
+def kept_index(op: str, name: str, index: torch.Tensor, size: int | None) -> None:
+    """Raises unless `index` holds kept channels: int64, 1-D, strictly ascending, within [0, size).
+
+    size None: of how many channels is not known yet.
+    """
     if index.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64 (got {index.dtype})")
     if index.dim() != 1:
         raise ValueError(f"{op}: {name} must be 1-D (got shape {list(index.shape)})")
     if index.numel() == 0 or index.is_meta:
         return
-    bad = (index < 0) | (index >= size)
+    bad = index < 0
+    if size is not None:
+        bad |= index >= size
     if index.numel() > 1:
         bad[1:] |= index[1:] <= index[:-1]
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
-        raise ValueError(f"{op}: {name} must be sorted and < {size} (got {int(index[at])} at position {at})")
+        limit = "not negative" if size is None else f"< {size}"
+        raise ValueError(f"{op}: {name} must be sorted and {limit} (got {int(index[at])} at position {at})")
 
 
 def without_autocast(device: torch.device):
