@@ -104,9 +104,8 @@ def run(name: str, share: float, seed: int, args, out: Path) -> dict:
         max_length=args.max_length,
         seed=seed,
     )
-    set_seed(seed)  # the head's first weights
     task = tasks.get("reviews")
-    dense, tokenizer = load_dense(str(demo_model(args.model)), task)
+    dense, tokenizer = load_dense(str(demo_model(args.model)), task, seed)
     encoded = task.encode(tokenizer, options.max_length)
     set_seed(seed)
     start = time.perf_counter()

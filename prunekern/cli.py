@@ -93,7 +93,7 @@ def train(
         epochs, max_steps, batch_size, lr, final_lr, mask_lr, stage_one, 0.5, 0, max_length, save_steps, seed
     )
     data_task = _task(task, data, text, label, validation, test)
-    dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task)
+    dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task, seed)
     pruner, trained = fine_tune(dense, tokenizer, data_task, config, options, out, resume, console)
     masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
     small = finish(pruner, tokenizer, out)

@@ -38,10 +38,14 @@ class TrainOptions:
     seed: int = 0
 
 
-def load_dense(model: str, task: Task) -> tuple[nn.Module, object]:
-    """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def load_dense(model: str, task: Task, seed: int = 0) -> tuple[nn.Module, object]:
+    """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub.
 
+    seed: of the head's first weights, where the checkpoint has none.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+    set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
     return AutoModelForSequenceClassification.from_pretrained(model, **task.model_kwargs()), tokenizer
 

@@ -50,7 +50,7 @@ def run(
     config = PruneConfig(sparsity=sparsity, seed=seed)
     console.print(f"[bold]1[/] {model} and movie-review sentences: fetching, checking, converting")
     folder, task = demo_model(model), tasks.get("reviews")
-    dense, tokenizer = load_dense(str(folder), task)
+    dense, tokenizer = load_dense(str(folder), task, seed)
     dense.save_pretrained(out / "dense")
     console.print(f"[bold]2[/] fine-tuning with DoRA and masks on {len(task.splits['train']):,} sentences")
     pruner, trained = fine_tune(dense, tokenizer, task, config, options, out, console=console)
@@ -61,6 +61,7 @@ def run(
     (out / "masked_logits.json").write_text(json.dumps(masked_logits))
     console.print("[bold]4[/] a new process loads the compact model, scores it and times it beside the dense one")
     fresh = _in_new_process(out, options.max_length)
+    (out / "masked_logits.json").unlink()
     report = _report(pruner, task, trained, before, fresh, out)
     report["seconds"] = time.perf_counter() - start
     write_report(out, **report, config=config, options=options, model=model)
