@@ -89,7 +89,7 @@ def fine_tune(
     from transformers import PrinterCallback, set_seed
 
     from .progress import RichProgress
-    from .trainer import PruneTrainer
+    from .trainer import PruneTrainer, last_checkpoint
 
     set_seed(options.seed)
     encoded = task.encode(tokenizer, options.max_length)
@@ -109,7 +109,8 @@ def fine_tune(
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        # A run killed before its first checkpoint starts again, and ends the same.
+        trainer.train(resume_from_checkpoint=resume and last_checkpoint(out / "checkpoints") is not None)
     finally:
         progress.close()
     return pruner, {**pruner.report(), "train_seconds": time.perf_counter() - start, "steps": trainer.state.global_step}
