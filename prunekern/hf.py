@@ -85,12 +85,12 @@ class PrunekernQuantizer(HfQuantizer):
         return True
 
 
-def skeleton(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None) -> None:
+def skeleton(model: nn.Module, plan: Plan) -> None:
     """Give a dense model the compact structure of `plan`, in place, weights unset (on the meta device)."""
 
     def make(name: str, in_index, out_index, out_features: int, activation: str) -> CompactLinear:
         layer, dense = plan.layers[name], model.get_submodule(name).weight
-        options = {"dtype": dense.dtype if dtype is None else dtype, "device": "meta"}
+        options = {"dtype": dense.dtype, "device": "meta"}
         weight = torch.empty(layer.rows.numel(), layer.cols.numel(), **options)
         bias = torch.empty(layer.rows.numel(), **options) if layer.bias else None
         return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
