@@ -30,13 +30,13 @@ void compact_linear(Address x, std::int64_t m, std::int64_t x_stride, std::int64
   prunekern::LinearCall call;
   call.m = m;
   call.in_features = in_features;
-  call.k = k;
-  call.n = n;
+  call.weight.k = k;
+  call.weight.n = n;
   call.n_out = n_out;
   call.x = at<const float>(x);
   call.x_stride = x_stride;
-  call.packed = at<const float>(packed);
-  call.bias = at<const float>(bias);
+  call.weight.data = at<const float>(packed);
+  call.weight.bias = at<const float>(bias);
   call.in_index = at<const std::int64_t>(in_index);
   call.out_index = at<const std::int64_t>(out_index);
   call.residual = at<const float>(residual);
@@ -53,13 +53,15 @@ void pack_weight(Address weight, std::int64_t row_stride, std::int64_t column_st
                  std::int64_t k, Address packed) {
   const prunekern::Isa isa = prunekern::active_isa();
   py::gil_scoped_release release;
-  prunekern::pack_weight(isa, at<const float>(weight), row_stride, column_stride, n, k, at<float>(packed));
+  prunekern::pack_weight(isa, prunekern::WeightType::fp32, at<const float>(weight), row_stride, column_stride,
+                         n, k, at<float>(packed), nullptr);
 }
 
 void unpack_weight(Address packed, std::int64_t n, std::int64_t k, Address weight) {
   const prunekern::Isa isa = prunekern::active_isa();
   py::gil_scoped_release release;
-  prunekern::unpack_weight(isa, at<const float>(packed), n, k, at<float>(weight));
+  prunekern::unpack_weight(isa, prunekern::WeightType::fp32, at<const float>(packed), nullptr, n, k,
+                           at<float>(weight));
 }
 
 std::vector<std::string> supported_isas() {

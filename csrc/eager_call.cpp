@@ -97,28 +97,28 @@ bool read_arguments(PyObject* const* args, LinearCall& call, dlpack::Tensor& x) 
   call.m = 1;
   for (int d = 0; d < x.ndim - 1; ++d) call.m *= x.shape[d];
   call.in_features = x.shape[x.ndim - 1];
-  call.k = packed.shape[1];
-  call.n = call.n_out;
-  if (call.m == 0 || call.k == 0 || !rows(x, call.m, call.x_stride)) return false;
+  call.weight.k = packed.shape[1];
+  call.weight.n = call.n_out;
+  if (call.m == 0 || call.weight.k == 0 || !rows(x, call.m, call.x_stride)) return false;
   call.x = static_cast<const float*>(x.data);
-  call.packed = static_cast<const float*>(packed.data);
+  call.weight.data = static_cast<const float*>(packed.data);
 
   if (args[3] == Py_None) {
-    if (call.in_features != call.k) return false;
+    if (call.in_features != call.weight.k) return false;
   } else {
-    if (!view(args[3], dlpack::kInt, 64, in_index) || !is_vector(in_index, call.k)) return false;
+    if (!view(args[3], dlpack::kInt, 64, in_index) || !is_vector(in_index, call.weight.k)) return false;
     call.in_index = static_cast<const std::int64_t*>(in_index.data);
   }
   if (args[4] != Py_None) {
     if (!view(args[4], dlpack::kInt, 64, out_index) || out_index.ndim != 1) return false;
-    call.n = out_index.shape[0];
-    if (call.n == 0 || !is_vector(out_index, call.n)) return false;
+    call.weight.n = out_index.shape[0];
+    if (call.weight.n == 0 || !is_vector(out_index, call.weight.n)) return false;
     call.out_index = static_cast<const std::int64_t*>(out_index.data);
   }
-  if (packed.shape[0] != (call.n + width - 1) / width) return false;
+  if (packed.shape[0] != (call.weight.n + width - 1) / width) return false;
   if (args[2] != Py_None) {
-    if (!view_input(args[2], bias) || !is_vector(bias, call.n)) return false;
-    call.bias = static_cast<const float*>(bias.data);
+    if (!view_input(args[2], bias) || !is_vector(bias, call.weight.n)) return false;
+    call.weight.bias = static_cast<const float*>(bias.data);
   }
   if (args[7] != Py_None) {
     if (!view_input(args[7], residual) || residual.ndim != x.ndim) return false;

@@ -38,6 +38,7 @@ bool supported(Isa isa) {
   static const Cpu cpu;
   if (isa == Isa::avx2) return cpu.avx2;
   if (isa == Isa::avx512) return cpu.avx512;
+  if (isa == Isa::amx) return cpu.avx512 && amx_verdict().works;
 #endif
   return isa == Isa::generic;
 }
@@ -67,15 +68,17 @@ const char* name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::amx:
+      return "amx";
     default:
       return "generic";
   }
 }
 
 Isa parse_isa(const std::string& text) {
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512})
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx})
     if (text == name(isa)) return isa;
-  throw std::invalid_argument("PRUNEKERN_ISA must be generic, avx2 or avx512 (got " + text + ")");
+  throw std::invalid_argument("PRUNEKERN_ISA must be generic, avx2, avx512 or amx (got " + text + ")");
 }
 
 Activation parse_activation(const std::string& text) {
@@ -89,7 +92,7 @@ Activation parse_activation(const std::string& text) {
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512})
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx})
     if (supported(isa)) isas.push_back(isa);
   return isas;
 }
@@ -104,6 +107,7 @@ std::int64_t panel_width(Isa isa) {
     case Isa::avx2:
       return 16;
     case Isa::avx512:
+    case Isa::amx:
       return 32;
     default:
       return 8;
@@ -116,9 +120,25 @@ const Kernels& kernels(Isa isa) {
                              names(supported_isas()) + ")");
 #ifdef PRUNEKERN_X86
   if (isa == Isa::avx2) return kAvx2Kernels;
-  if (isa == Isa::avx512) return kAvx512Kernels;
+  if (isa == Isa::avx512 || isa == Isa::amx) return kAvx512Kernels;
 #endif
   return kGenericKernels;
+}
+
+const AmxVerdict& amx_verdict() {
+  static const AmxVerdict verdict{false, "not built yet"};
+  return verdict;
+}
+
+const char* name(WeightType type) {
+  switch (type) {
+    case WeightType::bf16:
+      return "bf16";
+    case WeightType::int8:
+      return "int8";
+    default:
+      return "fp32";
+  }
 }
 
 std::int64_t run_peak(Isa isa, std::int64_t steps) { return kernels(isa).peak(steps); }

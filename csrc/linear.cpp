@@ -6,73 +6,24 @@
 // - At 16 rows the two times are equal and only overlap hides one of them: weights are prefetched a panel
 //   ahead, spread over the tiles of the panel before.
 // - A block of 128 rows re-reads weights at 165 / (2 * 128) * 4 = 2.6 GB/s: out of the way.
-#include <unistd.h>
+#include "prunekern/linear.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <new>
 #include <stdexcept>
 #include <string>
 
+#include "blocks.h"
 #include "kernels/kernel.h"
+#include "parallel.h"
 #include "plan.h"
-#include "prunekern/prunekern.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace prunekern {
 namespace {
 
-constexpr std::int64_t kLine = 64;           // bytes of a cache line
 constexpr std::int64_t kMaxBlockRows = 140;  // ten full AVX-512 tiles
 constexpr std::int64_t kMaxRowLines = 8;     // of y, prefetched for a row: a panel and its gaps, seldom more
 constexpr std::int64_t kStreamAhead = 8192;  // bytes prefetched ahead where a panel has one tile only
-
-struct Range {
-  std::int64_t begin, end;
-  std::int64_t size() const { return end - begin; }
-};
-
-// Part i of count, sizes within one of each other.
-Range share(std::int64_t total, std::int64_t i, std::int64_t count) {
-  return {total * i / count, total * (i + 1) / count};
-}
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// A thread's rows of x, gathered or moved to a better stride; kept between calls.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  float* floats(std::int64_t count) {
-    if (count > size_) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      const std::int64_t bytes = ceil_div(count * 4, kLine) * kLine;
-      data_ = static_cast<float*>(std::aligned_alloc(kLine, static_cast<std::size_t>(bytes)));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = count;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  std::int64_t size_ = 0;
-};
-
-std::int64_t l2_bytes() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  static const std::int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return 1 << 20;
-}
 
 // Rows of x that stay in half of L2 while the weights stream through the other half.
 std::int64_t block_rows(std::int64_t k, std::int64_t tile_rows) {
@@ -89,18 +40,18 @@ struct Block {
 };
 
 Block take_block(const LinearCall& call, Range rows, Scratch& scratch) {
-  const float* x = call.x + rows.begin * call.x_stride;
+  const float* x = static_cast<const float*>(call.x) + rows.begin * call.x_stride;
   const bool aliased = call.x_stride * 4 % 4096 == 0 && rows.size() > 4;
   if (call.in_index == nullptr && !aliased) return {x, call.x_stride};
-  const std::int64_t stride = (call.k + 15) / 32 * 32 + 16;  // an odd number of lines
-  float* copy = scratch.floats(rows.size() * stride);
+  const std::int64_t stride = (call.weight.k + 15) / 32 * 32 + 16;  // an odd number of lines
+  float* copy = scratch.get<float>(rows.size() * stride);
   for (std::int64_t r = 0; r < rows.size(); ++r) {
     const float* from = x + r * call.x_stride;
     float* to = copy + r * stride;
     if (call.in_index == nullptr) {
-      std::memcpy(to, from, static_cast<std::size_t>(call.k) * 4);
+      std::memcpy(to, from, static_cast<std::size_t>(call.weight.k) * 4);
     } else {
-      for (std::int64_t i = 0; i < call.k; ++i) to[i] = from[call.in_index[i]];
+      for (std::int64_t i = 0; i < call.weight.k; ++i) to[i] = from[call.in_index[i]];
     }
   }
   return {copy, stride};
@@ -111,41 +62,43 @@ void run(const LinearCall& call, const Kernels& kernels, const Windows& windows,
   static thread_local Scratch scratch;
   alignas(64) float acc[kMaxRows * kMaxWidth + kMaxWidth] = {};
   alignas(64) float bias[kMaxWidth];
-  const std::int64_t width = kernels.width, panel_floats = width * call.k;
+  const std::int64_t width = kernels.width, panel_floats = width * call.weight.k;
+  const float* packed = static_cast<const float*>(call.weight.data);
   const std::int64_t step_lines = 4 * width * 4 / kLine;  // lines of weights in 4 steps of k
   const EpilogueFn epilogue = kernels.epilogue[static_cast<int>(call.activation)];
-  const std::int64_t blocks = ceil_div(rows.size(), block_rows(call.k, kernels.rows));
+  const std::int64_t blocks = ceil_div(rows.size(), block_rows(call.weight.k, kernels.rows));
   for (std::int64_t b = 0; b < blocks; ++b) {
     Range block_range = share(rows.size(), b, blocks);
     block_range = {rows.begin + block_range.begin, rows.begin + block_range.end};
     const Block block = take_block(call, block_range, scratch);
     const std::int64_t tiles = ceil_div(block_range.size(), kernels.rows);
     for (std::int64_t p = panels.begin; p < panels.end; ++p) {
-      const std::int64_t channels = std::min(width, call.n - p * width);
+      const std::int64_t channels = std::min(width, call.weight.n - p * width);
       std::fill(bias, bias + width, 0.0f);
-      if (call.bias != nullptr) std::copy_n(call.bias + p * width, channels, bias);
+      if (call.weight.bias != nullptr) std::copy_n(call.weight.bias + p * width, channels, bias);
       const Window* window = windows.all.data() + windows.first[p];
       const std::int64_t n_windows = windows.first[p + 1] - windows.first[p];
       const std::int64_t columns_end = window[n_windows - 1].column + window[n_windows - 1].width;
       const TileFn* tile_fns = channels * 2 > width ? kernels.tile : kernels.half_tile;
 
       // The weights after these: the next panel, or the first one again for the next block.
-      const float* panel = call.packed + p * panel_floats;
+      const float* panel = packed + p * panel_floats;
       const float* next = p + 1 < panels.end ? panel + panel_floats
-                          : b + 1 < blocks   ? call.packed + panels.begin * panel_floats
+                          : b + 1 < blocks   ? packed + panels.begin * panel_floats
                                              : nullptr;
       for (std::int64_t t = 0; t < tiles; ++t) {
         const Range tile = share(block_range.size(), t, tiles);  // 16 rows: 8 + 8, not 14 + 2
         const std::int64_t row = block_range.begin + tile.begin;
-        float* y = call.y + row * call.y_stride;
-        const float* residual =
-            call.residual == nullptr ? nullptr : call.residual + row * call.residual_stride;
+        float* y = static_cast<float*>(call.y) + row * call.y_stride;
+        const float* residual = call.residual == nullptr
+                                    ? nullptr
+                                    : static_cast<const float*>(call.residual) + row * call.residual_stride;
 
         TileArgs args{};
         args.a = block.data + tile.begin * block.stride;
         args.a_stride = block.stride;
         args.panel = panel;
-        args.k = call.k;
+        args.k = call.weight.k;
         args.acc = acc;
         // A store that misses waits for its line: 3 to 8 % of the whole where y is larger than L2.
         args.y = y + window->column;
@@ -171,11 +124,12 @@ void run(const LinearCall& call, const Kernels& kernels, const Windows& windows,
 // No output channel is left: nothing but the residual.
 void fill(const LinearCall& call) {
   for (std::int64_t r = 0; r < call.m; ++r) {
-    float* y = call.y + r * call.y_stride;
+    float* y = static_cast<float*>(call.y) + r * call.y_stride;
     if (call.residual == nullptr)
       std::fill_n(y, call.n_out, 0.0f);
     else
-      std::memmove(y, call.residual + r * call.residual_stride, static_cast<std::size_t>(call.n_out) * 4);
+      std::memmove(y, static_cast<const float*>(call.residual) + r * call.residual_stride,
+                   static_cast<std::size_t>(call.n_out) * 4);
   }
 }
 
@@ -184,17 +138,18 @@ void require(bool ok, const std::string& message) {
 }
 
 void check(const LinearCall& call) {
-  require(call.m >= 0 && call.in_features >= 0 && call.k >= 0 && call.n >= 0 && call.n_out >= 0,
+  require(call.m >= 0 && call.in_features >= 0 && call.weight.k >= 0 && call.weight.n >= 0 && call.n_out >= 0,
           "sizes must not be negative");
-  require(
-      call.in_index != nullptr || call.k == call.in_features || call.k == 0,
-      "the weight reads " + std::to_string(call.k) + " inputs, x has " + std::to_string(call.in_features));
-  require(call.out_index != nullptr || call.n == call.n_out || call.n == 0,
-          "the weight makes " + std::to_string(call.n) + " outputs, n_out is " + std::to_string(call.n_out));
+  require(call.in_index != nullptr || call.weight.k == call.in_features || call.weight.k == 0,
+          "the weight reads " + std::to_string(call.weight.k) + " inputs, x has " +
+              std::to_string(call.in_features));
+  require(call.out_index != nullptr || call.weight.n == call.n_out || call.weight.n == 0,
+          "the weight makes " + std::to_string(call.weight.n) + " outputs, n_out is " +
+              std::to_string(call.n_out));
   require(call.x_stride >= 0 && call.residual_stride >= 0 && call.y_stride >= call.n_out, "bad row stride");
   require(call.threads >= 1, "threads must be at least 1 (got " + std::to_string(call.threads) + ")");
-  if (call.in_index != nullptr) check_index("in_index", call.in_index, call.k, call.in_features);
-  if (call.out_index != nullptr) check_index("out_index", call.out_index, call.n, call.n_out);
+  if (call.in_index != nullptr) check_index("in_index", call.in_index, call.weight.k, call.in_features);
+  if (call.out_index != nullptr) check_index("out_index", call.out_index, call.weight.n, call.n_out);
 }
 
 }  // namespace
@@ -203,37 +158,22 @@ void compact_linear(Isa isa, const LinearCall& call) {
   const Kernels& kernel = kernels(isa);
   check(call);
   if (call.m == 0 || call.n_out == 0) return;
-  if (call.n == 0) return fill(call);
+  if (call.weight.n == 0) return fill(call);
   static thread_local Windows kept_windows;
   Windows& windows = kept_windows;
-  plan_windows(kernel, call.out_index, call.n, call.n_out, windows);
-  const std::int64_t panels = ceil_div(call.n, kernel.width);
-#ifdef _OPENMP
+  plan_windows(kernel, call.out_index, call.weight.n, call.n_out, windows);
+  const std::int64_t panels = ceil_div(call.weight.n, kernel.width);
   // Rows or panels, whichever leaves the fullest thread less to do; at a tie rows, which share nothing.
   const std::int64_t row_tiles = ceil_div(call.m, kernel.rows);
   const std::int64_t by_rows = ceil_div(row_tiles, call.threads) * panels;
   const std::int64_t by_panels = ceil_div(panels, call.threads) * row_tiles;
   const int threads = static_cast<int>(std::min<std::int64_t>(call.threads, std::max(row_tiles, panels)));
-  if (threads > 1) {
-    std::exception_ptr failure;
-#pragma omp parallel num_threads(threads)
-    {
-      const int i = omp_get_thread_num(), count = omp_get_num_threads();
-      try {
-        if (by_rows <= by_panels)
-          run(call, kernel, windows, share(call.m, i, count), {0, panels});
-        else
-          run(call, kernel, windows, {0, call.m}, share(panels, i, count));
-      } catch (...) {
-#pragma omp critical(prunekern_failure)
-        failure = std::current_exception();
-      }
-    }
-    if (failure) std::rethrow_exception(failure);
-    return;
-  }
-#endif
-  run(call, kernel, windows, {0, call.m}, {0, panels});
+  parallel(threads, [&](int i, int count) {
+    if (by_rows <= by_panels)
+      run(call, kernel, windows, share(call.m, i, count), {0, panels});
+    else
+      run(call, kernel, windows, {0, call.m}, share(panels, i, count));
+  });
 }
 
 }  // namespace prunekern

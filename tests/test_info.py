@@ -49,4 +49,4 @@ def test_info_tells_a_bad_override():
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
     if _native._C is not None:
-        assert text == "False no C++ kernels: PRUNEKERN_ISA must be generic, avx2 or avx512 (got mmx)"
+        assert text == "False no C++ kernels: PRUNEKERN_ISA must be generic, avx2, avx512 or amx (got mmx)"

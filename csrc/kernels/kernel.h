@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "prunekern/prunekern.h"
+#include "prunekern/linear.h"
 
 namespace prunekern {
 

@@ -7,14 +7,14 @@ namespace {
 
 std::vector<float> apply(Isa isa, Activation activation, const std::vector<float>& x) {
   const float one = 1.0f;
-  std::vector<float> packed(packed_size(isa, 1, 1)), y(x.size());
-  pack_weight(isa, &one, 1, 1, 1, 1, packed.data());
+  std::vector<float> packed(packed_bytes(isa, WeightType::fp32, 1, 1) / 4), y(x.size());
+  pack_weight(isa, WeightType::fp32, &one, 1, 1, 1, 1, packed.data(), nullptr);
   LinearCall call;
   call.m = static_cast<std::int64_t>(x.size());
-  call.in_features = call.k = call.n = call.n_out = 1;
+  call.in_features = call.weight.k = call.weight.n = call.n_out = 1;
   call.x = x.data();
   call.x_stride = call.y_stride = 1;
-  call.packed = packed.data();
+  call.weight.data = packed.data();
   call.y = y.data();
   call.activation = activation;
   compact_linear(isa, call);

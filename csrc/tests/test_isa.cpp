@@ -11,7 +11,7 @@ int main() {
   CHECK(panel_width(Isa::generic) == 8 && panel_width(Isa::avx2) == 16 && panel_width(Isa::avx512) == 32,
         "a panel's width tells its instruction set");
   std::string message = message_of([] { parse_isa("sse9"); });
-  CHECK(message == "PRUNEKERN_ISA must be generic, avx2 or avx512 (got sse9)", "%s", message.c_str());
+  CHECK(message == "PRUNEKERN_ISA must be generic, avx2, avx512 or amx (got sse9)", "%s", message.c_str());
   message = message_of([] { parse_activation("sigmoid"); });
   CHECK(message == "activation must be none, relu, gelu, gelu_tanh or silu (got sigmoid)", "%s",
         message.c_str());

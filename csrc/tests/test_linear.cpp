@@ -29,19 +29,20 @@ void run(Isa isa, const Case& c) {
     for (std::int64_t i = 0; i < x_stride; ++i)
       if (i >= in_features || (c.in_index && !std::binary_search(in_index.begin(), in_index.end(), i)))
         x[r * x_stride + i] = std::numeric_limits<float>::quiet_NaN();
-  std::vector<float> packed(packed_size(isa, c.n, c.k), kPoison), y(c.m * y_stride + 64, kPoison);
-  pack_weight(isa, weight.data(), c.k, 1, c.n, c.k, packed.data());
+  std::vector<float> packed(packed_bytes(isa, WeightType::fp32, c.n, c.k) / 4, kPoison),
+      y(c.m * y_stride + 64, kPoison);
+  pack_weight(isa, WeightType::fp32, weight.data(), c.k, 1, c.n, c.k, packed.data(), nullptr);
 
   LinearCall call;
   call.m = c.m;
   call.in_features = in_features;
-  call.k = c.k;
-  call.n = c.n;
+  call.weight.k = c.k;
+  call.weight.n = c.n;
   call.n_out = n_out;
   call.x = x.data();
   call.x_stride = x_stride;
-  call.packed = packed.data();
-  call.bias = c.bias ? bias.data() : nullptr;
+  call.weight.data = packed.data();
+  call.weight.bias = c.bias ? bias.data() : nullptr;
   call.in_index = c.in_index ? in_index.data() : nullptr;
   call.out_index = c.out_index ? out_index.data() : nullptr;
   call.residual = c.residual ? residual.data() : nullptr;
@@ -90,10 +91,10 @@ std::string refusal(std::vector<std::int64_t> index, bool is_out, std::int64_t s
   LinearCall call;
   call.m = 1;
   call.in_features = is_out ? count : size;
-  call.k = count;
-  call.n = count;
+  call.weight.k = count;
+  call.weight.n = count;
   call.n_out = is_out ? size : count;
-  call.x = call.packed = values.data();
+  call.x = call.weight.data = values.data();
   call.x_stride = call.in_features;
   (is_out ? call.out_index : call.in_index) = index.data();
   call.y = values.data();

@@ -1,0 +1,63 @@
+// What every loop over rows and panels needs: shares, scratch memory, the size of L2.
+#pragma once
+
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace prunekern {
+
+constexpr std::int64_t kLine = 64;  // bytes of a cache line
+
+struct Range {
+  std::int64_t begin, end;
+  std::int64_t size() const { return end - begin; }
+};
+
+// Part i of count, sizes within one of each other.
+inline Range share(std::int64_t total, std::int64_t i, std::int64_t count) {
+  return {total * i / count, total * (i + 1) / count};
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+
+// Memory of one thread, kept between calls; what it holds is lost when more is asked for.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  // Aligned to a cache line.
+  template <class T>
+  T* get(std::int64_t count) {
+    const std::int64_t bytes = round_up(count * static_cast<std::int64_t>(sizeof(T)), kLine);
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
+      data_ = std::aligned_alloc(kLine, static_cast<std::size_t>(bytes));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::int64_t size_ = 0;
+};
+
+inline std::int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const std::int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
+}  // namespace prunekern

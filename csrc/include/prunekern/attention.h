@@ -1,0 +1,33 @@
+// Attention of an encoder whose heads have different widths: nothing is padded.
+#pragma once
+
+#include <cstdint>
+
+#include "prunekern/isa.h"
+
+namespace prunekern {
+
+// For each sequence and head h: y_h = softmax(scale q_h k_h^T) v_h over the keys that key_mask allows.
+// A head without query/key channels averages its values over those keys; a sequence without any allowed key
+// gives zeros. All fp32.
+struct AttentionCall {
+  std::int64_t batch = 0, queries = 0, keys = 0, heads = 0;
+  const std::int64_t* qk_first = nullptr;  // [heads + 1]: head h has channels qk_first[h] .. qk_first[h + 1]
+  const std::int64_t* v_first = nullptr;   // [heads + 1]: the same for values and for y
+  const float* q = nullptr;                // [batch, queries, qk_first[heads]]
+  const float* k = nullptr;                // [batch, keys, qk_first[heads]]
+  const float* v = nullptr;                // [batch, keys, v_first[heads]]
+  float* y = nullptr;                      // [batch, queries, v_first[heads]]
+  // Of one sequence, and of one token; channels are contiguous.
+  std::int64_t q_batch_stride = 0, q_stride = 0, k_batch_stride = 0, k_stride = 0;
+  std::int64_t v_batch_stride = 0, v_stride = 0, y_batch_stride = 0, y_stride = 0;
+  const bool* key_mask = nullptr;  // [batch, keys], true: may be read; null: all
+  std::int64_t key_mask_stride = 0;
+  float scale = 1.0f;
+  int threads = 1;
+};
+
+void compact_attention(Isa isa, const AttentionCall& call);
+inline void compact_attention(const AttentionCall& call) { compact_attention(active_isa(), call); }
+
+}  // namespace prunekern

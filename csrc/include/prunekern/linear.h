@@ -1,0 +1,77 @@
+// A linear layer on kept channels: packed weights and compact_linear.
+//
+// Matrices are row-major; a stride is a number of elements. Bad arguments throw std::invalid_argument; an
+// instruction set this CPU lacks throws std::runtime_error. Every function may be called from several threads
+// at once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "prunekern/isa.h"
+
+namespace prunekern {
+
+// Every activation maps 0 to 0: that is what makes removing a channel exact.
+enum class Activation { none, relu, gelu, gelu_tanh, silu };
+Activation parse_activation(const std::string& text);
+
+// How a packed weight is stored. Sums are always fp32.
+enum class WeightType { fp32, bf16, int8 };
+const char* name(WeightType type);
+
+// What x, residual and y are. bf16 is std::uint16_t in memory.
+enum class Element { fp32, bf16 };
+
+// Columns of one packed panel: 8 (generic), 16 (avx2), 32 (avx512, amx).
+std::int64_t panel_width(Isa isa);
+
+// Packs weight [n, k] into panels of w = panel_width(isa) output channels; panel p holds channels
+// p*w .. p*w + w - 1, what is missing is zero.
+//   fp32: [ceil(n / w), k, w]
+//   bf16: [ceil(n / w), ceil(k / 32) * 16, w, 2]: pairs of consecutive k side by side, rounded to nearest
+//   even int8: [ceil(n / w), k, w], value = q * scale[channel], scale = largest |weight| of the channel / 127
+// `packed` must hold packed_bytes(...); fresh memory aligned to 2 MiB is laid on huge pages where Linux has
+// them. `scale` [n] is written for int8 and ignored otherwise.
+std::int64_t packed_bytes(Isa isa, WeightType type, std::int64_t n, std::int64_t k);
+void pack_weight(Isa isa, WeightType type, const float* weight, std::int64_t row_stride,
+                 std::int64_t column_stride, std::int64_t n, std::int64_t k, void* packed, float* scale);
+// The inverse, in fp32: what the kernels multiply with.
+void unpack_weight(Isa isa, WeightType type, const void* packed, const float* scale, std::int64_t n,
+                   std::int64_t k, float* weight);
+
+// A packed weight and its bias.
+struct Packed {
+  WeightType type = WeightType::fp32;
+  std::int64_t n = 0;            // outputs it makes
+  std::int64_t k = 0;            // inputs it reads
+  const void* data = nullptr;    // from pack_weight(isa, type, ...)
+  const float* scale = nullptr;  // [n], int8 only
+  const float* bias = nullptr;   // [n] or null
+};
+
+// y = scatter(act(gather(x) W^T + bias)) + residual.
+struct LinearCall {
+  std::int64_t m = 0;            // rows
+  std::int64_t in_features = 0;  // columns of x
+  std::int64_t n_out = 0;        // columns of y
+  Packed weight;                 // k: in_features, or the length of in_index; n: n_out, or that of out_index
+
+  Element element = Element::fp32;  // of x, residual and y: const float*, or const std::uint16_t* for bf16
+  const void* x = nullptr;          // [m, in_features]
+  std::int64_t x_stride = 0;
+  const std::int64_t* in_index = nullptr;   // [k], strictly ascending, or null
+  const std::int64_t* out_index = nullptr;  // [n], strictly ascending, or null
+  const void* residual = nullptr;           // [m, n_out] or null; may be y itself
+  std::int64_t residual_stride = 0;
+  void* y = nullptr;  // [m, n_out], every element is written: channels outside out_index get 0 + residual
+  std::int64_t y_stride = 0;
+
+  Activation activation = Activation::none;
+  int threads = 1;  // with 1 no parallel region is entered
+};
+
+void compact_linear(Isa isa, const LinearCall& call);
+inline void compact_linear(const LinearCall& call) { compact_linear(active_isa(), call); }
+
+}  // namespace prunekern
