@@ -19,6 +19,15 @@ struct Avx512 {
   static F expand(const float* p, std::uint32_t mask) {
     return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), load(p));
   }
+  // a0 b0 a1 b1 ... of the lower halves; of the upper halves.
+  static F zip_low(F a, F b) {
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a, order, b);
+  }
+  static F zip_high(F a, F b) {
+    const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, order, b);
+  }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -35,6 +35,10 @@ struct Generic {
   static F expand(const float* p, std::uint32_t mask) {
     return each([&](int i) { return mask >> i & 1 ? *p++ : 0.0f; });
   }
+  static F zip_low(F a, F b) {  // a0 b0 a1 b1
+    return {{a.v[0], b.v[0], a.v[1], b.v[1]}};
+  }
+  static F zip_high(F a, F b) { return {{a.v[2], b.v[2], a.v[3], b.v[3]}}; }
   static F add(F a, F b) {
     return each([&](int i) { return a.v[i] + b.v[i]; });
   }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "attention_kernels.h"
 #include "prunekern/linear.h"
 
 namespace prunekern {
@@ -65,6 +66,7 @@ struct Kernels {
   TileFn half_tile[kMaxRows + 1];     // the same for a panel with nothing in its second vector
   PeakFn peak;                        // multiply-adds and nothing else; returns how many flops that was
   EpilogueFn epilogue[kActivations];  // by Activation
+  AttentionKernels attention;
 };
 
 extern const Kernels kGenericKernels;

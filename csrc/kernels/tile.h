@@ -7,6 +7,7 @@
 
 #include "kernel.h"
 #include "math.h"
+#include "softmax.h"
 
 namespace prunekern {
 
@@ -139,6 +140,8 @@ constexpr Kernels make_kernels() {
     kernels.tile[r] = full[r];
   }
   kernels.peak = peak<V>;
+  static_assert(sizeof...(R) <= V::kWidth, "softmax keeps one lane for each row");
+  kernels.attention = make_attention_kernels<V>();
   kernels.epilogue[0] = epilogue<V, Activation::none>;
   kernels.epilogue[1] = epilogue<V, Activation::relu>;
   kernels.epilogue[2] = epilogue<V, Activation::gelu>;

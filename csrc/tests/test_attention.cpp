@@ -1,0 +1,218 @@
+// compact_attention against float64, every instruction set: ragged heads, odd sizes, masks, strides, threads.
+#include <algorithm>
+#include <memory>
+
+#include "check.h"
+
+using namespace prunekern;
+
+namespace {
+
+constexpr float kPoison = 1e30f;
+const float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+enum class Mask { none, padding, holes, nothing_allowed };
+
+struct Case {
+  std::int64_t batch, queries, keys;
+  std::vector<std::int64_t> qk, v;  // channels of each head
+  Mask mask = Mask::none;
+  int threads = 1;
+  float size = 1.0f;  // of q: large ones make large logits
+  float scale = 0.3f;
+};
+
+std::vector<std::int64_t> firsts(const std::vector<std::int64_t>& widths) {
+  std::vector<std::int64_t> first{0};
+  for (std::int64_t width : widths) first.push_back(first.back() + width);
+  return first;
+}
+
+// A [batch, tokens, channels] array inside a larger one: rows and sequences with something between them.
+struct Strided {
+  std::int64_t stride, batch_stride;
+  std::vector<float> data;
+  Strided(std::int64_t batch, std::int64_t tokens, std::int64_t channels, unsigned seed)
+      : stride(channels + 7),
+        batch_stride(tokens * stride + 11),
+        data(random_floats(batch * batch_stride + 1, seed)) {}
+  float& at(std::int64_t b, std::int64_t t, std::int64_t c) {
+    return data[b * batch_stride + t * stride + c];
+  }
+};
+
+bool is_allowed(Mask mask, std::int64_t b, std::int64_t key, std::int64_t keys) {
+  if (mask == Mask::padding) return key < std::max<std::int64_t>(1, keys - 1 - b * keys / 3);
+  if (mask == Mask::holes) return (key * 7 + b) % 3 != 0;
+  return mask == Mask::none || (mask == Mask::nothing_allowed && b % 2 == 1);
+}
+
+void run(Isa isa, const Case& c) {
+  const std::vector<std::int64_t> qk = firsts(c.qk), v = firsts(c.v);
+  const std::int64_t heads = static_cast<std::int64_t>(c.qk.size());
+  Strided q(c.batch, c.queries, qk.back(), 1), k(c.batch, c.keys, qk.back(), 2),
+      value(c.batch, c.keys, v.back(), 3), y(c.batch, c.queries, v.back(), 4);
+  for (float& x : q.data) x *= c.size;
+  std::fill(y.data.begin(), y.data.end(), kPoison);
+  const std::int64_t mask_stride = c.keys + 5;
+  std::unique_ptr<bool[]> mask(new bool[c.batch * mask_stride]());
+  for (std::int64_t b = 0; b < c.batch; ++b)
+    for (std::int64_t t = 0; t < c.keys; ++t) {
+      mask[b * mask_stride + t] = is_allowed(c.mask, b, t, c.keys);
+      if (mask[b * mask_stride + t]) continue;  // what nobody may read
+      for (std::int64_t i = 0; i < qk.back(); ++i) k.at(b, t, i) = kNaN;
+      for (std::int64_t i = 0; i < v.back(); ++i) value.at(b, t, i) = kNaN;
+    }
+
+  AttentionCall call;
+  call.batch = c.batch;
+  call.queries = c.queries;
+  call.keys = c.keys;
+  call.heads = heads;
+  call.qk_first = qk.data();
+  call.v_first = v.data();
+  call.q = q.data.data();
+  call.k = k.data.data();
+  call.v = value.data.data();
+  call.y = y.data.data();
+  call.q_stride = q.stride;
+  call.k_stride = k.stride;
+  call.v_stride = value.stride;
+  call.y_stride = y.stride;
+  call.q_batch_stride = q.batch_stride;
+  call.k_batch_stride = k.batch_stride;
+  call.v_batch_stride = value.batch_stride;
+  call.y_batch_stride = y.batch_stride;
+  call.key_mask = c.mask == Mask::none ? nullptr : mask.get();
+  call.key_mask_stride = mask_stride;
+  call.scale = c.scale;
+  call.threads = c.threads;
+  compact_attention(isa, call);
+
+  const double eps = 0x1p-24;
+  std::vector<double> logit(c.keys);
+  for (std::int64_t b = 0; b < c.batch; ++b)
+    for (std::int64_t h = 0; h < heads; ++h)
+      for (std::int64_t t = 0; t < c.queries; ++t) {
+        const std::int64_t d = c.qk[h];
+        double largest = -std::numeric_limits<double>::infinity(), error = 0.0, sum = 0.0;
+        std::int64_t allowed = 0;
+        for (std::int64_t s = 0; s < c.keys; ++s) {
+          if (!is_allowed(c.mask, b, s, c.keys)) continue;
+          double size = 0.0;
+          logit[s] = 0.0;
+          for (std::int64_t i = qk[h]; i < qk[h + 1]; ++i) {
+            const double product = double(c.scale) * q.at(b, t, i) * k.at(b, s, i);
+            logit[s] += product;
+            size += std::fabs(product);
+          }
+          largest = std::max(largest, logit[s]);
+          error = std::max(error, double(d + 4) * eps * size);  // of any logit of this row
+          ++allowed;
+        }
+        for (std::int64_t s = 0; s < c.keys; ++s)
+          if (is_allowed(c.mask, b, s, c.keys)) sum += std::exp(logit[s] - largest);
+        for (std::int64_t i = v[h]; i < v[h + 1]; ++i) {
+          double want = 0.0, size = 0.0;
+          for (std::int64_t s = 0; s < c.keys; ++s) {
+            if (!is_allowed(c.mask, b, s, c.keys)) continue;
+            const double part = std::exp(logit[s] - largest) / sum * value.at(b, s, i);
+            want += part;
+            size += std::fabs(part);
+          }
+          // Every weight is off by a factor of exp(+-2 error) (its own logit and the largest) and by that of
+          // 2^x (2e-7), numerator and denominator alike; then one rounding for every key.
+          const double off = std::expm1(2 * error) + 4e-7 + double(allowed + 4) * eps;
+          const double got = y.at(b, t, i), bound = 2 * off * size + 1e-30;
+          CHECK(std::fabs(got - want) <= bound,
+                "%s b=%ld q=%ld k=%ld qk=%ld v=%ld mask %d: sequence %ld head %ld query %ld channel %ld: %g, "
+                "want %g within %g",
+                name(isa), long(c.batch), long(c.queries), long(c.keys), long(d), long(c.v[h]), int(c.mask),
+                long(b), long(h), long(t), long(i - v[h]), got, want, bound);
+        }
+      }
+  for (std::int64_t b = 0; b < c.batch; ++b)
+    for (std::int64_t at = 0; at < y.batch_stride; ++at)
+      if (at >= c.queries * y.stride || at % y.stride >= v.back())
+        CHECK(y.data[b * y.batch_stride + at] == kPoison, "%s: wrote between the rows", name(isa));
+}
+
+// Logits beyond fp32 and NaN stay in their own row; the rows beside them are as before.
+void run_strange_rows(Isa isa) {
+  const std::int64_t tokens = 41, channels = 20, first[] = {0, channels};
+  std::vector<float> q = random_floats(tokens * channels, 1), k = random_floats(tokens * channels, 2);
+  std::vector<float> v = random_floats(tokens * channels, 3), good(tokens * channels), y(tokens * channels);
+  AttentionCall call;
+  call.batch = call.heads = 1;
+  call.queries = call.keys = tokens;
+  call.qk_first = call.v_first = first;
+  call.q = q.data();
+  call.k = k.data();
+  call.v = v.data();
+  call.y = good.data();
+  call.q_stride = call.k_stride = call.v_stride = call.y_stride = channels;
+  compact_attention(isa, call);
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (std::int64_t i = 0; i < tokens * channels; ++i) k[i] = std::fabs(k[i]) + 0.1f;
+  compact_attention(isa, call);
+  q[3 * channels] = kNaN;
+  for (std::int64_t i = 0; i < channels; ++i) q[5 * channels + i] = -infinity;  // every logit -inf
+  call.y = y.data();
+  compact_attention(isa, call);
+  for (std::int64_t t = 0; t < tokens; ++t)
+    for (std::int64_t i = 0; i < channels; ++i) {
+      const float got = y[t * channels + i];
+      if (t == 3)
+        CHECK(std::isnan(got), "%s: NaN of a query is lost", name(isa));
+      else if (t == 5)
+        CHECK(std::isfinite(got), "%s: -inf has become %g", name(isa), got);
+      else
+        CHECK(got == good[t * channels + i], "%s: row %ld has changed", name(isa), long(t));
+    }
+}
+
+std::string refusal(std::vector<std::int64_t> qk, std::vector<std::int64_t> v, int threads) {
+  AttentionCall call;
+  call.batch = call.queries = call.keys = 1;
+  call.heads = static_cast<std::int64_t>(qk.size()) - 1;
+  call.qk_first = qk.data();
+  call.v_first = v.data();
+  call.y_stride = v.back();
+  call.threads = threads;
+  return message_of([&] { compact_attention(Isa::generic, call); });
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::int64_t> ragged_qk{48, 0, 1, 3, 17, 64}, ragged_v{3, 48, 1, 0, 64, 33};
+  for (Isa isa : supported_isas()) {
+    for (std::int64_t tokens : {1, 5, 31, 32, 33, 129})
+      for (Mask mask : {Mask::none, Mask::padding, Mask::holes, Mask::nothing_allowed})
+        run(isa, {2, tokens, tokens, ragged_qk, ragged_v, mask, int(1 + tokens % 3)});
+    for (std::int64_t queries = 1; queries <= 29; ++queries)
+      run(isa, {1, queries, 30, {20}, {20}, Mask::none, 1});
+    for (std::int64_t keys = 1; keys <= 70; ++keys) run(isa, {1, 3, keys, {9}, {5}, Mask::none, 1});
+    // Several blocks of keys, the last one short; few heads for many threads.
+    for (Mask mask : {Mask::none, Mask::holes}) run(isa, {1, 17, 700, {20, 0}, {33, 8}, mask, 1});
+    run(isa, {1, 700, 700, {12}, {17}, Mask::padding, 3});
+    run(isa, {1, 9, 513, {8}, {8}, Mask::none, 1});
+    // Large logits: to one side and to both, block after block.
+    run(isa, {1, 20, 600, {16}, {16}, Mask::none, 1, 1e4f});
+    run(isa, {1, 20, 60, {16}, {16}, Mask::none, 1, 1e15f, 1e15f});
+    run(isa, {1, 20, 60, {16}, {16}, Mask::none, 1, 1.0f, -2.0f});
+    run(isa, {1, 20, 60, {16}, {16}, Mask::none, 1, 1.0f, 0.0f});
+    run(isa, {0, 5, 5, {4}, {4}});
+    run(isa, {2, 0, 5, {4}, {4}});
+    run(isa, {2, 5, 0, {4, 3}, {4, 2}});  // no key at all: zeros
+    run(isa, {1, 5, 5, {}, {}});
+    run(isa, {1, 5, 5, {3, 4}, {0, 0}});
+    run_strange_rows(isa);
+  }
+  const std::string start = "compact_attention: ";
+  CHECK(refusal({0, 4, 3}, {0, 4, 8}, 1) == start + "qk_first must not descend (got 3 after 4 at position 2)",
+        "qk");
+  CHECK(refusal({0, 4}, {1, 4}, 1) == start + "v_first must start with 0", "v");
+  CHECK(refusal({0, 4}, {0, 4}, 0) == start + "threads must be at least 1 (got 0)", "threads");
+  return 0;
+}
