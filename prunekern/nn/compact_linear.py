@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from prunekern import _native
-from prunekern.ops import _checks
-from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear, pack_weight, version_of
+from prunekern.ops import _calls, _checks
+from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
+from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, is_packable, quantize_weight
+
+from .packed import Packed
 
 
 class CompactLinear(nn.Module):
@@ -23,16 +26,23 @@ class CompactLinear(nn.Module):
         out_index: int64 [kept_out], strictly ascending: the channels of y the weight makes. None: all.
         out_features: channels of y; needed with out_index.
         activation: none, relu, gelu (erf), gelu_tanh or silu.
+        weights: fp32, bf16 or int8: the kind to hold the weight in, as `set_weights` does. None: as it comes.
 
-    `state_dict()` holds weight and bias, nothing else. On the CPU, in float32 and where no gradient is needed, the
-    C++ kernels run on a packed copy of the weight, made by `pack()` or at the first call and made again when the
-    weight changed. Anything else runs the PyTorch reference.
+    The kind of the weight is its dtype. fp32 and bf16 are ordinary parameters. int8 holds `weight` [kept_out, kept_in]
+    as an int8 parameter and one float32 `scale` a channel [kept_out], a buffer: a quarter of the memory. Whatever the
+    kind, `state_dict()` holds a plain floating-point weight and the bias, nothing else, and `load_state_dict` takes
+    them. `.to(dtype)` changes the kind of floating-point weights and leaves int8 alone.
+
+    On the CPU, for x in float32 or bfloat16 and where no gradient is needed, the C++ kernels run on a packed copy of
+    the weight, made by `pack()` or at the first call and made again when the weight changed. Anything else runs the
+    PyTorch reference.
 
     Raises ValueError or TypeError naming the argument.
     """
 
     in_index: Tensor | None
     out_index: Tensor | None
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -42,6 +52,7 @@ class CompactLinear(nn.Module):
         out_index: Tensor | Sequence[int] | None = None,
         out_features: int | None = None,
         activation: str = "none",
+        weights: str | None = None,
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -61,6 +72,7 @@ class CompactLinear(nn.Module):
                 f"(got {out_features})"
             )
         self.weight = _frozen(weight)
+        self.register_buffer("scale", None, persistent=False)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
         device = weight.device if weight.device.type != "meta" else torch.device("cpu")
         self.register_buffer("in_index", _index("in_index", in_index, kept_in, None, device), persistent=False)
@@ -69,32 +81,73 @@ class CompactLinear(nn.Module):
         )
         self.out_features = out_features
         self.activation = activation
-        self._cache: _Cache | None = None
+        self._packed: Packed | None = None
+        if weights is not None:
+            self.set_weights(weights)
+
+    @property
+    def weights(self) -> str:
+        """The kind of the weight: fp32, bf16 or int8; for another dtype its name."""
+        return KIND.get(self.weight.dtype, str(self.weight.dtype).removeprefix("torch."))
+
+    def set_weights(self, kind: str) -> CompactLinear:
+        """Hold the weight as `kind`, fp32, bf16 or int8, from now on; returns self.
+
+        A new parameter takes the place of the old one and does not require a gradient. What rounding lost does not
+        come back. ValueError for another kind, and for int8 where the weight holds infinities or NaN.
+        """
+        if kind not in WEIGHTS:
+            raise ValueError(f"CompactLinear: weights must be one of {', '.join(WEIGHTS)} (got {kind!r})")
+        if kind == self.weights:
+            return self
+        weight, scale = self.plain_weight().detach(), None
+        if kind == "int8":
+            weight, scale = quantize_weight(weight)
+        self.weight, self.scale, self._packed = _frozen(weight.to(DTYPES[kind])), scale, None
+        return self
+
+    def plain_weight(self) -> Tensor:
+        """[kept_out, kept_in] in floating point: the weight itself, or what its int8 values stand for."""
+        return self.weight if self.scale is None else dequantize_weight(self.weight, self.scale)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., in] -> [..., out_features]; residual: [..., out_features] or None."""
         return self.run(x, residual, self.activation)
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """`forward` with another activation: how CompactMLP fuses its own."""
+        """`forward` with another activation."""
         parameters, buffers = self._parameters, self._buffers  # a third of the time of self.weight
-        weight, bias = parameters["weight"], parameters["bias"]
-        rest = (bias, buffers["in_index"], buffers["out_index"], self.out_features, activation, residual)
-        if not self._can_pack(x, weight, bias, residual):
-            if x.dtype != weight.dtype and torch.is_autocast_enabled(x.device.type):
-                x = x.to(weight.dtype)
-                rest = (*rest[:-1], None if residual is None else residual.to(weight.dtype))
-            return compact_linear(x, weight, *rest)
-        cache = self._cache
+        weight, bias, scale = parameters["weight"], parameters["bias"], buffers["scale"]
+        if x.dtype is not _f32 and x.dtype is not weight.dtype:
+            x, residual = self._under_autocast(x, residual)
+        rest = (buffers["in_index"], buffers["out_index"], self.out_features, activation, residual)
+        packed = self.packed_for(x, residual)
+        if packed is None:
+            return compact_linear(x, weight, bias, *rest, scale)
         if _is_compiling():  # a graph packs nothing, and compares address and version when it runs
-            if cache is None or cache.weight is not weight:
-                return compact_linear(x, weight, *rest)
             return torch.ops.prunekern._compact_linear_cached(
-                x, weight, cache.packed, cache.address, cache.version, *rest
+                x, weight, packed.weight, packed.addresses[0], packed.versions[0], bias, *rest, scale
             )
-        if cache is None or not cache.is_of(weight):
-            cache = self._cache = _Cache(weight)
-        return compact_linear(x, cache.packed, *rest)
+        return compact_linear(x, packed.weight, packed.bias, *rest, packed.scale)
+
+    def packed_for(self, x: Tensor, residual: Tensor | None = None) -> Packed | None:
+        """The packed copy of what the layer holds now; None where x must go through the plain weight.
+
+        Under torch.compile the copy that is there, for the graph to compare.
+        """
+        weight, packed = self._parameters["weight"], self._packed
+        if not packs(x, residual, weight, self._parameters["bias"]):
+            return None
+        if packed is not None and (packed.tensors[0] is weight if _is_compiling() else packed.is_fresh()):
+            fresh = packed
+        elif _is_compiling() or not is_packable(weight):
+            return None
+        else:
+            fresh = self._packed = Packed((self,))
+        # Panels of bfloat16 are padded to 32 inputs: they cannot tell that x has a few too many.
+        if weight.dtype is _bf16 and self._buffers["in_index"] is None and x.shape[-1] != weight.shape[1]:
+            return None
+        return fresh
 
     def pack(self) -> CompactLinear:
         """Packs the weight now instead of at the first call; returns self. Does nothing where nothing packs.
@@ -102,9 +155,8 @@ class CompactLinear(nn.Module):
         Call it before torch.compile (a graph uses the packed weight that is there when it is traced), and after
         changing, in place, a weight made under inference_mode (torch does not count changes of those).
         """
-        weight = self.weight
-        if weight.dtype == torch.float32 and weight.device.type == "cpu" and _native.available():
-            self._cache = _Cache(weight)
+        if is_packable(self.weight):
+            self._packed = Packed((self,))
         return self
 
     def extra_repr(self) -> str:
@@ -113,57 +165,58 @@ class CompactLinear(nn.Module):
         text = f"in={kept_in}{' gathered' if self.in_index is not None else ''}, out={kept_out}"
         if self.out_index is not None:
             text += f" of {self.out_features}"
-        return f"{text}, bias={self.bias is not None}, activation={self.activation}"
+        text += f", bias={self.bias is not None}, activation={self.activation}"
+        return text if self.weight.dtype == torch.float32 else f"{text}, weights={self.weights}"
 
-    @staticmethod
-    def _can_pack(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-        if x.dtype is not _f32 or weight.dtype is not _f32 or not weight.is_cpu or not x.is_cpu:
-            return False
-        if _grad_enabled() and (
-            x.requires_grad
-            or weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        ):
-            return False
-        # An exported program goes to other machines: it keeps the plain weight.
-        return _AVAILABLE and not _is_exporting()
+    def _under_autocast(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """autocast mixes 16-bit products and float32 residuals: bring both to what the layer computes in."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return x, residual
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return x.to(dtype), None if residual is None else residual.to(dtype)
 
     def _apply(self, fn, recurse=True):
-        self._cache = None
-        return super()._apply(fn, recurse)
+        scale, self._packed = self.scale, None
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale.dtype != torch.float32:  # 16 bits would cost int8 its accuracy
+            self.scale = scale.to(self.scale.device)
+        return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._cache = None
-        return super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.scale is not None:
+            destination[prefix + "weight"] = self.plain_weight()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        self._packed = None
+        name, new = prefix + "weight", state_dict.get(prefix + "weight")
+        if self.scale is not None and new is not None and new.shape == self.weight.shape:
+            try:
+                q, scale = quantize_weight(new)
+            except (TypeError, ValueError) as error:
+                errors.append(f"{name}: {error}")
+                return
+            state_dict = {**state_dict, name: q}
+            self.scale = scale.to(self.scale.device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self):
         # Copies and pickles carry the plain weight only; the copy packs its own.
-        return {**self.__dict__, "_cache": None}
-
-
-class _Cache:
-    """A packed weight and what it was packed from: good while weight is the same object, place and version."""
-
-    __slots__ = ("weight", "alive", "address", "version", "packed")
-
-    def __init__(self, weight: Tensor):
-        self.weight = weight
-        self.alive = weight.detach()  # keeps the address from being given to something else
-        self.address = weight.data_ptr()
-        self.version = version_of(weight)
-        self.packed = pack_weight(weight)
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether `packed` is still this weight."""
-        return self.weight is weight and self.address == weight.data_ptr() and self.version == version_of(weight)
+        return {**self.__dict__, "_packed": None}
 
 
 _AVAILABLE = _native.available()
 _is_compiling = torch.compiler.is_compiling
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
-_grad_enabled = torch.is_grad_enabled
-_f32 = torch.float32
+_f32, _bf16 = torch.float32, torch.bfloat16
+
+
+def packs(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
+    """Whether packed kernels may compute on x, with these parameters of layers: the dtype fits, no gradient."""
+    if (x.dtype is not _f32 and x.dtype is not _bf16) or not _AVAILABLE:
+        return False
+    # An exported program goes to other machines: it keeps the plain weight.
+    return not (_is_exporting() or _calls.needs_grad(x, residual, *parameters))
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

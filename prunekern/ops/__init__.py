@@ -1,16 +1,19 @@
 """Ops of the torch.library namespace `prunekern`, one file each; importing this registers them all."""
 
-from .compact_linear import compact_linear, pack_weight, unpack_weight
+from .compact_linear import compact_linear
 from .dora_gain import dora_gain, row_sqnorm
 from .dora_linear import dora_linear
 from .dora_merge import dora_merge
+from .packing import dequantize_weight, pack_weight, quantize_weight, unpack_weight
 
 __all__ = [
     "compact_linear",
+    "dequantize_weight",
     "dora_gain",
     "dora_linear",
     "dora_merge",
     "pack_weight",
+    "quantize_weight",
     "row_sqnorm",
     "unpack_weight",
 ]

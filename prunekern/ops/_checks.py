@@ -23,6 +23,21 @@ def floating(op: str, name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16 (got {tensor.dtype})")
 
 
+def dtypes(op: str, x: torch.Tensor, weights: dict, biases: dict, residual: torch.Tensor | None) -> None:
+    """Raises TypeError unless all fit x; weights and biases by argument name, None where not given."""
+    low = x.dtype in (torch.bfloat16, torch.float16)  # computed in float32 anyway
+    for name, weight in weights.items():
+        if weight is None or weight.dtype in (x.dtype, torch.bfloat16, torch.int8):
+            continue
+        if not (low and weight.dtype == torch.float32):
+            raise TypeError(f"{op}: {name} must be {x.dtype} like x, bfloat16 or int8 (got {weight.dtype})")
+    for name, bias in biases.items():
+        if bias is not None and bias.dtype != x.dtype and not (low and bias.dtype == torch.float32):
+            raise TypeError(f"{op}: {name} must be {x.dtype} like x{', or float32' if low else ''} (got {bias.dtype})")
+    if residual is not None and residual.dtype != x.dtype:
+        raise TypeError(f"{op}: residual must be {x.dtype} like x (got {residual.dtype})")
+
+
 def same_device(op: str, first: str, device: torch.device, **others: torch.Tensor | None) -> None:
     """Raises ValueError when a tensor lies on another device than `first`."""
     for name, tensor in others.items():

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prunekern import _native
 
-from . import _checks
+from . import _calls, _checks
+from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed, is_unchanged
 
 OP = "compact_linear"
 # Position: the number the C++ core knows it by. Every one maps 0 to 0: a removed channel is exactly zero after it.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-_NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
-_WIDTH = _native.core().panel_width() if _native.available() else 0  # columns of a panel; 0: no C++ core
-_run = _native.core().compact_linear if _WIDTH else None
-# The whole eager call in one C function (csrc/eager_call.cpp); None without the core or with torch < 2.10.
-_EAGER = _native.core().call if _WIDTH and _native.core().use_tensor_types(Tensor, torch.nn.Parameter) else None
+NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
+_EAGER = _native.core().call if _calls.EAGER else None  # the whole eager call in one C function
 
 
 def compact_linear(
@@ -31,41 +27,44 @@ def compact_linear(
     n_out: int | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """y = scatter(act(gather(x) W^T + bias)) + residual.
 
     Schema: `prunekern::compact_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? in_index, Tensor? out_index,
-    int n_out, str activation, Tensor? residual) -> Tensor`.
+    int n_out, str activation, Tensor? residual, Tensor? scale=None) -> Tensor`.
 
     Args:
-        x: [..., in], any strides.
-        packed: the weight of the kept channels, in one of two forms: plain [N, K] (any device; float64 computes in
-            float64, float32, bfloat16 and float16 in float32; differentiable), or `pack_weight` of it
-            [ceil(N / w), K, w] (float32 on the CPU: the C++ kernels; inference only).
-        bias: [N] or None.
+        x: [..., in], any strides. With packed panels float32 or bfloat16.
+        packed: the weight W of the kept channels, in one of two forms:
+            plain [N, K] (any device; differentiable unless int8): the dtype of x, bfloat16, or int8 with its scale;
+            where x has 16 bits float32 too. Computes in float64 for float64 x, else in float32.
+            `pack_weight` of a float32, bfloat16 or int8 weight: the C++ kernels, on the CPU, for inference only.
+        bias: [N] in the dtype of x or float32, or None.
         in_index: [K] int64, strictly ascending: the channels of x the weight reads. None: all of them (K = in).
         out_index: [N] int64, strictly ascending: the channels of y the weight makes. None: all (N = n_out).
         n_out: channels of y. May be left out with a plain weight and no out_index.
         activation: none, relu, gelu (erf), gelu_tanh or silu.
-        residual: [..., n_out] or None; added after the activation.
+        residual: [..., n_out] in the dtype of x, or None; added after the activation.
+        scale: [N] float32, with int8 weights only: W = packed * scale; gets no gradient. See `quantize_weight`.
 
     Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
     Raises ValueError (shapes, indices, devices, activation) or TypeError (dtypes), naming the argument.
     """
-    if _EAGER and not _is_tracing() and not _dispatch_modes() and _functorch_level() is None and _jit_trace() is None:
-        if not _grad_enabled() or not _needs_grad(x, packed, bias, residual):
-            number = _NUMBER.get(activation, -1)
-            y = _EAGER(x, packed, bias, in_index, out_index, n_out, number, residual, _threads())
-            if y is not None:
-                return y
+    if _EAGER and _calls.unwatched() and not _calls.needs_grad(x, packed, bias, residual):
+        number = NUMBER.get(activation, -1)
+        y = _EAGER(x, packed, bias, in_index, out_index, n_out, number, residual, _calls.threads(), scale)
+        if y is not None:
+            return y
     if n_out is None:
-        if packed.dim() != 2 or out_index is not None:
+        if is_packed(packed) or out_index is not None:
             raise ValueError(f"{OP}: n_out is needed with out_index or a packed weight (got None)")
         n_out = packed.shape[0]
-    if packed.dim() == 2 and _plain_eager(x):  # autograd through the reference itself, which keeps z
-        _check_plain(x, packed, bias, in_index, out_index, n_out, activation, residual)
-        return compact_linear_reference(x, packed, bias, in_index, out_index, n_out, activation, residual)
-    return torch.ops.prunekern.compact_linear(x, packed, bias, in_index, out_index, n_out, activation, residual)
+    args = (x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
+    if not is_packed(packed) and _calls.plain_eager(x):  # autograd through the reference itself, which keeps z
+        _check_plain(*args)
+        return compact_linear_reference(*args)
+    return torch.ops.prunekern.compact_linear(*args)
 
 
 def compact_linear_reference(
@@ -77,13 +76,15 @@ def compact_linear_reference(
     n_out: int | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch on a plain weight [N, K]; differentiable; never calls the C++ core."""
     dtype = _checks.compute_dtype(x, weight)
     z = x.to(dtype)  # [..., in]; bf16 never meets a matmul
     if in_index is not None:
         z = z.index_select(-1, in_index)  # [..., K]
-    y = _activate(F.linear(z, weight.to(dtype), None if bias is None else bias.to(dtype)), activation)  # [..., N]
+    z = F.linear(z, widened(weight, scale, dtype), None if bias is None else bias.to(dtype))
+    y = activate(z, activation)  # [..., N]
     if out_index is not None:
         y = y.new_zeros(*y.shape[:-1], n_out).index_copy(-1, out_index, y)  # [..., n_out]
     if residual is not None:
@@ -91,45 +92,13 @@ def compact_linear_reference(
     return y.to(x.dtype)
 
 
-def pack_weight(weight: Tensor) -> Tensor:
-    """Lays weight [N, K] (float32, CPU, any strides) out for this machine's kernels: [ceil(N / w), K, w] float32.
-
-    w is 8, 16 or 32 by instruction set; the last panel is padded with zeros. The layout is not portable: save the
-    plain weight. Raises RuntimeError where the C++ core is missing.
-    """
-    core = _native.core()
-    _checks.shape("pack_weight", "weight", weight, (None, None))
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise TypeError(f"pack_weight: weight must be float32 on cpu (got {weight.dtype} on {weight.device})")
-    weight = weight.detach().resolve_neg()
-    n, k = weight.shape
-    width = core.panel_width()
-    packed = _empty_panels(-(-n // width), k, width)
-    core.pack_weight(weight.data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.data_ptr())
-    return packed
+def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A plain weight of any kind in the dtype that is computed in."""
+    return weight.to(dtype) if scale is None else dequantize_weight(weight, scale.detach(), dtype)
 
 
-def _empty_panels(*shape: int) -> Tensor:
-    """Where it fills a huge page (2 MiB) it starts on one: the C++ core asks for such pages, see pack.cpp."""
-    page = 2**21 // 4  # floats
-    size = math.prod(shape)
-    if size < page:
-        return torch.empty(shape, dtype=torch.float32, device="cpu")
-    memory = torch.empty(size + page, dtype=torch.float32, device="cpu")  # what is never touched costs nothing
-    start = -(memory.data_ptr() // 4) % page
-    return memory[start : start + size].view(shape)
-
-
-def unpack_weight(packed: Tensor, n: int) -> Tensor:
-    """The plain weight [n, K] of `pack_weight`'s panels."""
-    core = _native.core()
-    _check_panels("unpack_weight", packed, n, packed.shape[1] if packed.dim() == 3 else 0)
-    weight = torch.empty(n, packed.shape[1], dtype=torch.float32, device="cpu")
-    core.unpack_weight(packed.data_ptr(), n, packed.shape[1], weight.data_ptr())
-    return weight
-
-
-def _activate(z: Tensor, activation: str) -> Tensor:
+def activate(z: Tensor, activation: str) -> Tensor:
+    """act(z), by our names."""
     if activation == "relu":
         return F.relu(z)
     if activation == "gelu":
@@ -149,47 +118,20 @@ def _activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.silu_backward(grad, z) if activation == "silu" else grad
 
 
-def _plain_eager(x: Tensor) -> bool:
-    """Whether nothing (a tracer, a subclass, a dispatch mode, functorch) wants to see the op itself."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and not _dispatch_modes()
-        and _functorch_level() is None
-        and _jit_trace() is None
-    )
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
-# What an eager call asks every time, looked up once: an attribute of torch costs as much as the question. Tracing
-# with fake tensors is noticed by their type, in the C++ core.
-_is_tracing = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_jit_trace = torch._C._get_tracing_state
-_grad_enabled = torch.is_grad_enabled
-_threads = torch.get_num_threads
-
-
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual) -> None:
+def _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale) -> None:
     """All that can be told without reading an index. n, k: what the weight makes and reads."""
-    if activation not in _NUMBER:
+    if activation not in NUMBER:
         raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
     _checks.floating(OP, "x", x)
-    for name, tensor in (("packed", packed), ("bias", bias), ("residual", residual)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{OP}: {name} must be {x.dtype} like x (got {tensor.dtype})")
-    _checks.same_device(
-        OP, "x", x.device, packed=packed, bias=bias, in_index=in_index, out_index=out_index, residual=residual
-    )
+    _checks.dtypes(OP, x, {"packed": packed}, {"bias": bias}, residual)
+    others = {"packed": packed, "bias": bias, "in_index": in_index, "out_index": out_index, "residual": residual}
+    _checks.same_device(OP, "x", x.device, **others)
+    check_scale(OP, "scale", packed, n, scale)
     for name, index, length in (("in_index", in_index, k), ("out_index", out_index, n)):
         if index is None:
             continue
@@ -206,10 +148,10 @@ def _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation,
         _checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
 
 
-def _check_plain(x, weight, bias, in_index, out_index, n_out, activation, residual) -> None:
+def _check_plain(x, weight, bias, in_index, out_index, n_out, activation, residual, scale) -> None:
     _checks.shape(OP, "packed", weight, (None, None))
     n, k = weight.shape
-    _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual)
+    _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
         if index is None:
             continue
@@ -220,61 +162,43 @@ def _check_plain(x, weight, bias, in_index, out_index, n_out, activation, residu
             torch._assert_async(good, f"{OP}: {name} must be sorted and < {size}")
 
 
-def _check_panels(op: str, packed: Tensor, n: int, k: int) -> None:
-    core = _native.core()
-    width = core.panel_width()
-    if packed.dim() != 3:
-        raise ValueError(f"{op}: packed must be [N, K] or pack_weight's [panels, K, w] (got {list(packed.shape)})")
-    if packed.shape[2] != width:
-        raise ValueError(
-            f"{op}: packed has panels of {packed.shape[2]} channels, the {core.isa()} kernels read {width}: "
-            "pack_weight the plain weight again on this machine"
-        )
-    _checks.shape(op, "packed", packed, (-(-n // width), k, width))
-    if packed.dtype != torch.float32 or packed.device.type != "cpu" or not packed.is_contiguous():
-        raise TypeError(
-            f"{op}: packed must be contiguous float32 on cpu (got {packed.dtype} on {packed.device}, "
-            f"strides {packed.stride()})"
-        )
+def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale) -> tuple[int, int]:
+    n, k = _sizes(x, packed, in_index, out_index, n_out)
+    check_panels(OP, "packed", packed, n, k)
+    _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
+    if x.dtype not in ELEMENT:
+        raise TypeError(f"{OP}: x must be float32 or bfloat16 with a packed weight (got {x.dtype})")
+    return n, k
 
 
-def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual) -> None:
+def _sizes(x, packed, in_index, out_index, n_out) -> tuple[int, int]:
+    """Outputs and inputs of a packed weight. Panels of bfloat16 pad their inputs: there the caller's count stands."""
     n = n_out if out_index is None else out_index.numel()
-    k = packed.shape[1] if packed.dim() == 3 else 0
-    _check_panels(OP, packed, n, k)
-    _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual)
+    if packed.dim() == 3:
+        return n, packed.shape[1]
+    if in_index is not None:
+        return n, in_index.numel()
+    return n, x.shape[-1] if x.dim() else 0
 
 
 # --- the C++ path -----------------------------------------------------------------------------------------------
 
 
-def _rows(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """tensor [..., n] as rows: (tensor, address, row stride), copied only where no single stride describes them."""
-    tensor = tensor.resolve_neg()
-    if tensor.dim() == 2:
-        if tensor.stride(1) != 1 or tensor.stride(0) < 0:
-            tensor = tensor.contiguous()
-        return tensor, tensor.data_ptr(), tensor.stride(0)
-    if not tensor.is_contiguous():
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        return _rows(flat)
-    return tensor, tensor.data_ptr(), tensor.shape[-1]
-
-
-def _run_packed(x, packed, bias, in_index, out_index, n_out, activation, residual) -> Tensor:
-    _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual)
+def _run_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale) -> Tensor:
+    n, k = _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     y = x.new_empty((*x.shape[:-1], n_out))
     if y.numel() == 0:
         return y
-    kept_x, x_address, x_stride = _rows(x)  # kept: the address is worth nothing without its tensor
-    kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else _rows(residual)
-    tensors = [None if t is None else t.resolve_neg().contiguous() for t in (packed, bias, in_index, out_index)]
-    packed_address, bias_address, in_address, out_address = (0 if t is None else t.data_ptr() for t in tensors)
-    n = n_out if out_index is None else out_index.numel()
-    _run(
-        x_address, y.numel() // n_out, x_stride, x.shape[-1], packed_address, n, packed.shape[1], bias_address,
-        in_address, out_address, n_out, _NUMBER[activation], residual_address, residual_stride, y.data_ptr(),
-        n_out, torch.get_num_threads(),
+    kept_x, x_address, x_stride = _calls.rows(x)  # kept: the address is worth nothing without its tensor
+    kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else _calls.rows(residual)
+    bias = _calls.plain_memory(bias, torch.float32)
+    in_index, out_index, scale = (_calls.plain_memory(t) for t in (in_index, out_index, scale))
+    _native.core().compact_linear(
+        x=x_address, m=y.numel() // n_out, x_stride=x_stride, in_features=x.shape[-1], packed=packed.data_ptr(),
+        n=n, k=k, y=y.data_ptr(), y_stride=n_out, n_out=n_out, bias=_calls.address(bias),
+        in_index=_calls.address(in_index), out_index=_calls.address(out_index), activation=activation,
+        residual=residual_address, residual_stride=residual_stride, threads=_calls.threads(),
+        weights=KIND[packed.dtype], scale=_calls.address(scale), element=ELEMENT[x.dtype],
     )  # fmt: skip
     return y
 
@@ -282,40 +206,35 @@ def _run_packed(x, packed, bias, in_index, out_index, n_out, activation, residua
 # --- registration -----------------------------------------------------------------------------------------------
 
 _LIB = torch.library.Library("prunekern", "FRAGMENT")
-_ARGS = "Tensor? bias, Tensor? in_index, Tensor? out_index, int n_out, str activation, Tensor? residual) -> Tensor"
-_LIB.define(f"compact_linear(Tensor x, Tensor packed, {_ARGS}", tags=(torch.Tag.pt2_compliant_tag,))
+_ARGS = "Tensor? bias, Tensor? in_index, Tensor? out_index, int n_out, str activation, Tensor? residual"
+_LIB.define(
+    f"compact_linear(Tensor x, Tensor packed, {_ARGS}, Tensor? scale=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 # What compiled modules call: `packed` was made of `weight` when it lay at `address` and had `version`. A graph cannot
 # guard on these, so they are compared when it runs: a weight changed since then is read itself.
 _LIB.define(
-    f"_compact_linear_cached(Tensor x, Tensor weight, Tensor packed, int address, int version, {_ARGS}",
+    "_compact_linear_cached(Tensor x, Tensor weight, Tensor packed, int address, int version, "
+    f"{_ARGS}, Tensor? scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _forward(x, packed, bias, in_index, out_index, n_out, activation, residual) -> Tensor:
-    if packed.dim() == 2:
-        _check_plain(x, packed, bias, in_index, out_index, n_out, activation, residual)
-        y = compact_linear_reference(x, packed, bias, in_index, out_index, n_out, activation, residual)
-        return y.contiguous()
-    return _run_packed(x, packed, bias, in_index, out_index, n_out, activation, residual)
+def _forward(x, packed, bias, in_index, out_index, n_out, activation, residual, scale=None) -> Tensor:
+    args = (x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
+    if is_packed(packed):
+        return _run_packed(*args)
+    _check_plain(*args)
+    return compact_linear_reference(*args).contiguous()
 
 
 def _forward_cached(x, weight, packed, address, version, *rest) -> Tensor:
-    fresh = version == version_of(weight) and address == weight.data_ptr()
-    return _forward(x, packed if fresh else weight, *rest)
+    return _forward(x, packed if is_unchanged(weight, address, version) else weight, *rest)
 
 
-def version_of(weight: Tensor) -> int:
-    """Counts in-place changes of `weight`; -1 for tensors made under inference_mode, which do not count."""
-    return -1 if weight.is_inference() else weight._version
-
-
-def _fake(x, packed, bias, in_index, out_index, n_out, activation, residual) -> Tensor:
-    if packed.dim() == 2:
-        n, k = packed.shape
-    else:
-        n, k = n_out if out_index is None else out_index.numel(), packed.shape[1]
-    _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual)
+def _fake(x, packed, bias, in_index, out_index, n_out, activation, residual, scale=None) -> Tensor:
+    n, k = _sizes(x, packed, in_index, out_index, n_out) if is_packed(packed) else packed.shape
+    _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     return x.new_empty((*x.shape[:-1], n_out))
 
 
@@ -324,11 +243,11 @@ def _fake_cached(x, weight, packed, address, version, *rest) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, packed, bias, in_index, out_index, _, ctx.activation, residual = inputs
-    ctx.is_packed = packed.dim() == 3
+    x, packed, bias, in_index, out_index, _, ctx.activation, residual, scale = inputs
+    ctx.is_packed = is_packed(packed)
     ctx.with_bias, ctx.with_residual = bias is not None, residual is not None
     if not ctx.is_packed:
-        ctx.save_for_backward(x, packed, bias, in_index, out_index)
+        ctx.save_for_backward(x, packed, bias, in_index, out_index, scale)
 
 
 def _backward(ctx, grad):
@@ -337,19 +256,20 @@ def _backward(ctx, grad):
         raise RuntimeError(
             f"{OP}: a packed weight is for inference and has no gradient; pass the plain weight [N, K] to train"
         )
-    x, weight, bias, in_index, out_index = ctx.saved_tensors
+    x, weight, bias, in_index, out_index, scale = ctx.saved_tensors
     dtype = _checks.compute_dtype(x, weight)
+    wide = widened(weight, scale, dtype)
     read = x.to(dtype) if in_index is None else x.to(dtype).index_select(-1, in_index)  # [..., K]
     d = grad.to(dtype)
     if out_index is not None:
         d = d.index_select(-1, out_index)  # [..., N]
     if ctx.activation != "none":
-        z = F.linear(read, weight.to(dtype), None if bias is None else bias.to(dtype))
+        z = F.linear(read, wide, None if bias is None else bias.to(dtype))
         d = _activate_backward(d, z, ctx.activation)
     rows = d.reshape(-1, d.shape[-1])
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = d @ weight.to(dtype)
+        grad_x = d @ wide
         if in_index is not None:
             grad_x = torch.zeros_like(x, dtype=dtype).index_copy(-1, in_index, grad_x)
         grad_x = grad_x.to(x.dtype)
@@ -357,7 +277,7 @@ def _backward(ctx, grad):
         grad_weight = (rows.t() @ read.reshape(-1, read.shape[-1])).to(weight.dtype)
     if ctx.with_bias and ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0).to(bias.dtype)
-    return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.with_residual else None
+    return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.with_residual else None, None
 
 
 _LIB.impl("compact_linear", _forward, "CompositeExplicitAutograd")

@@ -57,11 +57,11 @@ def test_state_dict_holds_the_plain_weight_and_bias_only():
 @native
 def test_packs_once_and_again_when_the_weight_changed():
     m, x = layer(), torch.randn(3, 30)
-    assert m._cache is None
+    assert m._packed is None
     assert_layer(m, x)
-    first = m._cache
+    first = m._packed
     assert_layer(m, x)
-    assert m._cache is first
+    assert m._packed is first
     with torch.no_grad():
         m.weight.mul_(2)  # in place: the version
     assert_layer(m, x)
@@ -75,17 +75,17 @@ def test_packs_once_and_again_when_the_weight_changed():
     assert_layer(m, x)
     m.load_state_dict({"weight": torch.randn(40, 24), "bias": torch.randn(40)}, assign=True)
     assert_layer(m, x)
-    assert m._cache is not first
+    assert m._packed is not first
 
 
 @native
 def test_packed_ahead_of_the_first_call():
     m = layer()
     assert m.pack() is m
-    ready = m._cache
+    ready = m._packed
     assert ready is not None
     m(torch.randn(3, 30))
-    assert m._cache is ready
+    assert m._packed is ready
 
 
 @native
@@ -107,7 +107,7 @@ def test_conversion_drops_the_packed_weight():
     m, x = layer(), torch.randn(3, 30)
     m(x)
     m.double()
-    assert m._cache is None
+    assert m._packed is None
     got = m(x.double())
     assert got.dtype == torch.float64
     assert (got - expected(m, x)).abs().max() < 1e-13  # float64 is computed in float64, not on the packed copy
@@ -138,7 +138,7 @@ def test_copies_and_pickles():
     torch.save(m, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), torch.load(buffer, weights_only=False)):
-        assert other._cache is None
+        assert other._packed is None
         assert torch.equal(other(x), y)
         with torch.no_grad():
             other.weight.zero_()
@@ -169,8 +169,8 @@ def test_compiled_inference_runs_the_packed_kernel(monkeypatch):
 
     module = __import__("sys").modules[function.__module__]
     m, x, calls = layer().pack(), torch.randn(3, 30), []
-    run = module._run
-    monkeypatch.setattr(module, "_run", lambda *args: (calls.append(1), run(*args)))
+    run = module._run_packed
+    monkeypatch.setattr(module, "_run_packed", lambda *args: (calls.append(1), run(*args))[1])
     with torch.no_grad():
         torch.compile(m, fullgraph=True)(x)
     assert calls

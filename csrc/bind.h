@@ -1,0 +1,19 @@
+// The parts of prunekern._C. Addresses are integers, 0 means not given; whoever calls keeps the memory alive.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace prunekern {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_linear(pybind11::module_& m);
+
+}  // namespace prunekern

@@ -1,0 +1,74 @@
+"""Packed copies of plain weights, and whether they are still copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunekern.ops.packing import KIND, is_packable, pack_weight, version_of
+
+
+class Packed:
+    """The weights of one or several layers, packed as one: their output channels follow one another.
+
+    layers: modules with parameters `weight` [N_i, K] and `bias` [N_i] or None, and a buffer `scale` [N_i] for int8
+    weights (CompactLinear); all of one K and dtype, on the CPU. Holds what the ops take:
+
+        weight: panels of [sum N_i, K]
+        bias:   float32 [sum N_i], or None where no layer has one
+        scale:  float32 [sum N_i], or None unless int8
+
+    `is_fresh()` says whether the layers still hold what was packed. `tensors`, `addresses` and `versions` are what it
+    compares: a compiled graph compares them when it runs (`prunekern.ops.packing.is_unchanged`). ValueError for
+    weights that do not go together.
+    """
+
+    __slots__ = ("weight", "bias", "scale", "tensors", "addresses", "versions", "_checks", "_alive")
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        weights = [layer.weight for layer in layers]
+        if not weights or not all(map(is_packable, weights)) or len({(w.dtype, w.shape[1]) for w in weights}) > 1:
+            got = ", ".join(f"{list(w.shape)} {w.dtype} on {w.device}" for w in weights)
+            raise ValueError(f"Packed: weights must share K and be all {', all '.join(KIND.values())} (got {got})")
+        self.weight = pack_weight(weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights]))
+        self.bias = _joined_bias(layers)
+        self.scale = _joined_scale(layers)
+        owners = [(layer._parameters, name) for name in ("weight", "bias") for layer in layers]
+        if self.scale is not None:
+            owners += [(layer._buffers, "scale") for layer in layers]
+        self.tensors = tuple(owner[name] for owner, name in owners)
+        # What is used as it is, not copied, may change its values: only its identity counts.
+        copied = [t if t is not None and t is not self.bias and t is not self.scale else None for t in self.tensors]
+        self.addresses = tuple(0 if t is None else t.data_ptr() for t in copied)
+        self.versions = tuple(-1 if t is None else version_of(t) for t in copied)
+        self._checks = tuple(
+            (*o, *c) for o, *c in zip(owners, self.tensors, self.addresses, self.versions, strict=True)
+        )
+        self._alive = [None if t is None else t.detach() for t in copied]  # no other tensor gets these addresses
+
+    def is_fresh(self) -> bool:
+        """Whether every tensor packed is still the layer's, lies where it lay, and was not changed in place."""
+        for owner, name, tensor, address, version in self._checks:
+            if owner[name] is not tensor:
+                return False
+            if address and (tensor.data_ptr() != address or (version >= 0 and tensor._version != version)):
+                return False
+        return True
+
+
+def _joined_bias(layers: Sequence[nn.Module]) -> Tensor | None:
+    biases = [layer.bias for layer in layers]
+    if all(bias is None for bias in biases):
+        return None
+    if len(layers) == 1 and biases[0].dtype == torch.float32:
+        return biases[0]
+    filled = [layer.weight.new_zeros(layer.weight.shape[0], dtype=torch.float32) for layer in layers]
+    return torch.cat([z if b is None else b.detach().float() for z, b in zip(filled, biases, strict=True)])
+
+
+def _joined_scale(layers: Sequence[nn.Module]) -> Tensor | None:
+    if layers[0].scale is None:
+        return None
+    return layers[0].scale if len(layers) == 1 else torch.cat([layer.scale for layer in layers])

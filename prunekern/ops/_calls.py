@@ -1,0 +1,66 @@
+"""How the wrapper of an op decides that a call is an ordinary one, and hands tensors to the C++ core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunekern import _native
+
+# The core looks into tensors itself (csrc/eager_tensor.h); False without the core or with torch < 2.10.
+EAGER = _native.available() and _native.core().use_tensor_types(Tensor, torch.nn.Parameter)
+
+# What an eager call asks every time, looked up once: an attribute of torch costs as much as the question.
+_is_tracing = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_jit_trace = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+threads = torch.get_num_threads
+
+
+def unwatched() -> bool:
+    """Whether no tracer, dispatch mode or functorch transform wants to see the op itself.
+
+    Tracing with fake tensors is noticed by their type, where the core looks into them.
+    """
+    return not _is_tracing() and not _dispatch_modes() and _functorch_level() is None and _jit_trace() is None
+
+
+def plain_eager(x: Tensor) -> bool:
+    """The same for a call that stays in Python, where a subclass of Tensor may want to see it too."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and unwatched()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see a call on these."""
+    if not _grad_enabled():
+        return False
+    for tensor in tensors:  # any() would cost a generator: 0.3 us
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def rows(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """tensor [..., n] as rows: (tensor, address, row stride), copied only where no single stride describes them."""
+    tensor = tensor.resolve_neg()
+    if tensor.dim() == 2:
+        if tensor.stride(1) != 1 or tensor.stride(0) < 0:
+            tensor = tensor.contiguous()
+        return tensor, tensor.data_ptr(), tensor.stride(0)
+    if not tensor.is_contiguous():
+        return rows(tensor.reshape(-1, tensor.shape[-1]))
+    return tensor, tensor.data_ptr(), tensor.shape[-1]
+
+
+def plain_memory(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The tensor contiguous, without a sign kept aside, in `dtype`; None stays None."""
+    if tensor is None:
+        return None
+    return tensor.resolve_neg().contiguous().to(dtype or tensor.dtype)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies; 0 for none. Worth nothing once the tensor is gone: keep it."""
+    return 0 if tensor is None else tensor.data_ptr()

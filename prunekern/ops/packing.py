@@ -1,0 +1,166 @@
+"""Weights of compact layers in memory: their three kinds, and the panels that the C++ kernels read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from prunekern import _native
+
+from . import _checks
+
+# The kinds a weight is held in. The dtype tells which: of a plain weight [N, K] as of its panels.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+WEIGHTS = tuple(DTYPES)
+KIND = {dtype: kind for kind, dtype in DTYPES.items()}
+ELEMENT = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # what the kernels read and write besides weights
+
+_PAGE = 2**21  # bytes of a huge page
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [N, K], any float dtype -> (q [N, K] int8, scale [N] float32), with weight close to q * scale[:, None].
+
+    scale is the channel's largest |weight| / 127; q is rounded to nearest, ties to even. A channel of zeros, or of
+    nothing above 1e-36, has scale 0 and q 0. Raises ValueError for a weight that holds infinities or NaN.
+    """
+    _checks.shape("quantize_weight", "weight", weight, (None, None))
+    _checks.floating("quantize_weight", "weight", weight)
+    weight = weight.detach().float()
+    if weight.shape[1] == 0:
+        return weight.to(torch.int8), weight.new_zeros(weight.shape[0])
+    largest = weight.abs().amax(1)  # [N]
+    if not largest.is_meta and not bool(largest.isfinite().all()):
+        channel = int((~largest.isfinite()).nonzero()[0])
+        raise ValueError(f"quantize_weight: weight must be finite (got {float(largest[channel])} in row {channel})")
+    largest = torch.where(largest > 1e-36, largest, 0.0)  # below, 127 / largest is no fp32 number
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    return (weight * inverse[:, None]).round_().to(torch.int8), largest / 127.0
+
+
+def dequantize_weight(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q [N, K] int8 and scale [N] -> the weight [N, K] in `dtype`."""
+    return q.to(dtype).mul_(scale.to(dtype)[:, None])
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Lays weight [N, K] (CPU, any strides) out for this machine's kernels, in panels of w output channels.
+
+    | weight   | packed                                                                      |
+    |----------|-----------------------------------------------------------------------------|
+    | float32  | [ceil(N / w), K, w] float32                                                 |
+    | bfloat16 | [ceil(N / w), 16 ceil(K / 32), w, 2] bfloat16: consecutive inputs in pairs  |
+    | int8     | [ceil(N / w), K, w] int8; `quantize_weight` gives such a weight and its scale |
+
+    w is 8, 16 or 32 by instruction set; what is missing from the last panel, and from the last 32 inputs, is zero.
+    The layout is not portable: save the plain weight. Raises RuntimeError where the C++ core is missing.
+    """
+    core = _native.core()
+    _checks.shape("pack_weight", "weight", weight, (None, None))
+    if weight.dtype not in KIND or weight.device.type != "cpu":
+        raise TypeError(
+            f"pack_weight: weight must be float32, bfloat16 or int8 on cpu (got {weight.dtype} on {weight.device})"
+        )
+    weight = weight.detach().resolve_neg()
+    n, k = weight.shape
+    packed = _empty_panels(panel_shape(n, k, weight.dtype), weight.dtype)
+    if weight.dtype == torch.float32:
+        core.pack_weight(weight.data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.data_ptr())
+        return packed
+    panels, width = packed.shape[0], packed.shape[2]
+    pair = 2 if packed.dim() == 4 else 1
+    padded = weight.new_zeros(panels * width, packed.shape[1] * pair)
+    padded[:n, :k] = weight
+    packed.view(panels, -1, width, pair).copy_(padded.view(panels, width, -1, pair).transpose(1, 2))
+    return packed
+
+
+def unpack_weight(packed: Tensor, n: int, k: int | None = None, scale: Tensor | None = None) -> Tensor:
+    """The plain weight [n, k] in float32 of `pack_weight`'s panels. k: needed for bfloat16, whose panels pad it."""
+    core = _native.core()
+    if k is None:
+        if packed.dtype == torch.bfloat16:
+            raise ValueError("unpack_weight: k is needed with bfloat16 panels (got None)")
+        k = packed.shape[1] if packed.dim() == 3 else 0
+    check_panels("unpack_weight", "packed", packed, n, k)
+    check_scale("unpack_weight", "scale", packed, n, scale)
+    weight = torch.empty(n, k, dtype=torch.float32, device="cpu")
+    scale_address = 0 if scale is None else scale.data_ptr()
+    core.unpack_weight(packed.data_ptr(), n, k, weight.data_ptr(), KIND[packed.dtype], scale_address)
+    return weight
+
+
+def panel_shape(n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Shape of the panels of a weight [n, k] on this machine."""
+    width = _native.core().panel_width()
+    if dtype == torch.bfloat16:
+        return -(-n // width), -(-k // 32) * 16, width, 2
+    return -(-n // width), k, width
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is panels rather than plain [N, K]."""
+    return weight.dim() > 2
+
+
+def is_packable(weight: Tensor) -> bool:
+    """Whether `pack_weight` takes a plain weight of this dtype and device on this machine."""
+    return weight.dtype in KIND and weight.is_cpu and _native.available()
+
+
+def version_of(weight: Tensor) -> int:
+    """Counts in-place changes of `weight`; -1 for tensors made under inference_mode, which do not count."""
+    return -1 if weight.is_inference() else weight._version
+
+
+def is_unchanged(weight: Tensor, address: int, version: int) -> bool:
+    """Whether `weight` still lies where it lay when it was packed, and was not changed in place since."""
+    return weight.data_ptr() == address and version_of(weight) == version
+
+
+def check_panels(op: str, name: str, packed: Tensor, n: int, k: int) -> None:
+    """Raises ValueError or TypeError unless `packed` is `pack_weight` of a weight [n, k], made on this machine."""
+    core = _native.core()
+    width = core.panel_width()
+    if packed.dim() not in (3, 4):
+        raise ValueError(f"{op}: {name} must be [N, K] or pack_weight's panels (got {list(packed.shape)})")
+    if packed.dtype not in KIND or packed.device.type != "cpu" or not packed.is_contiguous():
+        raise TypeError(
+            f"{op}: {name} must be contiguous float32, bfloat16 or int8 on cpu (got {packed.dtype} on "
+            f"{packed.device}, strides {packed.stride()})"
+        )
+    if packed.shape[2] != width:
+        raise ValueError(
+            f"{op}: {name} has panels of {packed.shape[2]} channels, the {core.isa()} kernels read {width}: "
+            "pack_weight the plain weight again on this machine"
+        )
+    _checks.shape(op, name, packed, panel_shape(n, k, packed.dtype))
+
+
+def check_scale(op: str, name: str, weight: Tensor, n: int, scale: Tensor | None) -> None:
+    """Raises unless an int8 weight, plain or packed, comes with its scale [n] float32, and another comes without."""
+    if weight.dtype != torch.int8:
+        if scale is not None:
+            raise ValueError(f"{op}: {name} goes with an int8 weight only (the weight is {weight.dtype})")
+        return
+    if scale is None:
+        raise ValueError(f"{op}: {name} is needed with an int8 weight (got None)")
+    _checks.shape(op, name, scale, (n,))
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be float32 (got {scale.dtype})")
+    _checks.same_device(op, "the weight", weight.device, **{name: scale})
+
+
+def _empty_panels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Where they fill a huge page (2 MiB) they start on one, and ask for such pages: csrc/huge_pages.h says why."""
+    size = math.prod(shape)
+    page = _PAGE // dtype.itemsize
+    if size < page:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    memory = torch.empty(size + page, dtype=dtype, device="cpu")  # what is never touched costs nothing
+    start = -(memory.data_ptr() // dtype.itemsize) % page
+    panels = memory[start : start + size]
+    _native.core().prefer_huge_pages(panels.data_ptr(), size * dtype.itemsize)
+    return panels.view(shape)
