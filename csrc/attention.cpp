@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -49,18 +50,6 @@ struct Workspace {
   }
 };
 
-void run_tile(const TileFn* full, const TileFn* half, std::int64_t columns, const Kernels& kernel,
-              std::int64_t rows, const float* a, std::int64_t a_stride, const float* panel, std::int64_t k,
-              float* acc) {
-  TileArgs args{};
-  args.a = a;
-  args.a_stride = a_stride;
-  args.panel = panel;
-  args.k = k;
-  args.acc = acc;
-  (columns > kernel.vector ? full : half)[rows](args);
-}
-
 // Queries x all allowed keys of one head.
 struct Head {
   const AttentionCall& call;
@@ -77,27 +66,49 @@ struct Head {
     alignas(64) float max[kMaxLanes], sum[kMaxLanes] = {}, decay[kMaxLanes], after[kMaxLanes];
     alignas(64) float acc[kMaxRows * kMaxWidth];
     std::fill_n(max, kMaxLanes, std::numeric_limits<float>::lowest());
-    const float scale = call.scale * kLog2E;
-    for (std::int64_t r = 0; r < count; ++r) {
-      const float* from = q + (rows.begin + r) * call.q_stride;
-      for (std::int64_t c = 0; c < qk; ++c) work.q[r * work.q_stride + c] = from[c] * scale;
+    const float* a = q + rows.begin * call.q_stride;
+    std::int64_t a_stride = call.q_stride;
+    if (a_stride * 4 % 4096 == 0) {  // whole pages: the rows of a tile would meet in one set of L1
+      for (std::int64_t r = 0; r < count; ++r)
+        std::memcpy(work.q + r * work.q_stride, a + r * a_stride, static_cast<std::size_t>(qk) * 4);
+      a = work.q;
+      a_stride = work.q_stride;
     }
     for (std::int64_t first = 0; first < n; first += kKeyBlock) {
       const std::int64_t keys = std::min(kKeyBlock, n - first);
       const bool last = first + keys == n;
-      for (std::int64_t p = 0; p * width < keys; ++p)
-        run_tile(kernel.tile, kernel.half_tile, keys - p * width, kernel, count, work.q, work.q_stride,
-                 work.keys + (first + p * width) * qk, qk, work.scores + p * count * width);
+      for (std::int64_t p = 0; p * width < keys; ++p) {
+        TileArgs args{};
+        args.a = a;
+        args.a_stride = a_stride;
+        args.panel = work.keys + (first + p * width) * qk;
+        args.k = qk;
+        args.acc = work.scores + p * count * width;
+        tile(keys - p * width)[count](args);
+      }
       kernel.attention.softmax(
           {work.scores, count, keys, last ? present : all, work.p, work.p_stride, max, sum, decay});
       for (std::int64_t r = 0; r < count; ++r) after[r] = last ? 1.0f / sum[r] : 1.0f;
       for (std::int64_t c = 0; c < v; c += width) {
-        run_tile(kernel.tile, kernel.half_tile, v - c, kernel, count, work.p, work.p_stride,
-                 work.values + c * n + first * width, keys, acc);
-        kernel.attention.combine({acc, count, std::min(width, v - c), first == 0 ? nullptr : decay, after,
+        const std::int64_t columns = std::min(width, v - c);
+        TileArgs args{};
+        args.a = work.p;
+        args.a_stride = work.p_stride;
+        args.panel = work.values + c * n + first * width;
+        args.k = keys;
+        args.acc = acc;
+        args.y = y + rows.begin * call.y_stride + c;
+        args.y_stride = call.y_stride;
+        args.row_lines = ceil_div(columns * 4, kLine) + 1;
+        tile(columns)[count](args);
+        kernel.attention.combine({acc, count, columns, first == 0 ? nullptr : decay, after,
                                   y + rows.begin * call.y_stride + c, call.y_stride});
       }
     }
+  }
+
+  const TileFn* tile(std::int64_t columns) const {
+    return columns > kernel.vector ? kernel.tile : kernel.half_tile;
   }
 };
 
@@ -128,8 +139,8 @@ void run_item(const AttentionCall& call, const Kernels& kernel, std::int64_t seq
   const Workspace work(kernel, n, qk, v, scratch);
   row.resize(keys.size());
   for (std::int64_t i = 0; i < n; ++i) row[i] = keys[i] * call.k_stride;
-  kernel.attention.pack_keys(
-      {call.k + sequence * call.k_batch_stride + qk_first, row.data(), n, qk, work.keys});
+  kernel.attention.pack_keys({call.k + sequence * call.k_batch_stride + qk_first, row.data(), n, qk,
+                              call.scale * kLog2E, work.keys});
   for (std::int64_t i = 0; i < n; ++i) row[i] = keys[i] * call.v_stride;
   kernel.attention.pack_values(
       {call.v + sequence * call.v_batch_stride + v_first, row.data(), n, v, work.values});

@@ -15,5 +15,6 @@ T* at(Address address) {
 }
 
 void bind_linear(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
 
 }  // namespace prunekern

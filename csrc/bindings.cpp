@@ -39,5 +39,6 @@ PYBIND11_MODULE(_C, m) {
       "run_peak", [](std::int64_t steps) { return prunekern::run_peak(prunekern::active_isa(), steps); },
       "Runs multiply-adds that touch no memory; returns their flops, to be divided by their time.");
   prunekern::bind_linear(m);
+  prunekern::bind_attention(m);
   if (!prunekern::add_eager_call(m.ptr())) throw py::error_already_set();
 }

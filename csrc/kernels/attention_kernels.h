@@ -12,6 +12,7 @@ struct PackKeysArgs {
   const float* keys;        // channel 0 of this head
   const std::int64_t* row;  // [n]: where each key starts, in elements from `keys`
   std::int64_t n, d;
+  float scale;
   float* panels;
 };
 
