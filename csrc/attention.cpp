@@ -50,6 +50,55 @@ struct Workspace {
   }
 };
 
+// One item of work: some queries of one head of one sequence.
+struct Item {
+  std::int64_t sequence, head;
+  Range queries;
+};
+
+// Draws what an item will read into L2, some lines after every tile of the one before. Its rows lie pages
+// apart, where no hardware prefetcher follows: 8 % at 8 x 128 tokens, whose q, k and v outgrow L2.
+class Ahead {
+ public:
+  void start(const AttentionCall& call, const Item& item, std::int64_t tiles) {
+    const std::int64_t qk = call.qk_first[item.head], v = call.v_first[item.head];
+    const std::int64_t qk_floats = call.qk_first[item.head + 1] - qk, s = item.sequence;
+    parts_[0] = {call.k + s * call.k_batch_stride + qk, call.k_stride, call.keys, line_count(qk_floats)};
+    parts_[1] = {call.v + s * call.v_batch_stride + v, call.v_stride, call.keys,
+                 line_count(call.v_first[item.head + 1] - v)};
+    parts_[2] = {call.q + s * call.q_batch_stride + qk + item.queries.begin * call.q_stride, call.q_stride,
+                 item.queries.size(), line_count(qk_floats)};
+    part_ = row_ = 0;
+    std::int64_t lines = 0;
+    for (const Part& part : parts_) lines += part.rows * part.lines;
+    lines_ = ceil_div(lines, tiles);
+  }
+
+  void step() {
+    for (std::int64_t left = lines_; left > 0 && part_ < 3;) {
+      const Part& part = parts_[part_];
+      if (row_ == part.rows) {
+        ++part_;
+        row_ = 0;
+        continue;
+      }
+      const float* row = part.data + row_++ * part.stride;
+      for (std::int64_t i = 0; i < part.lines; ++i) __builtin_prefetch(row + i * (kLine / 4), 0, 2);
+      left -= std::max<std::int64_t>(part.lines, 1);
+    }
+  }
+
+ private:
+  struct Part {
+    const float* data;
+    std::int64_t stride, rows, lines;
+  };
+  static std::int64_t line_count(std::int64_t floats) { return floats == 0 ? 0 : floats * 4 / kLine + 1; }
+
+  Part parts_[3] = {};
+  std::int64_t part_ = 3, row_ = 0, lines_ = 0;
+};
+
 // Queries x all allowed keys of one head.
 struct Head {
   const AttentionCall& call;
@@ -61,7 +110,7 @@ struct Head {
   const float* all;      // ones: of every other block's last panel
 
   // One tile of queries.
-  void run(Range rows, const Workspace& work) const {
+  void run(Range rows, const Workspace& work, Ahead& ahead) const {
     const std::int64_t width = kernel.width, count = rows.size();
     alignas(64) float max[kMaxLanes], sum[kMaxLanes] = {}, decay[kMaxLanes], after[kMaxLanes];
     alignas(64) float acc[kMaxRows * kMaxWidth];
@@ -85,6 +134,7 @@ struct Head {
         args.k = qk;
         args.acc = work.scores + p * count * width;
         tile(keys - p * width)[count](args);
+        ahead.step();
       }
       kernel.attention.softmax(
           {work.scores, count, keys, last ? present : all, work.p, work.p_stride, max, sum, decay});
@@ -101,6 +151,7 @@ struct Head {
         args.y_stride = call.y_stride;
         args.row_lines = ceil_div(columns * 4, kLine) + 1;
         tile(columns)[count](args);
+        ahead.step();
         kernel.attention.combine({acc, count, columns, first == 0 ? nullptr : decay, after,
                                   y + rows.begin * call.y_stride + c, call.y_stride});
       }
@@ -120,11 +171,12 @@ void allowed_keys(const AttentionCall& call, std::int64_t sequence, std::vector<
     if (mask == nullptr || mask[i]) keys.push_back(i);
 }
 
-// One item of work: some queries of one head of one sequence.
-void run_item(const AttentionCall& call, const Kernels& kernel, std::int64_t sequence, std::int64_t head,
-              Range queries) {
+// next: what this thread will probably do after it, or null.
+void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item, const Item* next) {
   static thread_local Scratch scratch;
   static thread_local std::vector<std::int64_t> keys, row;
+  const std::int64_t sequence = item.sequence, head = item.head;
+  const Range queries = item.queries;
   const std::int64_t qk_first = call.qk_first[head], v_first = call.v_first[head];
   const std::int64_t qk = call.qk_first[head + 1] - qk_first, v = call.v_first[head + 1] - v_first;
   if (v == 0) return;
@@ -151,9 +203,13 @@ void run_item(const AttentionCall& call, const Kernels& kernel, std::int64_t seq
   for (std::int64_t i = 0; i < kMaxWidth; ++i) present[i] = i < in_last ? 1.0f : 0.0f;
   const Head one{call, kernel, n, qk, v, call.q + sequence * call.q_batch_stride + qk_first, y, present, all};
   const std::int64_t tiles = ceil_div(queries.size(), kernel.rows);
+  Ahead ahead;
+  if (next != nullptr)
+    ahead.start(call, *next,
+                tiles * (ceil_div(n, kernel.width) + ceil_div(n, kKeyBlock) * ceil_div(v, kernel.width)));
   for (std::int64_t t = 0; t < tiles; ++t) {
     const Range tile = share(queries.size(), t, tiles);
-    one.run({queries.begin + tile.begin, queries.begin + tile.end}, work);
+    one.run({queries.begin + tile.begin, queries.begin + tile.end}, work, ahead);
   }
 }
 
@@ -190,12 +246,20 @@ void compact_attention(Isa isa, const AttentionCall& call) {
   const std::int64_t tiles = ceil_div(call.queries, kernel.rows);
   const std::int64_t parts =
       std::clamp<std::int64_t>(call.threads == 1 ? 1 : 4 * call.threads / pairs, 1, tiles);
-  const int threads = static_cast<int>(std::min<std::int64_t>(call.threads, pairs * parts));
-  std::atomic<std::int64_t> next{0};
-  parallel(threads, [&](int, int) {
-    for (std::int64_t i = next++; i < pairs * parts; i = next++)
-      run_item(call, kernel, i / parts / call.heads, i / parts % call.heads,
-               share(call.queries, i % parts, parts));
+  const std::int64_t items = pairs * parts;
+  const int threads = static_cast<int>(std::min<std::int64_t>(call.threads, items));
+  auto item = [&](std::int64_t i) {
+    return Item{i / parts / call.heads, i / parts % call.heads, share(call.queries, i % parts, parts)};
+  };
+  const std::int64_t floats =
+      (call.queries + call.keys) * call.qk_first[call.heads] + call.keys * call.v_first[call.heads];
+  const bool is_large = call.batch * floats * 4 > l2_bytes();
+  std::atomic<std::int64_t> taken{0};
+  parallel(threads, [&](int, int count) {
+    for (std::int64_t i = taken++; i < items; i = taken++) {
+      const Item next = item(i + count);
+      run_item(call, kernel, item(i), is_large && i + count < items ? &next : nullptr);
+    }
   });
 }
 

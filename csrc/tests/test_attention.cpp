@@ -197,6 +197,8 @@ int main() {
     for (Mask mask : {Mask::none, Mask::holes}) run(isa, {1, 17, 700, {20, 0}, {33, 8}, mask, 1});
     run(isa, {1, 700, 700, {12}, {17}, Mask::padding, 3});
     run(isa, {1, 9, 513, {8}, {8}, Mask::none, 1});
+    // More than L2 holds: what comes next is prefetched.
+    for (int threads : {1, 2}) run(isa, {12, 129, 129, ragged_qk, ragged_v, Mask::padding, threads});
     // Large logits: to one side and to both, block after block.
     run(isa, {1, 20, 600, {16}, {16}, Mask::none, 1, 1e4f});
     run(isa, {1, 20, 60, {16}, {16}, Mask::none, 1, 1e15f, 1e15f});
