@@ -143,4 +143,8 @@ const char* name(WeightType type) {
 
 std::int64_t run_peak(Isa isa, std::int64_t steps) { return kernels(isa).peak(steps); }
 
+std::uint64_t run_read(Isa isa, const void* memory, std::int64_t bytes) {
+  return kernels(isa).read(static_cast<const char*>(memory), bytes);
+}
+
 }  // namespace prunekern

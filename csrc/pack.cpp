@@ -2,8 +2,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
+#include "bf16.h"
 #include "huge_pages.h"
+#include "packed.h"
 #include "prunekern/linear.h"
 
 #ifdef __linux__
@@ -26,32 +29,29 @@ void prefer_huge_pages(void* data, std::int64_t bytes) {
 
 namespace {
 
-std::int64_t padded_k(WeightType type, std::int64_t k) {
-  return type == WeightType::bf16 ? (k + 31) / 32 * 32 : k;  // one tile of AMX reads 32
-}
-
-std::int64_t value_bytes(WeightType type) {
-  return type == WeightType::fp32 ? 4 : type == WeightType::bf16 ? 2 : 1;
-}
-
 // Where weight (channel c of its panel, input j) stands in the panel.
 std::int64_t place(WeightType type, std::int64_t width, std::int64_t c, std::int64_t j) {
   return type == WeightType::bf16 ? (j / 2 * width + c) * 2 + j % 2 : j * width + c;
 }
 
-std::uint16_t to_bf16(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000)
-    return static_cast<std::uint16_t>(bits >> 16 | 0x40);  // NaN stays one
-  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+// One step of a channel's int8 values. NaN where a weight is NaN or infinite: the channel gives NaN then. 0
+// for a channel of zeros, or one so small (under 1e-43) that its step underflows: it gives zero, plus the
+// bias.
+float int8_scale(const float* channel, std::int64_t stride, std::int64_t k) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (std::int64_t j = 0; j < k; ++j) {
+    const float size = std::fabs(channel[j * stride]);
+    finite &= size <= std::numeric_limits<float>::max();
+    largest = std::max(largest, size);
+  }
+  return finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
-float from_bf16(std::uint16_t value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
+// Clamped: where the step is subnormal it has few bits, and the largest weight may be 190 steps.
+std::int8_t to_int8(float value, float scale) {
+  if (!(scale > 0.0f)) return 0;
+  return static_cast<std::int8_t>(std::lrint(std::clamp(value / scale, -127.0f, 127.0f)));
 }
 
 }  // namespace
@@ -67,15 +67,9 @@ void pack_weight(Isa isa, WeightType type, const float* weight, std::int64_t row
   prefer_huge_pages(packed, packed_bytes(isa, type, n, k));
   for (std::int64_t first = 0; first < n; first += width) {
     const std::int64_t real = std::min(width, n - first), start = first / width * panel;
-    float inverse[64] = {};
     if (type == WeightType::int8) {
-      for (std::int64_t c = 0; c < real; ++c) {
-        float largest = 0.0f;
-        for (std::int64_t j = 0; j < k; ++j)
-          largest = std::max(largest, std::fabs(weight[(first + c) * row_stride + j * column_stride]));
-        scale[first + c] = largest / 127.0f;
-        inverse[c] = largest > 0.0f ? 127.0f / largest : 0.0f;
-      }
+      for (std::int64_t c = 0; c < real; ++c)
+        scale[first + c] = int8_scale(weight + (first + c) * row_stride, column_stride, k);
     }
     if (real < width || padded_k(type, k) != k)
       std::memset(static_cast<char*>(packed) + start * value_bytes(type), 0,
@@ -90,7 +84,7 @@ void pack_weight(Isa isa, WeightType type, const float* weight, std::int64_t row
         else if (type == WeightType::bf16)
           static_cast<std::uint16_t*>(packed)[at] = to_bf16(value);
         else
-          static_cast<std::int8_t*>(packed)[at] = static_cast<std::int8_t>(std::lrint(value * inverse[c]));
+          static_cast<std::int8_t*>(packed)[at] = to_int8(value, scale[first + c]);
       }
     }
   }

@@ -48,4 +48,16 @@ void plan_windows(const Kernels& kernels, const std::int64_t* out_index, std::in
   }
 }
 
+void plan_reads(const Kernels& kernels, const std::int64_t* in_index, std::int64_t k,
+                std::int64_t in_features, Reads& reads) {
+  const std::int64_t last = std::max<std::int64_t>(in_features - kernels.vector, 0);  // nothing past the row
+  reads.clear();
+  for (std::int64_t i = 0; i < k;) {
+    Read read{std::min(in_index[i], last), static_cast<std::int32_t>(i), 0};
+    for (; i < k && in_index[i] < read.column + kernels.vector; ++i)
+      read.mask |= 1u << (in_index[i] - read.column);
+    reads.push_back(read);
+  }
+}
+
 }  // namespace prunekern

@@ -1,4 +1,5 @@
-// What one call does besides arithmetic: checked indices, and the output columns each panel owns.
+// What one call does besides arithmetic: checked indices, the output columns each panel owns,
+// the columns of x that are read.
 #pragma once
 
 #include <cstdint>
@@ -20,5 +21,10 @@ struct Windows {
 
 void plan_windows(const Kernels& kernels, const std::int64_t* out_index, std::int64_t n, std::int64_t n_out,
                   Windows& windows);
+
+// What of a row of x is read, vector by vector: in_index[k] within [0, in_features).
+using Reads = std::vector<Read>;
+void plan_reads(const Kernels& kernels, const std::int64_t* in_index, std::int64_t k,
+                std::int64_t in_features, Reads& reads);
 
 }  // namespace prunekern

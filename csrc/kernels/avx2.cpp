@@ -2,22 +2,25 @@
 // registers).
 #include <immintrin.h>
 
-#include "tile.h"
+#include "table.h"
 
 namespace prunekern {
 namespace {
 
-// AVX2 has no expand: for each 8-bit mask, which source lane every lane takes.
-struct ExpandTable {
-  unsigned char lane[256][8];
+// AVX2 has neither expand nor compress: for each 8-bit mask, which source lane every lane takes.
+struct Lanes {
+  unsigned char expand[256][8], compress[256][8];
 
-  constexpr ExpandTable() : lane() {
+  constexpr Lanes() : expand(), compress() {
     for (int mask = 0; mask < 256; ++mask)
       for (int i = 0, next = 0; i < 8; ++i)
-        lane[mask][i] = static_cast<unsigned char>(mask >> i & 1 ? next++ : 0);
+        if (mask >> i & 1) {
+          compress[mask][next] = static_cast<unsigned char>(i);
+          expand[mask][i] = static_cast<unsigned char>(next++);
+        }
   }
 };
-constexpr ExpandTable kExpand;
+constexpr Lanes kLanes;
 alignas(32) constexpr int kOnes[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 
 struct Avx2 {
@@ -30,9 +33,52 @@ struct Avx2 {
   static __m256i first(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + 8 - n)); }
   static F load_part(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static void store_part(float* p, F a, int n) { _mm256_maskstore_ps(p, first(n), a); }
+  static F load(const std::int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+
+  // bf16: the upper half of a float.
+  static F load(const std::uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  static F load_part(const std::uint16_t* p, int n) {  // 16-bit lanes have no masks
+    std::uint16_t values[8] = {};
+    for (int i = 0; i < n; ++i) values[i] = p[i];
+    return load(values);
+  }
+  static __m128i to_bf16(F a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan =
+        _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));  // rounding could make it infinite
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, nan, is_nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+  }
+  static void store(std::uint16_t* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+  static void store_part(std::uint16_t* p, F a, int n) {
+    std::uint16_t values[8];
+    store(values, a);
+    for (int i = 0; i < n; ++i) p[i] = values[i];
+  }
+  static F load_even(const std::uint16_t* p) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+  }
+  static F load_odd(const std::uint16_t* p) {
+    return _mm256_and_ps(load(reinterpret_cast<const float*>(p)),
+                         _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  static F permute(F a, const unsigned char* lanes) {
+    return _mm256_permutevar8x32_ps(
+        a, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes))));
+  }
+  static F compress(F a, std::uint32_t mask) { return permute(a, kLanes.compress[mask]); }
   static F expand(const float* p, std::uint32_t mask) {
-    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand.lane[mask]));
-    const F spread = _mm256_permutevar8x32_ps(load(p), _mm256_cvtepu8_epi32(lanes));
+    const F spread = permute(load(p), kLanes.expand[mask]);
     const __m256i bits = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
     const __m256i keep =
         _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits), bits);
@@ -61,6 +107,7 @@ struct Avx2 {
     const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
     return mul(mul(a, power(half)), power(_mm256_sub_epi32(whole, half)));
   }
+  static F mix(F a, F b) { return _mm256_xor_ps(a, b); }
   static F select_positive(F x, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
   }

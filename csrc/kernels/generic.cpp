@@ -1,5 +1,5 @@
 // Any CPU: four floats at a time in plain C++, which the compiler turns into SSE2, NEON or whatever there is.
-#include "tile.h"
+#include "table.h"
 
 namespace prunekern {
 namespace {
@@ -30,6 +30,51 @@ struct Generic {
   }
   static void store_part(float* p, F a, int n) {
     for (int i = 0; i < n; ++i) p[i] = a.v[i];
+  }
+  static F load(const std::int8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+  }
+
+  // bf16: the upper half of a float.
+  static float from_bf16(std::uint16_t value) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+    float result;
+    __builtin_memcpy(&result, &bits, 4);
+    return result;
+  }
+  static std::uint16_t to_bf16(float value) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    if (value != value)
+      return static_cast<std::uint16_t>(bits >> 16 | 0x40);  // rounding could make it infinite
+    return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  static F load(const std::uint16_t* p) {
+    return each([&](int i) { return from_bf16(p[i]); });
+  }
+  static F load_part(const std::uint16_t* p, int n) {
+    return each([&](int i) { return i < n ? from_bf16(p[i]) : 0.0f; });
+  }
+  static void store(std::uint16_t* p, F a) {
+    for (int i = 0; i < 4; ++i) p[i] = to_bf16(a.v[i]);
+  }
+  static void store_part(std::uint16_t* p, F a, int n) {
+    for (int i = 0; i < n; ++i) p[i] = to_bf16(a.v[i]);
+  }
+  static F load_even(const std::uint16_t* p) {
+    return each([&](int i) { return from_bf16(p[2 * i]); });
+  }
+  static F load_odd(const std::uint16_t* p) {
+    return each([&](int i) { return from_bf16(p[2 * i + 1]); });
+  }
+
+  // The values whose bit is set, moved together; the rest is zero.
+  static F compress(F a, std::uint32_t mask) {
+    F out = set(0.0f);
+    int next = 0;
+    for (int i = 0; i < 4; ++i)
+      if (mask >> i & 1) out.v[next++] = a.v[i];
+    return out;
   }
   // The bits of mask take consecutive values from p; the rest is zero.
   static F expand(const float* p, std::uint32_t mask) {
@@ -75,6 +120,17 @@ struct Generic {
       const int power = n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0;
       const int half = power / 2;
       return a.v[i] * __builtin_ldexpf(1.0f, half) * __builtin_ldexpf(1.0f, power - half);
+    });
+  }
+  static F mix(F a, F b) {  // of bits, for a checksum
+    return each([&](int i) {
+      std::uint32_t x, y;
+      __builtin_memcpy(&x, &a.v[i], 4);
+      __builtin_memcpy(&y, &b.v[i], 4);
+      x ^= y;
+      float result;
+      __builtin_memcpy(&result, &x, 4);
+      return result;
     });
   }
   static F select_positive(F x, F yes, F no) {

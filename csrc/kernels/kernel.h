@@ -1,5 +1,5 @@
-// What a kernel file offers to the loops: two functions and three sizes. Kernel files know nothing of layers,
-// indices or threads; the loops know nothing of instruction sets.
+// What a kernel file offers to the loops: a table of functions and three sizes. Kernel files know nothing of
+// layers, indices or threads; the loops know nothing of instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -9,23 +9,51 @@
 
 namespace prunekern {
 
-// acc [rows, width] = a [rows, k] times one panel [k, width].
+// acc [rows, width] = a [rows, k] times panel [k, width]; with `accumulate` it is added to what acc holds.
 struct TileArgs {
   const float* a;
   std::int64_t a_stride;
   const float* panel;
   std::int64_t k;
   float* acc;
+  bool accumulate;
 
   // What will be needed soon, drawn into the caches on the way. Every 4 steps of k: so many lines of weights
-  // (0: none), and what the epilogue will touch of one more row of y and of the residual (null: none).
-  const float* next_weights;
+  // (0: none), and what the epilogue will touch of one more row of y and of the residual (null: none). Steps
+  // in bytes.
+  const char* next_weights;
   std::int64_t next_lines;
-  const float* y;
-  std::int64_t y_stride;
-  const float* residual;
-  std::int64_t residual_stride;
+  const char* y;
+  std::int64_t y_step;
+  const char* residual;
+  std::int64_t residual_step;
   std::int64_t row_lines;
+};
+
+// A panel in fp32: [k, width] from what pack_weight made of it, for bf16 (pairs of k: from an even one on,
+// and where k is odd one row more is written) and for int8 (without the scale). The tile reads it from L1.
+struct WidenArgs {
+  const void* panel;
+  std::int64_t k;
+  float* to;
+};
+
+// Up to one vector of consecutive columns of x, and where they go.
+struct Read {
+  std::int64_t column;  // first column
+  std::int32_t target;  // place of the first one taken
+  std::uint32_t mask;   // bit i: column + i is taken
+};
+
+// Rows of x as tiles read them: fp32, kept columns side by side.
+struct TakeArgs {
+  const void* x;  // float, or std::uint16_t (bf16)
+  std::int64_t x_stride;
+  std::int64_t rows, columns;
+  const Read* reads;  // null: all columns
+  std::int64_t n_reads;
+  float* to;  // [rows, to_stride], writable one vector past the last column of each row
+  std::int64_t to_stride;
 };
 
 // Up to one vector of consecutive output columns, and where its values come from.
@@ -36,36 +64,45 @@ struct Window {
   std::uint32_t mask;   // bit i: column + i takes the next value of acc; otherwise it is a gap and takes zero
 };
 
-// Writes act(acc + bias) into the windows of every row, plus the residual. acc is scratch and is overwritten.
+// Writes act(acc * scale + bias) into the windows of every row, plus the residual. acc is scratch and is
+// overwritten.
 struct EpilogueArgs {
   float* acc;  // [rows, width], readable one vector past its end
   std::int64_t rows;
-  const float* bias;  // [width], padded with zeros
+  const float* scale;  // [width]: of int8 weights, otherwise ones
+  const float* bias;   // [width], padded with zeros
   const Window* windows;
   std::int64_t n_windows;
-  const float* residual;  // at (first row, column 0), or null
+  const void* residual;  // float or std::uint16_t (bf16), at (first row, column 0), or null
   std::int64_t residual_stride;
-  float* y;  // at (first row, column 0)
+  void* y;  // the same type, at (first row, column 0)
   std::int64_t y_stride;
 };
 
 using TileFn = void (*)(const TileArgs&);
+using WidenFn = void (*)(const WidenArgs&);
+using TakeFn = void (*)(const TakeArgs&);
 using EpilogueFn = void (*)(const EpilogueArgs&);
-
 using PeakFn = std::int64_t (*)(std::int64_t steps);
+using ReadFn = std::uint64_t (*)(const char* memory, std::int64_t bytes);
 
 constexpr int kMaxRows = 14;
 constexpr int kMaxWidth = 32;
 constexpr int kActivations = 5;
+constexpr int kElements = 2;
+constexpr int kWeightTypes = 3;
 
 struct Kernels {
-  int width;                          // columns of a panel
-  int vector;                         // floats of a vector: widest window
-  int rows;                           // most rows of a tile
-  TileFn tile[kMaxRows + 1];          // by rows, from 1
-  TileFn half_tile[kMaxRows + 1];     // the same for a panel with nothing in its second vector
-  PeakFn peak;                        // multiply-adds and nothing else; returns how many flops that was
-  EpilogueFn epilogue[kActivations];  // by Activation
+  int width;                       // columns of a panel
+  int vector;                      // floats of a vector: widest window
+  int rows;                        // most rows of a tile
+  TileFn tile[kMaxRows + 1];       // by rows, from 1
+  TileFn half_tile[kMaxRows + 1];  // the same for a panel with nothing in its second vector
+  WidenFn widen[kWeightTypes];     // by WeightType; null for fp32, which the tile reads where it is
+  TakeFn take[kElements];          // by Element of x
+  EpilogueFn epilogue[kElements][kActivations];  // by Element of y and the residual, and by Activation
+  PeakFn peak;  // multiply-adds and nothing else; returns how many flops that was
+  ReadFn read;  // reads memory once, returns a checksum
   AttentionKernels attention;
 };
 

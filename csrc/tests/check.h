@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -51,6 +52,24 @@ inline std::vector<std::int64_t> random_kept(std::int64_t count, std::int64_t si
     if (static_cast<std::int64_t>(engine() % static_cast<unsigned>(left)) < wanted) kept.push_back(i);
   }
   return kept;
+}
+
+// bf16, written apart from the code it checks: the float whose lower half is zero, nearest, ties to even.
+inline std::uint16_t bf16_of(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (std::isnan(value)) return 0x7fc0;
+  const std::uint32_t lower = bits & 0xffff;
+  std::uint32_t upper = bits >> 16;
+  if (lower > 0x8000 || (lower == 0x8000 && upper % 2 == 1)) ++upper;
+  return static_cast<std::uint16_t>(upper);
+}
+
+inline float float_of(std::uint16_t bf16) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(bf16) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
 inline double activate_reference(prunekern::Activation activation, double x) {
