@@ -147,8 +147,8 @@ struct Head {
         args.panel = work.values + c * n + first * width;
         args.k = keys;
         args.acc = acc;
-        args.y = y + rows.begin * call.y_stride + c;
-        args.y_stride = call.y_stride;
+        args.y = reinterpret_cast<const char*>(y + rows.begin * call.y_stride + c);
+        args.y_step = call.y_stride * 4;
         args.row_lines = ceil_div(columns * 4, kLine) + 1;
         tile(columns)[count](args);
         ahead.step();
