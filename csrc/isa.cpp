@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx_probe.h"
 #include "kernels/kernel.h"
 #include "prunekern/prunekern.h"
 
@@ -126,7 +127,7 @@ const Kernels& kernels(Isa isa) {
 }
 
 const AmxVerdict& amx_verdict() {
-  static const AmxVerdict verdict{false, "not built yet"};
+  static const AmxVerdict verdict = amx_probe();
   return verdict;
 }
 

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx_linear.h"
 #include "blocks.h"
 #include "kernels/kernel.h"
 #include "packed.h"
@@ -197,6 +198,7 @@ void compact_linear(Isa isa, const LinearCall& call) {
   static thread_local Reads kept_reads;
   Reads& reads = kept_reads;
   if (call.in_index != nullptr) plan_reads(kernel, call.in_index, call.weight.k, call.in_features, reads);
+  if (amx_takes(isa, call.weight.type, call.m)) return amx_linear(call, kernel, windows, reads);
   const std::int64_t panels = ceil_div(call.weight.n, kernel.width);
   // Rows or panels, whichever leaves the fullest thread less to do; at a tie rows, which share nothing.
   const std::int64_t row_tiles = ceil_div(call.m, kernel.rows);

@@ -1,86 +1,9 @@
-// AVX-512 (F, BW, VL, DQ): tiles of 14 rows by 2 vectors of 16.
-#include <immintrin.h>
+// AVX-512: tiles of 14 rows by 2 vectors of 16.
+#include "avx512.h"
 
 #include "table.h"
 
 namespace prunekern {
-namespace {
-
-struct Avx512 {
-  static constexpr int kWidth = 16;
-  using F = __m512;
-
-  static F set(float x) { return _mm512_set1_ps(x); }
-  static F load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
-  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-  static F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
-  static void store_part(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
-  static F load(const std::int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
-
-  // bf16: the upper half of a float.
-  static F from_bf16(__m256i halves) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-  }
-  static __m256i to_bf16(F a) {
-    const __m512i bits = _mm512_castps_si512(a);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);  // rounding could make it infinite
-    const __m512i kept = _mm512_mask_or_epi32(nearest, is_nan, bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
-  }
-  static F load(const std::uint16_t* p) {
-    return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static F load_part(const std::uint16_t* p, int n) {
-    return from_bf16(_mm256_maskz_loadu_epi16(first(n), p));
-  }
-  static void store(std::uint16_t* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
-  static void store_part(std::uint16_t* p, F a, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(a)); }
-  static F load_even(const std::uint16_t* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
-  }
-  static F load_odd(const std::uint16_t* p) {
-    return _mm512_castsi512_ps(
-        _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-  }
-
-  static F compress(F a, std::uint32_t mask) {
-    return _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), a);
-  }
-  static F expand(const float* p, std::uint32_t mask) {
-    return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), load(p));
-  }
-  // a0 b0 a1 b1 ... of the lower halves; of the upper halves.
-  static F zip_low(F a, F b) {
-    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    return _mm512_permutex2var_ps(a, order, b);
-  }
-  static F zip_high(F a, F b) {
-    const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    return _mm512_permutex2var_ps(a, order, b);
-  }
-  static F add(F a, F b) { return _mm512_add_ps(a, b); }
-  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
-  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F div(F a, F b) { return _mm512_div_ps(a, b); }
-  static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static F abs(F a) { return _mm512_abs_ps(a); }
-  static F madd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F scale(F a, F n) { return _mm512_scalef_ps(a, n); }
-  static F mix(F a, F b) { return _mm512_xor_ps(a, b); }
-  static F select_positive(F x, F yes, F no) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), no, yes);
-  }
-};
-
-}  // namespace
 
 constexpr Kernels kAvx512Kernels = make_kernels<Avx512, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>();
 

@@ -1,7 +1,7 @@
 // compact_mlp against float64, every instruction set: weight types, elements, options, threads, empty layers.
 #include <algorithm>
 
-#include "bf16.h"
+#include "amx_emulator.h"
 #include "check.h"
 
 using namespace prunekern;
@@ -56,16 +56,14 @@ struct Matrix {
   // Both element types hold the same values, and a kernel that rounds x to bf16 rounds nothing.
   Matrix(Element element, std::vector<float> values) : element(element), wide(std::move(values)) {
     for (float& one : wide) {
-      narrow.push_back(to_bf16(one));
-      one = from_bf16(narrow.back());
+      narrow.push_back(bf16_of(one));
+      one = float_of(narrow.back());
     }
   }
   void* data() {
     return element == Element::fp32 ? static_cast<void*>(wide.data()) : static_cast<void*>(narrow.data());
   }
-  double operator[](std::int64_t i) const {
-    return element == Element::fp32 ? wide[i] : from_bf16(narrow[i]);
-  }
+  double operator[](std::int64_t i) const { return element == Element::fp32 ? wide[i] : float_of(narrow[i]); }
 };
 
 struct Sum {
@@ -177,9 +175,10 @@ std::string refusal(void (*spoil)(MlpCall&)) {
 }  // namespace
 
 int main() {
+  std::printf("amx: %s\n", provide_amx().c_str());
   for (Isa isa : supported_isas())
-    for (WeightType type : {WeightType::fp32}) {
-      for (Element element : {Element::fp32}) {
+    for (WeightType type : {WeightType::fp32, WeightType::bf16, WeightType::int8}) {
+      for (Element element : {Element::fp32, Element::bf16}) {
         int options = 0;
         for (std::int64_t m : {0, 1, 5, 16, 43, 129})
           for (std::int64_t hidden : {0, 1, 70, 257})
