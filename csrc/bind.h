@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
+
+#include "prunekern/linear.h"
 
 namespace prunekern {
 
@@ -14,7 +17,12 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// fp32, bf16, int8; fp32, bf16.
+WeightType parse_type(const std::string& text);
+Element parse_element(const std::string& text);
+
 void bind_linear(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
+void bind_mlp(pybind11::module_& m);
 
 }  // namespace prunekern

@@ -12,8 +12,6 @@
 namespace py = pybind11;
 
 namespace prunekern {
-namespace {
-
 WeightType parse_type(const std::string& text) {
   for (WeightType type : {WeightType::fp32, WeightType::bf16, WeightType::int8})
     if (text == name(type)) return type;
@@ -25,6 +23,8 @@ Element parse_element(const std::string& text) {
   if (text == "bf16") return Element::bf16;
   throw std::invalid_argument("element must be fp32 or bf16 (got " + text + ")");
 }
+
+namespace {
 
 void linear(Address x, std::int64_t m, std::int64_t x_stride, std::int64_t in_features, Address packed,
             std::int64_t n, std::int64_t k, Address y, std::int64_t y_stride, std::int64_t n_out,

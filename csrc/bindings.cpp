@@ -40,5 +40,6 @@ PYBIND11_MODULE(_C, m) {
       "Runs multiply-adds that touch no memory; returns their flops, to be divided by their time.");
   prunekern::bind_linear(m);
   prunekern::bind_attention(m);
+  prunekern::bind_mlp(m);
   if (!prunekern::add_eager_call(m.ptr())) throw py::error_already_set();
 }

@@ -59,6 +59,10 @@ PyMethodDef methods[] = {
     {"call", fast(call_fn), METH_FASTCALL,
      "call(x, packed, bias, in_index, out_index, n_out, activation, residual, threads, scale) -> y, or None "
      "where the checked path must run it. Knows no autograd, no dispatch modes: ask about those first."},
+    {"call_mlp", fast(eager_mlp), METH_FASTCALL,
+     "call_mlp(x, up, down, gate, 3 biases, 3 scales, in_index, out_index, n_hidden, n_out, activation, "
+     "residual, "
+     "threads) -> y, or None: the same for compact_mlp."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

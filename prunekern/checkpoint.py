@@ -12,10 +12,8 @@ from torch import nn
 
 from .folders import replacing
 from .nn import CompactLinear
-
-WEIGHTS = ("fp32",)
-
-_DTYPES = {"fp32": torch.float32}
+from .nn.packed import pack_all
+from .ops.packing import WEIGHTS
 
 # What `save_pretrained` writes, and weights in other forms that would contradict it; a model_card.md is not ours.
 _MODEL_FILE = re.compile(
@@ -42,15 +40,18 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB")
 def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
     """The compact model in the folder `path`, of the class that config.json names, in eval mode.
 
-    weights: how block weights are held, "fp32". FileNotFoundError where there is no such folder; ValueError for what
-    is not a compact model, or is truncated, edited or foreign: the message names file and tensor.
+    weights: how block weights are held, fp32, bf16 (half the memory) or int8 (a quarter, one scale a channel); all
+    else (embeddings, LayerNorms, biases, the head) is fp32, and so are activations. How near each comes to float64 is
+    in `prunekern.ops.compact_linear`. Weights are packed for this machine at once.
+
+    FileNotFoundError where there is no such folder; ValueError for what is not a compact model, or is truncated,
+    edited or foreign: the message names file and tensor.
     """
     import transformers
 
     from . import hf  # noqa: F401  (registers the format)
 
-    if weights not in WEIGHTS:
-        raise ValueError(f"load: weights must be one of {WEIGHTS} (got {weights!r})")
+    _known(weights)
     path = Path(path)
     config = read_config(path)
     section = config.get("quantization_config")
@@ -63,7 +64,7 @@ def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
         raise ValueError(f"{path / 'config.json'}: architectures must name one transformers model class (got {names})")
     model, info = cls.from_pretrained(
         path,
-        dtype=_DTYPES[weights],
+        dtype=torch.float32,
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in `info`
@@ -75,7 +76,27 @@ def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
         raise ValueError(f"{path}: tensor {name!r} is missing")
     for name in sorted(info["unexpected_keys"]):
         raise ValueError(f"{path}: tensor {name!r} is not of this model")
-    return model.requires_grad_(False).eval()
+    return set_weights(model, weights).requires_grad_(False).eval()
+
+
+def set_weights(model: nn.Module, weights: str) -> nn.Module:
+    """Hold the block weights of a compact model as fp32, bf16 or int8 (see `load`), and pack them; returns the model.
+
+    ValueError for another kind, and for bf16 and int8 where the model is not compact.
+    """
+    _known(weights)
+    layers = [module for module in model.modules() if isinstance(module, CompactLinear)]
+    if not layers and weights != "fp32":
+        raise ValueError(f"load: weights {weights!r} needs a compact model (got {type(model).__name__} without plan)")
+    for layer in layers:
+        layer.set_weights(weights)
+    pack_all(model)
+    return model
+
+
+def _known(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"load: weights must be one of {WEIGHTS} (got {weights!r})")
 
 
 def read_config(path: Path) -> dict:

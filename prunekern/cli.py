@@ -22,6 +22,7 @@ Text = Annotated[str | None, typer.Option(help="Text column of --data; two with 
 Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
 Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
+Weights = Annotated[str, typer.Option(help="How a compact model holds its block weights: fp32, bf16 or int8.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0 leaves torch's default.")]
 
 
@@ -148,17 +149,19 @@ def evaluate_command(
     validation: Split = None,
     test: Split = None,
     max_length: MaxLength = 128,
+    weights: Weights = "fp32",
     threads: Threads = 0,
 ) -> None:
     """Score a saved model on a task."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from . import hf  # noqa: F401  (compact folders load too)
+    from .checkpoint import set_weights
     from .recipe import evaluate
 
     _threads(threads)
     data_task = _task(task, data, text, label, validation, test)
-    loaded = AutoModelForSequenceClassification.from_pretrained(model)
+    loaded = set_weights(AutoModelForSequenceClassification.from_pretrained(model), weights)
     if loaded.config.num_labels != data_task.num_labels:
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
     metrics, _ = evaluate(loaded, AutoTokenizer.from_pretrained(model), data_task, max_length, console=console)
@@ -169,6 +172,7 @@ def evaluate_command(
 @app.command()
 def bench(
     model: Annotated[Path, typer.Argument(help="Folder of a compact model.")],
+    weights: Weights = "fp32",
     shapes: Annotated[str, typer.Option(help="batch x tokens, with commas between.")] = "1x128,8x128",
     threads: Annotated[int, typer.Option(help="Threads of torch and the C++ kernels.")] = 1,
     seconds: Annotated[float, typer.Option(help="About how long to measure each shape.")] = 5.0,
@@ -184,10 +188,10 @@ def bench(
             raise ValueError
     except ValueError:
         raise typer.BadParameter(f"--shapes must look like 1x128,8x128 (got {shapes!r})") from None
-    small = load(model)
+    small = load(model, weights)
     plan = plan_of(small)
     ideal = plan.dense_macs() / plan.macs() if plan.macs() else float("inf")
-    table = Table(title=f"{model}, {threads} thread(s); ideal {ideal:.2f} x by multiply-adds")
+    table = Table(title=f"{model}, {weights} weights, {threads} thread(s); ideal {ideal:.2f} x by multiply-adds")
     for column in ("batch x tokens", "dense ms", "compact ms", "speed-up", "of ideal"):
         table.add_column(column, justify="right")
     dense = dense_twin(small)

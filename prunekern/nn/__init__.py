@@ -2,7 +2,7 @@
 
 from .channel_mask import ChannelMask
 from .compact_linear import CompactLinear
-from .compact_mlp import CompactMLP
+from .compact_mlp import CompactMLP, mlp_call
 from .masked_dora_linear import MaskedDoRALinear
 
-__all__ = ["ChannelMask", "CompactLinear", "CompactMLP", "MaskedDoRALinear"]
+__all__ = ["ChannelMask", "CompactLinear", "CompactMLP", "MaskedDoRALinear", "mlp_call"]

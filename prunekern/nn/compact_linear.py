@@ -121,7 +121,7 @@ class CompactLinear(nn.Module):
         if x.dtype is not _f32 and x.dtype is not weight.dtype:
             x, residual = self._under_autocast(x, residual)
         rest = (buffers["in_index"], buffers["out_index"], self.out_features, activation, residual)
-        packed = self.packed_for(x, residual)
+        packed = self.packed() if packs(x, residual, weight, bias) and fits(x, weight, rest[0]) else None
         if packed is None:
             return compact_linear(x, weight, bias, *rest, scale)
         if _is_compiling():  # a graph packs nothing, and compares address and version when it runs
@@ -130,24 +130,17 @@ class CompactLinear(nn.Module):
             )
         return compact_linear(x, packed.weight, packed.bias, *rest, packed.scale)
 
-    def packed_for(self, x: Tensor, residual: Tensor | None = None) -> Packed | None:
-        """The packed copy of what the layer holds now; None where x must go through the plain weight.
+    def packed(self) -> Packed | None:
+        """The packed copy of what the layer holds now, made where it must be; None where the weight does not pack.
 
-        Under torch.compile the copy that is there, for the graph to compare.
+        Under torch.compile the copy that is there, or None: the graph compares it with the weight when it runs.
         """
         weight, packed = self._parameters["weight"], self._packed
-        if not packs(x, residual, weight, self._parameters["bias"]):
-            return None
-        if packed is not None and (packed.tensors[0] is weight if _is_compiling() else packed.is_fresh()):
-            fresh = packed
-        elif _is_compiling() or not is_packable(weight):
-            return None
-        else:
-            fresh = self._packed = Packed((self,))
-        # Panels of bfloat16 are padded to 32 inputs: they cannot tell that x has a few too many.
-        if weight.dtype is _bf16 and self._buffers["in_index"] is None and x.shape[-1] != weight.shape[1]:
-            return None
-        return fresh
+        if _is_compiling():
+            return packed if packed is not None and packed.tensors[0] is weight else None
+        if packed is None or not packed.is_fresh():
+            packed = self._packed = Packed((self,)) if is_packable(weight) else None
+        return packed
 
     def pack(self) -> CompactLinear:
         """Packs the weight now instead of at the first call; returns self. Does nothing where nothing packs.
@@ -155,8 +148,7 @@ class CompactLinear(nn.Module):
         Call it before torch.compile (a graph uses the packed weight that is there when it is traced), and after
         changing, in place, a weight made under inference_mode (torch does not count changes of those).
         """
-        if is_packable(self.weight):
-            self._packed = Packed((self,))
+        self._packed = Packed((self,)) if is_packable(self.weight) else None
         return self
 
     def extra_repr(self) -> str:
@@ -217,6 +209,11 @@ def packs(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> boo
         return False
     # An exported program goes to other machines: it keeps the plain weight.
     return not (_is_exporting() or _calls.needs_grad(x, residual, *parameters))
+
+
+def fits(x: Tensor, weight: Tensor, in_index: Tensor | None) -> bool:
+    """False where x is too wide or narrow for a bf16 weight: its panels, padded to 32 inputs, could not tell."""
+    return weight.dtype is not _bf16 or in_index is not None or x.shape[-1] == weight.shape[1]
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from prunekern.ops.compact_linear import ACTIVATIONS
+from prunekern.ops.compact_mlp import compact_mlp
 
-from .compact_linear import CompactLinear
+from .compact_linear import CompactLinear, fits, packs
 
 
 class CompactMLP(nn.Module):
@@ -14,8 +16,9 @@ class CompactMLP(nn.Module):
 
     Args:
         up, down, gate: CompactLinear without an activation of their own, or nn.Linear (its weights are shared).
-        activation: none, relu, gelu (erf), gelu_tanh or silu; applied in the epilogue of up, or of gate.
+        activation: none, relu, gelu (erf), gelu_tanh or silu.
 
+    One kernel call (`prunekern.ops.compact_mlp`) where `mlp_call` says so, else one call a layer.
     Raises TypeError or ValueError naming the argument.
     """
 
@@ -31,7 +34,7 @@ class CompactMLP(nn.Module):
             raise ValueError(f"CompactMLP: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
         self.up = _compact("up", up)
         self.down = _compact("down", down)
-        self.gate = None if gate is None else _compact("gate", gate)
+        self.register_module("gate", None if gate is None else _compact("gate", gate))
         self.activation = activation
         for name, layer in (("up", self.up), ("gate", self.gate)):
             if layer is not None and layer.out_features != self.up.out_features:
@@ -41,15 +44,97 @@ class CompactMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., in] -> [..., out_features of down]; residual of that shape or None."""
-        if self.gate is None:
-            hidden = self.up.run(x, None, self.activation)
-        else:
-            hidden = self.gate.run(x, None, self.activation) * self.up(x)
-        return self.down(hidden, residual)
+        modules = self._modules
+        return mlp_call(modules["up"], modules["down"], x, residual, self.activation, modules["gate"])
 
     def extra_repr(self) -> str:
         """The activation."""
         return f"activation={self.activation}"
+
+
+def mlp_call(
+    up: CompactLinear,
+    down: CompactLinear,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gate: CompactLinear | None = None,
+) -> Tensor:
+    """down(act(up(x))), or down(act(gate(x)) * up(x)), plus the residual, of layers that may live anywhere in a model.
+
+    x: [..., in] -> [..., out_features of down]; residual of that shape or None. activation: None for up's own.
+    One kernel call on the packed weights where x is float32 or bfloat16 on the CPU, nothing needs a gradient, all
+    layers hold one kind of weight, and down reads just what up makes; else one call a layer, with the same result up
+    to rounding.
+    """
+    if activation is None:
+        activation = up.activation
+    layers = (up, down) if gate is None else (up, down, gate)
+    if _fuses(layers, x, residual):
+        y = _fused(layers, x, residual, activation)
+        if y is not None:
+            return y
+    if gate is None:
+        return down(up.run(x, None, activation), residual)
+    return down(gate.run(x, None, activation) * up.run(x, None, "none"), residual)
+
+
+def _fuses(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None) -> bool:
+    """Whether `compact_mlp` can compute what the layers do one by one."""
+    up, down = layers[0], layers[1]
+    weight, last, inputs = up._parameters["weight"], down._parameters["weight"], up._buffers["in_index"]
+    dtype = weight.dtype
+    if last.dtype is not dtype or up._buffers["out_index"] is not None or down._buffers["in_index"] is not None:
+        return False
+    if down.activation != "none" or last.shape[1] != up.out_features or not fits(x, weight, inputs):
+        return False
+    if x.dtype is not _f32 and x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
+        return False  # the layers settle on a dtype themselves
+    parameters = (weight, last, up._parameters["bias"], down._parameters["bias"])
+    if len(layers) == 3:
+        gate = layers[2]
+        if gate._parameters["weight"].dtype is not dtype or gate._buffers["out_index"] is not None:
+            return False
+        if not _same_index(inputs, gate._buffers["in_index"]):
+            return False
+        parameters += (gate._parameters["weight"], gate._parameters["bias"])
+    return packs(x, residual, *parameters)
+
+
+def _fused(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None, activation: str) -> Tensor | None:
+    """None where a layer has no packed weight."""
+    up, down = layers[0], layers[1]
+    first, last, third = up.packed(), down.packed(), layers[2].packed() if len(layers) == 3 else _NOTHING
+    if first is None or last is None or third is None:
+        return None
+    rest = (
+        up._buffers["in_index"], down._buffers["out_index"], up.out_features, down.out_features, activation, residual
+    )  # fmt: skip
+    if not _is_compiling():
+        return compact_mlp(
+            x, first.weight, last.weight, third.weight, first.bias, last.bias, third.bias, first.scale, last.scale,
+            third.scale, *rest,
+        )  # fmt: skip
+    packed = (first, last, third)[: len(layers)]
+    biases, scales = ([getattr(layer, name) for layer in layers] + [None] for name in ("bias", "scale"))
+    return torch.ops.prunekern._compact_mlp_cached(
+        x, [layer.weight for layer in layers], [p.weight for p in packed], [p.addresses[0] for p in packed],
+        [p.versions[0] for p in packed], *biases[:3], *scales[:3], *rest,
+    )  # fmt: skip
+
+
+class _NOTHING:
+    """Stands for the gate of an MLP without one."""
+
+    weight = bias = scale = None
+
+
+_is_compiling = torch.compiler.is_compiling
+_f32 = torch.float32
+
+
+def _same_index(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _compact(name: str, layer: nn.Module) -> CompactLinear:

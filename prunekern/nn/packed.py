@@ -72,3 +72,16 @@ def _joined_scale(layers: Sequence[nn.Module]) -> Tensor | None:
     if layers[0].scale is None:
         return None
     return layers[0].scale if len(layers) == 1 else torch.cat([layer.scale for layer in layers])
+
+
+def pack_all(model: nn.Module) -> None:
+    """Pack every layer of `model` now instead of at its first call.
+
+    Calls `pack()` of every module that has it. A module that packs layers together (a `Packed` of several) names
+    them in `packs_together()`: these are not packed alone too.
+    """
+    together = [layer for m in model.modules() if hasattr(m, "packs_together") for layer in m.packs_together()]
+    done = {id(layer) for layer in together}
+    for module in model.modules():
+        if hasattr(module, "pack") and id(module) not in done:
+            module.pack()

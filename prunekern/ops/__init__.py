@@ -1,6 +1,7 @@
 """Ops of the torch.library namespace `prunekern`, one file each; importing this registers them all."""
 
 from .compact_linear import compact_linear
+from .compact_mlp import compact_mlp
 from .dora_gain import dora_gain, row_sqnorm
 from .dora_linear import dora_linear
 from .dora_merge import dora_merge
@@ -8,6 +9,7 @@ from .packing import dequantize_weight, pack_weight, quantize_weight, unpack_wei
 
 __all__ = [
     "compact_linear",
+    "compact_mlp",
     "dequantize_weight",
     "dora_gain",
     "dora_linear",

@@ -1,0 +1,234 @@
+"""compact_mlp: two or three compact linears and the activation between them, without writing out the rows between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunekern import _native
+
+from . import _calls, _checks
+from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference
+from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, is_unchanged
+
+OP = "compact_mlp"
+_EAGER = _native.core().call_mlp if _calls.EAGER else None  # the whole eager call in one C function
+
+
+def compact_mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    in_index: Tensor | None = None,
+    out_index: Tensor | None = None,
+    n_hidden: int | None = None,
+    n_out: int | None = None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = scatter(down(act(up(gather(x))))) + residual, or with a gate scatter(down(act(gate(x)) * up(x))) + residual.
+
+    Schema: `prunekern::compact_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? down_bias,
+    Tensor? gate_bias, Tensor? up_scale, Tensor? down_scale, Tensor? gate_scale, Tensor? in_index, Tensor? out_index,
+    int n_hidden, int n_out, str activation, Tensor? residual) -> Tensor`.
+
+    Args:
+        x: [..., in], any strides; float32 or bfloat16 with packed weights. The rows between the layers have its dtype.
+        up, gate: the weights of the kept channels [H, K], gate may be None; down: [N, H]. All plain, or all panels
+            of `pack_weight`: see `compact_linear`, which says what dtypes go together and how near float64 they come.
+            Plain ones are differentiable; packed ones run the C++ kernel, block by block of rows, the rows between
+            the layers in the L2 cache.
+        up_bias, gate_bias: [H], down_bias: [N], in the dtype of x or float32, or None.
+        up_scale, gate_scale: [H], down_scale: [N], float32, with int8 weights only.
+        in_index: [K] int64, strictly ascending: the channels of x that up and gate read. None: all.
+        out_index: [N] int64, strictly ascending: the channels of y that down makes. None: all (N = n_out).
+        n_hidden: H; n_out: channels of y. May be left out with plain weights (n_out: and no out_index).
+        activation: none, relu, gelu (erf), gelu_tanh or silu.
+        residual: [..., n_out] in the dtype of x, or None.
+
+    Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
+    Raises ValueError or TypeError naming the argument.
+    """
+    if (
+        _EAGER
+        and _calls.unwatched()
+        and not _calls.needs_grad(x, up, down, gate, up_bias, down_bias, gate_bias, residual)
+    ):
+        y = _EAGER(
+            x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
+            n_hidden, n_out, NUMBER.get(activation, -1), residual, _calls.threads(),
+        )  # fmt: skip
+        if y is not None:
+            return y
+    packed = is_packed(up)
+    if n_hidden is None or n_out is None:
+        if packed or (n_out is None and out_index is not None):
+            raise ValueError(
+                f"{OP}: n_hidden and n_out are needed with packed weights, n_out with out_index (got None)"
+            )
+        n_hidden, n_out = up.shape[0], down.shape[0] if n_out is None else n_out
+    args = (x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
+            n_hidden, n_out, activation, residual)  # fmt: skip
+    if not packed and not is_packed(down):
+        _check_shapes(*args)
+        return _composed(compact_linear, *args)  # differentiable and traceable, layer by layer
+    return torch.ops.prunekern.compact_mlp(*args)
+
+
+def compact_mlp_reference(*args, **kwargs) -> Tensor:
+    """The same in plain PyTorch on plain weights, arguments as in the schema; never calls the C++ core."""
+    return _composed(compact_linear_reference, *args, **kwargs)
+
+
+def _composed(linear, x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
+              out_index, n_hidden, n_out, activation, residual) -> Tensor:  # fmt: skip
+    """One `linear` a layer."""
+    if gate is None:
+        hidden = linear(x, up, up_bias, in_index, None, n_hidden, activation, None, up_scale)  # [..., H]
+    else:
+        hidden = linear(x, gate, gate_bias, in_index, None, n_hidden, activation, None, gate_scale)
+        hidden = hidden * linear(x, up, up_bias, in_index, None, n_hidden, "none", None, up_scale)
+    return linear(hidden, down, down_bias, None, out_index, n_out, "none", residual, down_scale)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def _check_shapes(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
+                  out_index, n_hidden, n_out, activation, residual) -> None:  # fmt: skip
+    """All that can be told without reading an index."""
+    if activation not in NUMBER:
+        raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
+    if x.dim() == 0:
+        raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
+    _checks.floating(OP, "x", x)
+    weights, biases = _named(up, down, gate), _named(up_bias, down_bias, gate_bias, "_bias")
+    scales = _named(up_scale, down_scale, gate_scale, "_scale")
+    _checks.dtypes(OP, x, weights, biases, residual)
+    others = {"in_index": in_index, "out_index": out_index, "residual": residual}
+    _checks.same_device(OP, "x", x.device, **weights, **biases, **others)
+    k = x.shape[-1] if in_index is None else in_index.numel()
+    n = n_out if out_index is None else out_index.numel()
+    for name, weight in weights.items():
+        if weight is None:
+            if biases[name + "_bias"] is not None or scales[name + "_scale"] is not None:
+                raise ValueError(f"{OP}: {name}_bias and {name}_scale go with a {name} (got None)")
+            continue
+        shape = (n, n_hidden) if name == "down" else (n_hidden, k)
+        if is_packed(weight) != is_packed(up):
+            raise ValueError(f"{OP}: {name} must be {'packed' if is_packed(up) else 'plain'} like up")
+        if not is_packed(weight):
+            _checks.shape(OP, name, weight, shape)
+        if biases[name + "_bias"] is not None:
+            _checks.shape(OP, name + "_bias", biases[name + "_bias"], (shape[0],))
+        check_scale(OP, name + "_scale", weight, shape[0], scales[name + "_scale"])
+    for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
+        if index is not None and (index.dtype != torch.int64 or index.dim() != 1 or index.numel() > size):
+            raise (TypeError if index.dtype != torch.int64 else ValueError)(
+                f"{OP}: {name} must be 1-D int64 of at most {size} channels (got {list(index.shape)} {index.dtype})"
+            )
+    if residual is not None:
+        _checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
+
+
+def _named(up, down, gate, suffix: str = "") -> dict[str, Tensor | None]:
+    return {"up" + suffix: up, "down" + suffix: down, "gate" + suffix: gate}
+
+
+# --- the C++ path -----------------------------------------------------------------------------------------------
+
+
+def _run_packed(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
+                out_index, n_hidden, n_out, activation, residual) -> Tensor:  # fmt: skip
+    if x.dtype not in ELEMENT:
+        raise TypeError(f"{OP}: x must be float32 or bfloat16 with packed weights (got {x.dtype})")
+    y = x.new_empty((*x.shape[:-1], n_out))
+    if y.numel() == 0:
+        return y
+    kept_x, x_address, x_stride = _calls.rows(x)  # kept: the address is worth nothing without its tensor
+    kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else _calls.rows(residual)
+    biases = [_calls.plain_memory(b, torch.float32) for b in (up_bias, down_bias, gate_bias)]
+    scales = [_calls.plain_memory(s) for s in (up_scale, down_scale, gate_scale)]
+    in_index, out_index = _calls.plain_memory(in_index), _calls.plain_memory(out_index)
+    k = x.shape[-1] if in_index is None else in_index.numel()
+    n = n_out if out_index is None else out_index.numel()
+    for name, weight, shape in (
+        ("up", up, (n_hidden, k)),
+        ("down", down, (n, n_hidden)),
+        ("gate", gate, (n_hidden, k)),
+    ):
+        if weight is not None:
+            check_panels(OP, name, weight, *shape)
+    kinds = [None if w is None else KIND[w.dtype] for w in (up, down, gate)]
+    up, down, gate = (
+        None if w is None else (kind, w.data_ptr(), _calls.address(bias), _calls.address(scale))
+        for w, kind, bias, scale in zip((up, down, gate), kinds, biases, scales, strict=True)
+    )
+    _native.core().compact_mlp(
+        x=x_address, m=y.numel() // n_out, x_stride=x_stride, in_features=x.shape[-1],
+        k=k, up=up, n_hidden=n_hidden, down=down, n=n, y=y.data_ptr(), y_stride=n_out, n_out=n_out, gate=gate,
+        in_index=_calls.address(in_index), out_index=_calls.address(out_index), activation=activation,
+        residual=residual_address, residual_stride=residual_stride, threads=_calls.threads(),
+        element=ELEMENT[x.dtype],
+    )  # fmt: skip
+    return y
+
+
+# --- registration -----------------------------------------------------------------------------------------------
+
+_LIB = torch.library.Library("prunekern", "FRAGMENT")
+_REST = (
+    "Tensor? up_bias, Tensor? down_bias, Tensor? gate_bias, Tensor? up_scale, Tensor? down_scale, "
+    "Tensor? gate_scale, Tensor? in_index, Tensor? out_index, int n_hidden, int n_out, str activation, "
+    "Tensor? residual) -> Tensor"
+)
+_LIB.define(f"compact_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, {_REST}", tags=(torch.Tag.pt2_compliant_tag,))
+# What compiled modules call, as in compact_linear.py: packed weights, and the plain ones they were made of. The lists
+# have one entry a layer.
+_LIB.define(
+    "_compact_mlp_cached(Tensor x, Tensor[] weights, Tensor[] packed, int[] addresses, int[] versions, " + _REST,
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _forward(x, up, down, gate, *rest) -> Tensor:
+    _check_shapes(x, up, down, gate, *rest)
+    if is_packed(up):
+        return _run_packed(x, up, down, gate, *rest)
+    return compact_mlp_reference(x, up, down, gate, *rest).contiguous()
+
+
+def _forward_cached(x, weights, packed, addresses, versions, *rest) -> Tensor:
+    fresh = all(map(is_unchanged, weights, addresses, versions))
+    return _forward(x, *_three(packed if fresh else weights), *rest)
+
+
+def _fake(x, up, down, gate, *rest) -> Tensor:
+    _check_shapes(x, up, down, gate, *rest)
+    return x.new_empty((*x.shape[:-1], rest[9]))
+
+
+def _fake_cached(x, weights, packed, addresses, versions, *rest) -> Tensor:
+    return _fake(x, *_three(weights), *rest)
+
+
+def _three(weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    return weights[0], weights[1], weights[2] if len(weights) > 2 else None
+
+
+def _backward(ctx, *grads):
+    raise RuntimeError(f"{OP}: this op is for inference; prunekern.ops.compact_mlp on plain weights has a gradient")
+
+
+_LIB.impl("compact_mlp", _forward, "CompositeExplicitAutograd")
+_LIB.impl("_compact_mlp_cached", _forward_cached, "CompositeExplicitAutograd")
+torch.library.register_fake("prunekern::compact_mlp", _fake, lib=_LIB)
+torch.library.register_fake("prunekern::_compact_mlp_cached", _fake_cached, lib=_LIB)
+torch.library.register_autograd("prunekern::compact_mlp", _backward, lib=_LIB)
