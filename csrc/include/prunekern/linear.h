@@ -29,8 +29,8 @@ std::int64_t panel_width(Isa isa);
 // Packs weight [n, k] into panels of w = panel_width(isa) output channels; panel p holds channels
 // p*w .. p*w + w - 1, what is missing is zero.
 //   fp32: [ceil(n / w), k, w]
-//   bf16: [ceil(n / w), ceil(k / 32) * 16, w, 2]: pairs of consecutive k side by side, rounded to nearest even
-//   int8: [ceil(n / w), k, w], value = q * scale[channel], scale = largest |weight| of the channel / 127
+//   bf16: [ceil(n / w), ceil(k / 32) * 16, w, 2]: pairs of consecutive k, rounded to nearest even
+//   int8: [ceil(n / w), k, w]: value = q * scale[channel], scale = largest |weight| of the channel / 127
 // NaN and infinite weights: fp32 and bf16 keep them; an int8 channel that holds one gives NaN throughout.
 // `packed` must hold packed_bytes(...); fresh memory aligned to 2 MiB is laid on huge pages where Linux has
 // them. `scale` [n] is written for int8 and ignored otherwise.
