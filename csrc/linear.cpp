@@ -181,8 +181,10 @@ void check(const LinearCall& call) {
   require(call.weight.type != WeightType::int8 || call.weight.scale != nullptr || call.weight.n == 0,
           "an int8 weight needs its scale (got none)");
   require(call.threads >= 1, "threads must be at least 1 (got " + std::to_string(call.threads) + ")");
-  if (call.in_index != nullptr) check_index("in_index", call.in_index, call.weight.k, call.in_features);
-  if (call.out_index != nullptr) check_index("out_index", call.out_index, call.weight.n, call.n_out);
+  if (call.in_index != nullptr)
+    check_index("compact_linear", "in_index", call.in_index, call.weight.k, call.in_features);
+  if (call.out_index != nullptr)
+    check_index("compact_linear", "out_index", call.out_index, call.weight.n, call.n_out);
 }
 
 }  // namespace

@@ -9,20 +9,21 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx_linear.h"
 #include "bf16.h"
 #include "blocks.h"
 #include "kernels/kernel.h"
+#include "packed.h"
 #include "parallel.h"
+#include "plan.h"
 
 namespace prunekern {
 namespace {
 
 constexpr std::int64_t kFewRows = 8;  // here threads share weights, not rows
 
-std::int64_t bytes_of(Element element) { return element == Element::fp32 ? 4 : 2; }
-
 const void* row(const void* x, std::int64_t r, std::int64_t stride, Element element) {
-  return x == nullptr ? nullptr : static_cast<const char*>(x) + r * stride * bytes_of(element);
+  return x == nullptr ? nullptr : static_cast<const char*>(x) + r * stride * element_bytes(element);
 }
 
 // up and gate: x -> [rows, up.n], contiguous.
@@ -82,7 +83,7 @@ void run_rows(Isa isa, const MlpCall& call, Range rows, std::int64_t block_rows,
   for (std::int64_t b = 0; b < blocks; ++b) {
     const Range part = share(rows.size(), b, blocks);
     const Range block{rows.begin + part.begin, rows.begin + part.end};
-    const std::int64_t size = round_up(block.size() * n * bytes_of(call.element), kLine);
+    const std::int64_t size = round_up(block.size() * n * element_bytes(call.element), kLine);
     char* h = scratch.get<char>(gated ? 2 * size : size);
     if (gated) {
       run_up(isa, call, call.gate, call.activation, block, threads, h);
@@ -103,28 +104,66 @@ std::string shape(const Packed& weight) {
   return std::to_string(weight.n) + " x " + std::to_string(weight.k);
 }
 
+// What compact_linear would say of a layer nobody passed to it.
 void check(const MlpCall& call) {
   require(call.threads >= 1, "threads must be at least 1 (got " + std::to_string(call.threads) + ")");
-  require(call.up.n >= 0 && call.m >= 0, "sizes must not be negative");
+  require(call.m >= 0 && call.in_features >= 0 && call.n_out >= 0, "sizes must not be negative");
+  for (const Packed* weight : {&call.up, &call.gate, &call.down}) {
+    require(weight->n >= 0 && weight->k >= 0, "sizes must not be negative");
+    require(weight->type != WeightType::int8 || weight->scale != nullptr || weight->data == nullptr ||
+                weight->n == 0,
+            "an int8 weight needs its scale (got none)");
+  }
+  require(call.in_index != nullptr || call.up.k == call.in_features || call.up.k == 0,
+          "up reads " + std::to_string(call.up.k) + " inputs, x has " + std::to_string(call.in_features));
+  require(call.out_index != nullptr || call.down.n == call.n_out || call.down.n == 0,
+          "down makes " + std::to_string(call.down.n) + " outputs, n_out is " + std::to_string(call.n_out));
   require(call.down.k == call.up.n,
           "down must read what up makes (up is " + shape(call.up) + ", down " + shape(call.down) + ")");
   require(call.gate.data == nullptr || (call.gate.n == call.up.n && call.gate.k == call.up.k),
           "gate must have the shape of up (up is " + shape(call.up) + ", gate " + shape(call.gate) + ")");
+  if (call.in_index != nullptr)
+    check_index("compact_mlp", "in_index", call.in_index, call.up.k, call.in_features);
+  if (call.out_index != nullptr)
+    check_index("compact_mlp", "out_index", call.out_index, call.down.n, call.n_out);
+}
+
+// Whether AMX multiplies every layer, so that the rows between them can stay tiles.
+bool all_through_tiles(Isa isa, const MlpCall& call) {
+  if (call.up.n == 0 || call.down.n == 0 || call.n_out == 0) return false;
+  for (const Packed* weight : {&call.up, &call.gate, &call.down})
+    if (weight->data != nullptr && !amx_takes(isa, weight->type, call.m)) return false;
+  return true;
 }
 
 }  // namespace
 
 void compact_mlp(Isa isa, const MlpCall& call) {
   check(call);
-  const std::int64_t tile_rows = kernels(isa).rows;
-  const std::int64_t row_bytes =
-      std::max<std::int64_t>(call.up.n * bytes_of(call.element), 1) * (call.gate.data != nullptr ? 2 : 1);
-  const std::int64_t block = std::max(l2_bytes() / 2 / row_bytes, 2 * tile_rows);
+  const Kernels& kernel = kernels(isa);
+  const std::int64_t tile_rows = kernel.rows;
   const std::int64_t row_tiles = ceil_div(call.m, tile_rows);
   // With fewer tiles of rows than threads the threads share the panels of each layer instead.
-  if (call.threads == 1 || call.m <= kFewRows || row_tiles < call.threads)
-    return run_rows(isa, call, {0, call.m}, block, call.threads);
-  parallel(call.threads, [&](int i, int count) { run_rows(isa, call, share(call.m, i, count), block, 1); });
+  const bool by_rows = call.threads == 1 || (call.m > kFewRows && row_tiles >= call.threads);
+  const bool tiles = by_rows && call.m >= kAmxMinRows * call.threads && all_through_tiles(isa, call);
+  static thread_local Windows kept_windows;
+  static thread_local Reads kept_reads;
+  Windows& windows = kept_windows;
+  Reads& reads = kept_reads;
+  if (tiles) {
+    plan_windows(kernel, call.out_index, call.down.n, call.n_out, windows);
+    if (call.in_index != nullptr) plan_reads(kernel, call.in_index, call.up.k, call.in_features, reads);
+  }
+  const std::int64_t row_bytes = std::max<std::int64_t>(call.up.n * element_bytes(call.element), 1) *
+                                 (call.gate.data != nullptr ? 2 : 1);
+  const std::int64_t block = std::max(l2_bytes() / 2 / row_bytes, 2 * tile_rows);
+  parallel(by_rows ? call.threads : 1, [&](int i, int count) {
+    const Range rows = share(call.m, i, count);
+    if (tiles)
+      amx_mlp(call, kernel, windows, reads, rows.begin, rows.end);
+    else
+      run_rows(isa, call, rows, block, by_rows ? 1 : call.threads);
+  });
 }
 
 }  // namespace prunekern

@@ -9,8 +9,10 @@
 
 namespace prunekern {
 
-// Throws std::invalid_argument unless index[0..count) is strictly ascending within [0, size).
-void check_index(const char* name, const std::int64_t* index, std::int64_t count, std::int64_t size);
+// Throws std::invalid_argument, in the name of `op`, unless index[0..count) is strictly ascending within
+// [0, size).
+void check_index(const char* op, const char* name, const std::int64_t* index, std::int64_t count,
+                 std::int64_t size);
 
 // Panel p owns the output columns from its first channel to the first of panel p + 1 (the first panel from 0,
 // the last to n_out), gaps included: every output line is written by one panel, once.

@@ -193,6 +193,10 @@ int main() {
       // More rows than one block holds: 2 MB of L2 keep 87 rows of 3000.
       run(isa, {200, 40, 3000, 20, type, Element::fp32, false, true, true, true, true, Activation::gelu, 2});
     }
+  // So wide that both layers go through a block of rows in parts (amx_mlp).
+  if (supported_isas().back() == Isa::amx)
+    run(Isa::amx, {150, 40, 9000, 20, WeightType::bf16, Element::fp32, true, true, true, true, true,
+                   Activation::silu, 1});
   std::string message = refusal([](MlpCall& call) { call.down.k = 15; });
   CHECK(message == "compact_mlp: down must read what up makes (up is 16 x 8, down 8 x 15)", "%s",
         message.c_str());
@@ -201,6 +205,16 @@ int main() {
     call.gate.n = 9;
   });
   CHECK(message == "compact_mlp: gate must have the shape of up (up is 16 x 8, gate 9 x 8)", "%s",
+        message.c_str());
+  message = refusal([](MlpCall& call) { call.in_features = 9; });
+  CHECK(message == "compact_mlp: up reads 8 inputs, x has 9", "%s", message.c_str());
+  message = refusal([](MlpCall& call) { call.n_out = 9; });
+  CHECK(message == "compact_mlp: down makes 8 outputs, n_out is 9", "%s", message.c_str());
+  message = refusal([](MlpCall& call) { call.gate.type = call.down.type = WeightType::int8; });
+  CHECK(message == "compact_mlp: an int8 weight needs its scale (got none)", "%s", message.c_str());
+  static const std::int64_t index[] = {0, 1, 2, 3, 4, 5, 6, 8};
+  message = refusal([](MlpCall& call) { call.out_index = index; });
+  CHECK(message == "compact_mlp: out_index must be sorted and < 8 (got 8 at position 7)", "%s",
         message.c_str());
   message = refusal([](MlpCall& call) { call.threads = 0; });
   CHECK(message == "compact_mlp: threads must be at least 1 (got 0)", "%s", message.c_str());
