@@ -61,8 +61,10 @@ PyMethodDef methods[] = {
      "where the checked path must run it. Knows no autograd, no dispatch modes: ask about those first."},
     {"call_mlp", fast(eager_mlp), METH_FASTCALL,
      "call_mlp(x, up, down, gate, 3 biases, 3 scales, in_index, out_index, n_hidden, n_out, activation, "
-     "residual, "
-     "threads) -> y, or None: the same for compact_mlp."},
+     "residual, threads) -> y, or None: the same for compact_mlp."},
+    {"call_attention", fast(eager_attention), METH_FASTCALL,
+     "call_attention(q, k, v, qk_first, v_first, key_mask, scale, threads) -> y, or None: the same for "
+     "compact_attention."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

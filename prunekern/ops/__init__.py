@@ -1,5 +1,6 @@
 """Ops of the torch.library namespace `prunekern`, one file each; importing this registers them all."""
 
+from .compact_attention import compact_attention
 from .compact_linear import compact_linear
 from .compact_mlp import compact_mlp
 from .dora_gain import dora_gain, row_sqnorm
@@ -8,6 +9,7 @@ from .dora_merge import dora_merge
 from .packing import dequantize_weight, pack_weight, quantize_weight, unpack_weight
 
 __all__ = [
+    "compact_attention",
     "compact_linear",
     "compact_mlp",
     "dequantize_weight",

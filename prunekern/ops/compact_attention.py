@@ -1,0 +1,202 @@
+"""compact_attention: attention of an encoder whose heads have different widths, none of them padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunekern import _native
+
+from . import _calls, _checks
+
+OP = "compact_attention"
+_RUN = _native.core().compact_attention if _native.available() else None
+# The whole eager call in one C function (csrc/eager_attention.cpp); None without the core or with torch < 2.10.
+_EAGER = _native.core().call_attention if _calls.EAGER else None
+_f32 = torch.float32
+
+
+def compact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_first: Sequence[int],
+    v_first: Sequence[int],
+    key_mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """y_h = softmax(scale q_h k_h^T) v_h for every sequence and head h, over the keys that key_mask allows.
+
+    Schema: `prunekern::compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first,
+    Tensor? key_mask, float scale) -> Tensor`.
+
+    Args:
+        q: [batch, queries, C], any strides; float64 computes in float64, float32, bfloat16 and float16 in float32.
+        k: [batch, keys, C].
+        v: [batch, keys, D].
+        qk_first: heads + 1 ints, ascending from 0 to C: head h has query and key channels qk_first[h] to
+            qk_first[h + 1]. A head without any averages its values over the allowed keys.
+        v_first: heads + 1 ints, ascending from 0 to D: the same for values and for y.
+        key_mask: bool [batch, keys], True where a key may be read, or None: all may. What a forbidden key and its
+            value hold does not matter, not even NaN. A sequence without any allowed key gives zeros.
+        scale: of the logits.
+
+    Returns y [batch, queries, D] in the dtype of q. On the CPU, in float32 (and in 16 bits, by way of it) and where no
+    gradient is needed, the C++ kernel runs; anything else runs the PyTorch reference. Differentiable in q, k and v.
+    Raises ValueError (shapes, devices) or TypeError (dtypes), naming the argument.
+    """
+    if _EAGER and _calls.unwatched() and not _calls.needs_grad(q, k, v):
+        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, _calls.threads())
+        if y is not None:
+            return y
+    return torch.ops.prunekern.compact_attention(q, k, v, qk_first, v_first, key_mask, scale)
+
+
+def compact_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_first: Sequence[int],
+    v_first: Sequence[int],
+    key_mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The same in plain PyTorch, head by head; differentiable; never calls the C++ core."""
+    dtype = _checks.compute_dtype(q, k, v)  # 16 bits never meet a matmul
+    q, k, v, key_mask, out = *_readable(q, k, v, key_mask, dtype), q.dtype
+    with _checks.without_autocast(q.device):
+        parts = [
+            _weights(q[..., a:b], k[..., a:b], key_mask, scale) @ v[..., c:d]  # [batch, queries, d - c]
+            for a, b, c, d in _heads(qk_first, v_first)
+        ]
+    y = torch.cat(parts, -1) if parts else q.new_zeros(*q.shape[:-1], 0)
+    return y.to(out)
+
+
+def _heads(qk_first: Sequence[int], v_first: Sequence[int]):
+    """(first query/key channel, its end, first value channel, its end) of every head."""
+    return zip(qk_first, qk_first[1:], v_first, v_first[1:], strict=False)
+
+
+def _readable(q, k, v, key_mask, dtype):
+    """q, k, v in `dtype`, forbidden keys and values zero; key_mask as it meets the logits, [batch, 1, keys]."""
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if key_mask is None:
+        return q, k, v, None
+    forbidden = ~key_mask.unsqueeze(-1)
+    return q, k.masked_fill(forbidden, 0.0), v.masked_fill(forbidden, 0.0), key_mask.unsqueeze(1)
+
+
+def _weights(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    """Attention weights of one head, [batch, queries, keys]; all zero where no key is allowed."""
+    logits = scale * (q @ k.transpose(1, 2))
+    if key_mask is None:
+        return logits.softmax(-1)
+    lowest = torch.finfo(logits.dtype).min  # finite: a row of nothing else has a softmax, and a gradient
+    return logits.masked_fill(~key_mask, lowest).softmax(-1) * key_mask
+
+
+# --- checks and the C++ path ------------------------------------------------------------------------------------
+
+
+def _check(q, k, v, qk_first, v_first, key_mask) -> None:
+    _checks.shape(OP, "q", q, (None, None, None))
+    batch, _, channels = q.shape
+    _checks.shape(OP, "k", k, (batch, None, channels))
+    _checks.shape(OP, "v", v, (batch, k.shape[1], None))
+    _checks.floating(OP, "q", q)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{OP}: {name} must be {q.dtype} like q (got {tensor.dtype})")
+    _checks.same_device(OP, "q", q.device, k=k, v=v, key_mask=key_mask)
+    if len(qk_first) != len(v_first):
+        raise ValueError(
+            f"{OP}: v_first must have {len(qk_first)} entries like qk_first, heads + 1 (got {len(v_first)})"
+        )
+    for name, first, size in (("qk_first", qk_first, channels), ("v_first", v_first, v.shape[2])):
+        if (
+            not first
+            or first[0] != 0
+            or first[-1] != size
+            or any(a > b for a, b in zip(first, first[1:], strict=False))
+        ):
+            raise ValueError(f"{OP}: {name} must ascend from 0 to {size}, the channels there are (got {list(first)})")
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"{OP}: key_mask must be bool (got {key_mask.dtype})")
+        _checks.shape(OP, "key_mask", key_mask, (batch, k.shape[1]))
+
+
+def _run(q, k, v, qk_first, v_first, key_mask, scale) -> Tensor:
+    """The C++ kernel on float32 tensors of the CPU."""
+    q, k, v = (t if t.stride(2) == 1 and not t.is_neg() else t.resolve_neg().contiguous() for t in (q, k, v))
+    (batch, queries, _), keys, width = q.shape, k.shape[1], v_first[-1]
+    y = q.new_empty(batch, queries, width)
+    mask_address = mask_stride = 0
+    if key_mask is not None:
+        key_mask = key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()
+        mask_address, mask_stride = key_mask.data_ptr(), key_mask.stride(0)
+    _RUN(
+        batch, queries, keys, qk_first, v_first, q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2],
+        v.data_ptr(), v.stride()[:2], y.data_ptr(), (queries * width, width), mask_address, mask_stride, scale,
+        _calls.threads(),
+    )  # fmt: skip
+    return y
+
+
+# --- registration -----------------------------------------------------------------------------------------------
+
+_LIB = torch.library.Library("prunekern", "FRAGMENT")
+_LIB.define(
+    "compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first, Tensor? key_mask, float scale) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _forward(q, k, v, qk_first, v_first, key_mask, scale) -> Tensor:
+    _check(q, k, v, qk_first, v_first, key_mask)
+    if not q.is_cpu or q.dtype == torch.float64 or _RUN is None:
+        return compact_attention_reference(q, k, v, qk_first, v_first, key_mask, scale)
+    if q.dtype is _f32:
+        return _run(q, k, v, qk_first, v_first, key_mask, scale)
+    return _run(q.float(), k.float(), v.float(), qk_first, v_first, key_mask, scale).to(q.dtype)
+
+
+def _fake(q, k, v, qk_first, v_first, key_mask, scale) -> Tensor:
+    _check(q, k, v, qk_first, v_first, key_mask)
+    return q.new_empty(*q.shape[:-1], v.shape[2])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, ctx.qk_first, ctx.v_first, key_mask, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, key_mask)
+
+
+def _backward(ctx, grad):
+    """grad: [batch, queries, D]. Weights are computed again instead of kept."""
+    q, k, v, key_mask = ctx.saved_tensors
+    dtypes, dtype = (q.dtype, k.dtype, v.dtype), _checks.compute_dtype(q, k, v)
+    grad = grad.to(dtype)
+    q, k, v, key_mask = _readable(q, k, v, key_mask, dtype)
+    grads = ([], [], [])
+    with _checks.without_autocast(q.device):
+        for a, b, c, d in _heads(ctx.qk_first, ctx.v_first):
+            p, g = _weights(q[..., a:b], k[..., a:b], key_mask, ctx.scale), grad[..., c:d]
+            d_p = g @ v[..., c:d].transpose(1, 2)  # [batch, queries, keys]
+            d_logits = ctx.scale * p * (d_p - (d_p * p).sum(-1, keepdim=True))
+            parts = (d_logits @ k[..., a:b], d_logits.transpose(1, 2) @ q[..., a:b], p.transpose(1, 2) @ g)
+            for all_parts, part in zip(grads, parts, strict=True):
+                all_parts.append(part)
+    joined = (
+        torch.cat(parts, -1).to(dtype) if parts else torch.zeros_like(t, dtype=dtype)
+        for parts, t, dtype in zip(grads, (q, k, v), dtypes, strict=True)
+    )
+    return (*joined, None, None, None, None)
+
+
+_LIB.impl("compact_attention", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("prunekern::compact_attention", _fake, lib=_LIB)
+torch.library.register_autograd("prunekern::compact_attention", _backward, setup_context=_setup_context, lib=_LIB)
