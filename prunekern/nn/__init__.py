@@ -1,8 +1,9 @@
 """Modules that hold parameters and call one op. Needs torch only."""
 
 from .channel_mask import ChannelMask
+from .compact_attention import CompactAttention
 from .compact_linear import CompactLinear
 from .compact_mlp import CompactMLP, mlp_call
 from .masked_dora_linear import MaskedDoRALinear
 
-__all__ = ["ChannelMask", "CompactLinear", "CompactMLP", "MaskedDoRALinear", "mlp_call"]
+__all__ = ["ChannelMask", "CompactAttention", "CompactLinear", "CompactMLP", "MaskedDoRALinear", "mlp_call"]

@@ -114,13 +114,14 @@ class CompactLinear(nn.Module):
         """x: [..., in] -> [..., out_features]; residual: [..., out_features] or None."""
         return self.run(x, residual, self.activation)
 
-    def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """`forward` with another activation."""
+    def run(self, x: Tensor, residual: Tensor | None, activation: str, scatter: bool = True) -> Tensor:
+        """`forward` with another activation, or without out_index: [..., kept_out]."""
         parameters, buffers = self._parameters, self._buffers  # a third of the time of self.weight
         weight, bias, scale = parameters["weight"], parameters["bias"], buffers["scale"]
         if x.dtype is not _f32 and x.dtype is not weight.dtype:
             x, residual = self._under_autocast(x, residual)
-        rest = (buffers["in_index"], buffers["out_index"], self.out_features, activation, residual)
+        out_index, n_out = (buffers["out_index"], self.out_features) if scatter else (None, weight.shape[0])
+        rest = (buffers["in_index"], out_index, n_out, activation, residual)
         packed = self.packed() if packs(x, residual, weight, bias) and fits(x, weight, rest[0]) else None
         if packed is None:
             return compact_linear(x, weight, bias, *rest, scale)

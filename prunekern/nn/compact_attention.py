@@ -1,0 +1,97 @@
+"""CompactAttention: queries, keys and values of kept channels in one product, and the attention of ragged heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunekern.ops.compact_attention import compact_attention
+from prunekern.ops.compact_linear import compact_linear
+from prunekern.ops.packing import is_packable
+
+from .compact_linear import CompactLinear, packs
+from .packed import Packed
+
+Layers = tuple[CompactLinear, CompactLinear, CompactLinear]
+_f32 = torch.float32
+
+
+class CompactAttention(nn.Module):
+    """y = attention of q(x), k(x), v(x) on heads of different widths; see `prunekern.ops.compact_attention`.
+
+    Args:
+        qk_first: heads + 1 ints, ascending from 0: head h has kept query and key channels qk_first[h] to
+            qk_first[h + 1].
+        v_first: heads + 1 ints, ascending from 0: the same for values.
+        scale: of the logits.
+
+    It has no parameters: `forward` is given the three projections, which stay where a model keeps them, and uses
+    their kept channels only (their `out_index`, if any, serves other readers). Where the C++ kernels run, the three
+    weights are packed as one, at the first call and again when one of them changed; they must then share their kind.
+    Copies, pickles and `.to()` drop the packed weight. Anything else (gradients, other devices and dtypes, graphs of
+    torch.compile) runs the three one after the other.
+    """
+
+    def __init__(self, qk_first: Sequence[int], v_first: Sequence[int], scale: float):
+        super().__init__()
+        self.qk_first, self.v_first, self.scale = tuple(qk_first), tuple(v_first), float(scale)
+        self._packed: Packed | None = None
+        self._layers: Layers | None = None  # of which it is; a tuple, so that they are no children
+
+    def forward(self, x: Tensor, layers: Layers, key_mask: Tensor | None = None) -> Tensor:
+        """x: [batch, tokens, in] -> [batch, tokens, v_first[-1]].
+
+        layers: (q, k, v). key_mask: bool [batch, tokens], True where a key may be read, or None.
+        """
+        q, k, v = self.project(x, layers)
+        return compact_attention(q, k, v, self.qk_first, self.v_first, key_mask, self.scale)
+
+    def project(self, x: Tensor, layers: Layers) -> Sequence[Tensor]:
+        """q, k and v of x, kept channels only: three tensors, or three parts of one."""
+        packed = self.packed_for(x, layers)
+        if packed is None:
+            return [layer.run(x, None, layer.activation, scatter=False) for layer in layers]
+        qk, values = self.qk_first[-1], self.v_first[-1]
+        y = compact_linear(
+            x, packed.weight, packed.bias, None, None, 2 * qk + values, "none", None, packed.scale
+        )  # [batch, tokens, 2 qk + values]
+        return y.split_with_sizes((qk, qk, values), -1)
+
+    def packed_for(self, x: Tensor, layers: Layers) -> Packed | None:
+        """The three weights packed as one, up to date; None where x must go through the layers one by one."""
+        weights = [layer._parameters["weight"] for layer in layers]
+        dtype, width = weights[0].dtype, weights[0].shape[1]
+        if torch.compiler.is_compiling() or (x.dtype is not _f32 and x.dtype is not dtype) or x.shape[-1] != width:
+            return None
+        if not packs(x, None, *weights, *(layer._parameters["bias"] for layer in layers)):
+            return None
+        packed = self._packed
+        if packed is not None and self._layers == layers and packed.is_fresh():
+            return packed
+        if not all(w.dtype is dtype and w.shape[1] == width and is_packable(w) for w in weights):
+            return None
+        if any(layer._buffers["in_index"] is not None or layer.activation != "none" for layer in layers):
+            return None
+        self._packed, self._layers = Packed(layers), layers
+        return self._packed
+
+    def extra_repr(self) -> str:
+        """Heads and their channels."""
+        return f"heads={len(self.v_first) - 1}, query_key={self.qk_first[-1]}, value={self.v_first[-1]}"
+
+    def _drop(self) -> None:
+        self._packed, self._layers = None, None
+
+    def _apply(self, fn, recurse=True):
+        self._drop()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._drop()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        # Copies and pickles pack their own.
+        return {**self.__dict__, "_packed": None, "_layers": None}
