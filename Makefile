@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | clean. Everything is installed into .venv, from constraints.txt.
+# make demo | test | lint | bench | bench-check | sanitize | clean.
+# Everything is installed into .venv, from constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,14 @@ STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: venv demo test lint bench clean
+# Builds and runs the C++ tests; $(1): build folder, $(2): options.
+define cpp_tests
+$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPRUNEKERN_TESTS=ON -DCMAKE_BUILD_TYPE=Release $(2) > /dev/null
+$(BIN)/cmake --build $(1)
+$(BIN)/ctest --test-dir $(1) --output-on-failure
+endef
+
+.PHONY: venv demo test lint bench bench-check sanitize clean
 
 venv: $(STAMP)
 
@@ -21,15 +29,22 @@ demo: venv
 	$(BIN)/prunekern demo
 
 test: venv
-	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPRUNEKERN_TESTS=ON -DCMAKE_BUILD_TYPE=Release > /dev/null
-	$(BIN)/cmake --build build/cpp
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+	$(call cpp_tests,build/cpp,)
 	$(BIN)/python -m pytest
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(wildcard examples/cpp/*.cpp)
+
+# A test that goes on after a report would pass.
+REPORT := -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+
+# The C++ tests under AddressSanitizer + UndefinedBehaviorSanitizer, then with two threads under ThreadSanitizer
+# (threads from std::thread: it knows nothing of libgomp's barriers and would report every loop).
+sanitize: venv
+	$(call cpp_tests,build/asan,-DCMAKE_CXX_FLAGS="-fsanitize=address -fsanitize=undefined $(REPORT)")
+	$(call cpp_tests,build/tsan,-DCMAKE_CXX_FLAGS="-fsanitize=thread $(REPORT)" -DPRUNEKERN_STD_THREADS=ON)
 
 bench: venv
 	$(BIN)/python bench/layers.py

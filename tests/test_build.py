@@ -101,35 +101,7 @@ def test_code_that_does_not_compile_is_no_missing_compiler(sources):
 
 @compiler
 def test_a_cpp_program_links_the_installed_library(tmp_path):
-    """find_package(prunekern), no Python: what a C++ deployment does."""
-    program = tmp_path / "program"
-    program.mkdir()
-    (program / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.22)\nproject(program CXX)\nfind_package(prunekern REQUIRED)\n"
-        "add_executable(program main.cpp)\ntarget_link_libraries(program prunekern::prunekern)\n"
-    )
-    (program / "main.cpp").write_text(
-        """#include <cstdio>
-#include <prunekern/prunekern.h>
-int main() {
-  const float weight[2] = {2, 3}, x[1] = {5};
-  const std::int64_t out_index[2] = {0, 2};
-  const auto isa = prunekern::active_isa();
-  std::vector<float> packed(prunekern::packed_size(isa, 2, 1)), y(3, -1);
-  prunekern::pack_weight(isa, weight, 1, 1, 2, 1, packed.data());
-  prunekern::LinearCall call;
-  call.m = call.in_features = call.k = call.x_stride = 1;
-  call.n = 2;
-  call.n_out = call.y_stride = 3;
-  call.x = x;
-  call.packed = packed.data();
-  call.out_index = out_index;
-  call.y = y.data();
-  prunekern::compact_linear(call);
-  std::printf("%g %g %g", y[0], y[1], y[2]);
-}
-"""
-    )
+    """examples/cpp against an install of everything (CTest installs the C++ component only)."""
 
     def cmake(*arguments: object) -> None:
         result = subprocess.run([tool("cmake"), *map(str, arguments)], capture_output=True, text=True)
@@ -139,6 +111,6 @@ int main() {
     cmake("-S", ROOT, "-B", tmp_path / "library", "-G", "Ninja", ninja)
     cmake("--build", tmp_path / "library")
     cmake("--install", tmp_path / "library", "--prefix", prefix)
-    cmake("-S", program, "-B", program / "build", "-G", "Ninja", ninja, f"-DCMAKE_PREFIX_PATH={prefix}")
-    cmake("--build", program / "build")
-    assert subprocess.check_output([program / "build/program"], text=True) == "10 0 15"
+    cmake("-S", ROOT / "examples/cpp", "-B", tmp_path / "build", "-G", "Ninja", ninja, f"-DCMAKE_PREFIX_PATH={prefix}")
+    cmake("--build", tmp_path / "build")
+    assert "right" in subprocess.check_output([tmp_path / "build/deploy"], text=True)
