@@ -30,6 +30,7 @@ import prunekern as pk
 torch.set_num_threads(1)
 
 HIDDEN, HEADS, FFN, VOCAB, PAD = 48, 4, 96, 50, 1
+LAYERS = 2
 HEAD_DIM = HIDDEN // HEADS
 FAMILIES = ("distilbert", "bert", "roberta")
 TASKS = ("sequence", "token", "masked_lm")
@@ -62,7 +63,9 @@ def config(family, layers=2, **changes):
     return cls(**options | changes)
 
 
-def build(family="distilbert", task="sequence", attention="sdpa", dtype=torch.float32, layers=2, seed=0, **changes):
+def build(
+    family="distilbert", task="sequence", attention="sdpa", dtype=torch.float32, layers=LAYERS, seed=0, **changes
+):
     """A dense model in eval mode."""
     model = CLASSES[family, task]._from_config(config(family, layers, **changes), attn_implementation=attention)
     g = torch.Generator().manual_seed(seed)

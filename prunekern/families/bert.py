@@ -5,33 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
+from .blocks import CompactSelfAttention, add_residual, is_hooked, run_ffn
 from .encoder import (
     Block,
     Make,
     activation_name,
-    add_residual,
     compact_attention_linears,
     compact_ffn_linears,
     encoder_table,
-    padded_heads_attention,
 )
 from .table import Table
 
 MODEL_TYPES = ("bert", "roberta")
 
 
-class _CompactSelfAttention:
-    """Attention on the kept channels."""
+class _CompactAttention(CompactSelfAttention):
+    names = ("query", "key", "value")
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
-        return padded_heads_attention(
-            self, self.query, self.key, self.value, self.layout, hidden_states, attention_mask, interface, **kwargs
-        )
+        return self.attend(hidden_states, attention_mask, **kwargs)
 
 
 class _CompactResidual:
@@ -48,7 +43,17 @@ class _CompactIntermediate:
         return self.dense(hidden_states)
 
 
-class CompactBertSelfAttention(_CompactSelfAttention, modeling_bert.BertSelfAttention):
+class _CompactLayer:
+    """Both FFN layers in one call, unless someone listens to the modules around them."""
+
+    def feed_forward_chunk(self, attention_output):
+        output = self.output
+        if is_hooked(self.intermediate, output):
+            return super().feed_forward_chunk(attention_output)
+        return output.LayerNorm(run_ffn(self.intermediate.dense, output.dense, output.dropout, attention_output))
+
+
+class CompactBertSelfAttention(_CompactAttention, modeling_bert.BertSelfAttention):
     eager = staticmethod(modeling_bert.eager_attention_forward)
 
 
@@ -64,7 +69,11 @@ class CompactBertOutput(_CompactResidual, modeling_bert.BertOutput):
     pass
 
 
-class CompactRobertaSelfAttention(_CompactSelfAttention, modeling_roberta.RobertaSelfAttention):
+class CompactBertLayer(_CompactLayer, modeling_bert.BertLayer):
+    pass
+
+
+class CompactRobertaSelfAttention(_CompactAttention, modeling_roberta.RobertaSelfAttention):
     eager = staticmethod(modeling_roberta.eager_attention_forward)
 
 
@@ -80,6 +89,10 @@ class CompactRobertaOutput(_CompactResidual, modeling_roberta.RobertaOutput):
     pass
 
 
+class CompactRobertaLayer(_CompactLayer, modeling_roberta.RobertaLayer):
+    pass
+
+
 @dataclass(frozen=True)
 class _Parts:
     layer: type
@@ -87,6 +100,7 @@ class _Parts:
     self_output: type
     intermediate: type
     output: type
+    compact_layer: type
 
 
 _PARTS = (
@@ -96,6 +110,7 @@ _PARTS = (
         CompactBertSelfOutput,
         CompactBertIntermediate,
         CompactBertOutput,
+        CompactBertLayer,
     ),
     _Parts(
         modeling_roberta.RobertaLayer,
@@ -103,6 +118,7 @@ _PARTS = (
         CompactRobertaSelfOutput,
         CompactRobertaIntermediate,
         CompactRobertaOutput,
+        CompactRobertaLayer,
     ),
 )
 
@@ -136,11 +152,12 @@ def rebuild(model: nn.Module, plan, make: Make) -> None:
     for module, block, parts in blocks(model):
         attention = module.attention.self
         linears, layout = compact_attention_linears(make, plan, block, head_dim)
-        attention.query, attention.key, attention.value, module.attention.output.dense = linears
-        attention.layout = (layout.heads, layout.width)
         attention.__class__ = parts.attention
+        attention.make_compact(linears[:3], layout)
+        module.attention.output.dense = linears[3]
         module.attention.output.__class__ = parts.self_output
         module.intermediate.dense, module.output.dense = compact_ffn_linears(make, plan, block, activation)
         module.intermediate.intermediate_act_fn = nn.Identity()
         module.intermediate.__class__ = parts.intermediate
         module.output.__class__ = parts.output
+        module.__class__ = parts.compact_layer

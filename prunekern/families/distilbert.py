@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.distilbert import modeling_distilbert as hf
 
+from .blocks import CompactSelfAttention, run_ffn
 from .encoder import (
     Block,
     Make,
     activation_name,
-    add_residual,
     compact_attention_linears,
     compact_ffn_linears,
     encoder_table,
-    padded_heads_attention,
 )
 from .table import Table
 
 MODEL_TYPES = ("distilbert",)
 
 
-class CompactDistilBertAttention(hf.DistilBertSelfAttention):
-    """Attention on the kept channels. Returns what o reads; the block adds o's product to the residual."""
+class CompactDistilBertAttention(CompactSelfAttention, hf.DistilBertSelfAttention):
+    """Returns what o reads; the block adds o's product to the residual."""
+
+    names = ("q_lin", "k_lin", "v_lin")
+    eager = staticmethod(hf.eager_attention_forward)
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, hf.eager_attention_forward)
-        return padded_heads_attention(
-            self, self.q_lin, self.k_lin, self.v_lin, self.layout, hidden_states, attention_mask, interface, **kwargs
-        )
+        return self.attend(hidden_states, attention_mask, **kwargs)
 
 
 class CompactDistilBertBlock(hf.TransformerBlock):
@@ -37,8 +35,7 @@ class CompactDistilBertBlock(hf.TransformerBlock):
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         context, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
         attended = self.sa_layer_norm(self.attention.out_lin(context, residual=hidden_states))
-        inner = self.ffn.lin1(attended)  # activation fused
-        return self.output_layer_norm(add_residual(self.ffn.lin2, self.ffn.dropout, inner, attended))
+        return self.output_layer_norm(run_ffn(self.ffn.lin1, self.ffn.lin2, self.ffn.dropout, attended))
 
 
 def blocks(model: nn.Module) -> list[tuple[nn.Module, Block]]:
@@ -63,9 +60,9 @@ def rebuild(model: nn.Module, plan, make: Make) -> None:
     for module, block in blocks(model):
         attention, ffn = module.attention, module.ffn
         linears, layout = compact_attention_linears(make, plan, block, head_dim)
-        attention.q_lin, attention.k_lin, attention.v_lin, attention.out_lin = linears
-        attention.layout = (layout.heads, layout.width)
         attention.__class__ = CompactDistilBertAttention
+        attention.make_compact(linears[:3], layout)
+        attention.out_lin = linears[3]
         ffn.lin1, ffn.lin2 = compact_ffn_linears(make, plan, block, activation)
         ffn.activation = nn.Identity()
         module.__class__ = CompactDistilBertBlock

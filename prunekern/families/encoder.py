@@ -1,4 +1,4 @@
-"""What the encoder families share: their channel groups, and compact attention on padded heads."""
+"""What the encoder families share: their channel groups, and the compact linears of a block."""
 
 from __future__ import annotations
 
@@ -72,22 +72,28 @@ def encoder_table(model: nn.Module, blocks: Iterable[Block], heads: int) -> Tabl
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Where the kept channels of a layer's heads stand once each head is padded to the layer's widest.
+    """Where the kept channels of a layer's heads stand: side by side, and with each head padded to the widest.
 
-    Heads without a value channel are gone. `query` and `value` are sorted positions in [0, heads * width).
+    Heads without a value channel are gone. Of kept query and key channels, head h has qk_first[h] to qk_first[h + 1];
+    `query` are their sorted positions in [0, heads * width) when padded. `v_first` and `value`: the same for values.
     """
 
     heads: int
     width: int
     query: Tensor
     value: Tensor
+    qk_first: tuple[int, ...]
+    v_first: tuple[int, ...]
 
 
 def head_layout(query_rows: Tensor, value_rows: Tensor, head_dim: int) -> HeadLayout:
     """query_rows, value_rows: kept rows of the dense projections (sorted int64)."""
     alive = torch.unique(value_rows // head_dim)  # sorted
-    per_head = [torch.bincount(r // head_dim) for r in (query_rows, value_rows)]
-    width = max((int(c.max()) for c in per_head if c.numel()), default=0)
+    every = max((int(r.max()) // head_dim + 1 for r in (query_rows, value_rows) if r.numel()), default=0)
+    query_counts, value_counts = (
+        torch.bincount(r // head_dim, minlength=every)[alive] for r in (query_rows, value_rows)
+    )
+    width = max([*query_counts.tolist(), *value_counts.tolist()], default=0)
 
     def positions(rows: Tensor) -> Tensor:
         head = rows // head_dim
@@ -95,7 +101,8 @@ def head_layout(query_rows: Tensor, value_rows: Tensor, head_dim: int) -> HeadLa
         rank = torch.arange(rows.numel()) - first
         return torch.searchsorted(alive, head) * width + rank
 
-    return HeadLayout(alive.numel(), width, positions(query_rows), positions(value_rows))
+    qk_first, v_first = ((0, *c.cumsum(0).tolist()) for c in (query_counts, value_counts))
+    return HeadLayout(alive.numel(), width, positions(query_rows), positions(value_rows), qk_first, v_first)
 
 
 def full_or(index: Tensor, size: int) -> Tensor | None:
@@ -108,15 +115,18 @@ Make = Callable[[str, Tensor | None, Tensor | None, int, str], CompactLinear]
 
 
 def compact_attention_linears(make: Make, plan, block: Block, head_dim: int):
-    """q, k, v and o of one block, and the head layout that the first three write and the last one reads."""
+    """q, k, v and o of one block, and its head layout.
+
+    q, k and v scatter their channels into padded heads, for attention that wants heads of one width; o reads kept
+    value channels side by side.
+    """
     rows = {name: plan.layers[name].rows for name in (block.q, block.v)}
     layout = head_layout(rows[block.q], rows[block.v], head_dim)
     padded = layout.heads * layout.width
     hidden = plan.layers[block.o].out_features
     q, k = (make(n, None, full_or(layout.query, padded), padded, "none") for n in (block.q, block.k))
     v = make(block.v, None, full_or(layout.value, padded), padded, "none")
-    o_rows = full_or(plan.layers[block.o].rows, hidden)
-    o = make(block.o, full_or(layout.value, padded), o_rows, hidden, "none")
+    o = make(block.o, None, full_or(plan.layers[block.o].rows, hidden), hidden, "none")
     return (q, k, v, o), layout
 
 
@@ -126,36 +136,3 @@ def compact_ffn_linears(make: Make, plan, block: Block, activation: str):
     up = make(block.up, None, None, plan.layers[block.up].rows.numel(), activation)
     down = make(block.down, None, full_or(plan.layers[block.down].rows, hidden), hidden, "none")
     return up, down
-
-
-def padded_heads_attention(
-    module, q: nn.Module, k: nn.Module, v: nn.Module, layout: tuple[int, int], x: Tensor, mask, interface, **kwargs
-):
-    """Attention on heads padded to one width; the softmax scale stays that of the dense head.
-
-    x [..., T, hidden] -> [..., T, heads * width] and the attention weights (None where the kernel gives none).
-    Padding is zero in q, k and v: it changes no logit and its outputs are not read.
-    """
-    heads, width = layout
-    if heads == 0:  # no value channel is left in the layer: o adds its bias to the residual
-        return x.new_zeros(*x.shape[:-1], 0), None
-    shape = (*x.shape[:-1], heads, width)
-    query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in (q, k, v))
-    out, weights = interface(
-        module,
-        query,
-        key,
-        value,
-        mask,
-        dropout=module.dropout.p if module.training else 0.0,
-        scaling=module.scaling,
-        **kwargs,
-    )
-    return out.reshape(*x.shape[:-1], heads * width).contiguous(), weights
-
-
-def add_residual(linear: CompactLinear, dropout: nn.Dropout, x: Tensor, residual: Tensor) -> Tensor:
-    """dropout(linear(x)) + residual; the add is fused into the product where dropout is off."""
-    if dropout.training and dropout.p > 0:
-        return dropout(linear(x)) + residual
-    return linear(x, residual=residual)

@@ -59,21 +59,30 @@ class CompactAttention(nn.Module):
         )  # [batch, tokens, 2 qk + values]
         return y.split_with_sizes((qk, qk, values), -1)
 
+    def fuses(self, x: Tensor, layers: Layers) -> bool:
+        """Whether the kernels can run x: float32, or 16 bits like the weights, on the CPU, nothing wants a gradient."""
+        weights = [layer._parameters["weight"] for layer in layers]
+        dtype, width = weights[0].dtype, x.shape[-1]
+        if x.dtype is not _f32 and x.dtype is not dtype:
+            return False
+        for layer, weight in zip(layers, weights, strict=True):
+            if weight.dtype is not dtype or weight.shape[1] != width or not is_packable(weight):
+                return False
+            if layer._buffers["in_index"] is not None or layer.activation != "none":
+                return False
+        return packs(x, None, *weights, *(layer._parameters["bias"] for layer in layers))
+
     def packed_for(self, x: Tensor, layers: Layers) -> Packed | None:
         """The three weights packed as one, up to date; None where x must go through the layers one by one."""
-        weights = [layer._parameters["weight"] for layer in layers]
-        dtype, width = weights[0].dtype, weights[0].shape[1]
-        if torch.compiler.is_compiling() or (x.dtype is not _f32 and x.dtype is not dtype) or x.shape[-1] != width:
-            return None
-        if not packs(x, None, *weights, *(layer._parameters["bias"] for layer in layers)):
+        if torch.compiler.is_compiling() or not self.fuses(x, layers):
             return None
         packed = self._packed
         if packed is not None and self._layers == layers and packed.is_fresh():
             return packed
-        if not all(w.dtype is dtype and w.shape[1] == width and is_packable(w) for w in weights):
-            return None
-        if any(layer._buffers["in_index"] is not None or layer.activation != "none" for layer in layers):
-            return None
+        return self.pack_layers(layers)
+
+    def pack_layers(self, layers: Layers) -> Packed:
+        """Pack the weights of q, k and v as one now. ValueError where they do not go together."""
         self._packed, self._layers = Packed(layers), layers
         return self._packed
 

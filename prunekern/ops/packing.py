@@ -15,6 +15,7 @@ from . import _checks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 WEIGHTS = tuple(DTYPES)
 KIND = {dtype: kind for kind, dtype in DTYPES.items()}
+_AVAILABLE = _native.available()
 ELEMENT = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # what the kernels read and write besides weights
 
 _PAGE = 2**21  # bytes of a huge page
@@ -107,7 +108,7 @@ def is_packed(weight: Tensor) -> bool:
 
 def is_packable(weight: Tensor) -> bool:
     """Whether `pack_weight` takes a plain weight of this dtype and device on this machine."""
-    return weight.dtype in KIND and weight.is_cpu and _native.available()
+    return weight.dtype in KIND and weight.is_cpu and _AVAILABLE
 
 
 def version_of(weight: Tensor) -> int:

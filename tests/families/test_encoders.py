@@ -1,6 +1,7 @@
 """Compact output equals masked output, and both equal a stock model whose weights are merged by the definition."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import (
     HEAD_DIM,
     HEADS,
     HIDDEN,
+    LAYERS,
     TASKS,
     attached,
     batch,
@@ -29,6 +31,9 @@ from tiny_models import (
 
 import prunekern as pk
 from prunekern import _native
+from prunekern.families.blocks import key_mask_of
+from prunekern.nn import CompactAttention, CompactLinear
+from prunekern.nn.packed import pack_all
 
 F64, F32 = 1e-10, 1e-4  # the promise: max |difference| of logits relative to max |logit|
 
@@ -60,27 +65,132 @@ def test_compact_equals_masked(family, task, attention, share):
             check(model, batch(size, padded=padded), tolerance, small)
 
 
-def test_fp32_runs_on_the_kernels():
-    """The fp32 half of the promise is about the C++ kernels: they must be what runs."""
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_fp32_runs_on_the_kernels(family, attention, monkeypatch):
+    """The fp32 half of the promise is about the C++ kernels: they must be what runs, each on packed weights."""
     assert _native.available(), _native.why_not()
-    model = build()
+    model = build(family, attention=attention)
     prune(attached(model), 0.3)
     small = pk.compact(model)
-    from prunekern.nn import compact_linear as module
+    calls = watch(monkeypatch)
+    logits(small, batch())
+    if attention == "sdpa":
+        one = ["compact_linear", "compact_attention", "compact_linear", "compact_mlp"]
+    else:
+        one = ["compact_linear"] * 4 + ["compact_mlp"]
+    assert calls == one * LAYERS
 
-    packed = []
-    real = module.compact_linear
 
-    def watch(x, weight, *args, **kwargs):
-        packed.append(weight.dim() == 3)
-        return real(x, weight, *args, **kwargs)
+def watch(monkeypatch) -> list[str]:
+    """Names of the ops that compact models call, in order; those with weights count when these are packed."""
+    calls = []
 
-    module.compact_linear = watch
-    try:
-        logits(small, batch())
-    finally:
-        module.compact_linear = real
-    assert len(packed) == 2 * 6 and all(packed)
+    def spy(module, name):
+        real = getattr(module, name)
+
+        def call(x, weight, *args, **kwargs):
+            if name == "compact_attention" or weight.dim() == 3:
+                calls.append(name)
+            return real(x, weight, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module in ("compact_linear", "compact_attention", "compact_mlp"):
+        nn_module = sys.modules[f"prunekern.nn.{module}"]
+        spy(nn_module, module)
+        if module == "compact_attention":
+            spy(nn_module, "compact_linear")
+    return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_takes_padded_heads(family, monkeypatch):
+    """Gradients, dropout, hooks on a projection and masks of more than keys: same answers, without ragged heads."""
+    model = build(family)
+    prune(attached(model), 0.5)
+    small = pk.compact(model)
+    inputs = batch(padded=False)
+    want = logits(small, inputs)
+    calls = watch(monkeypatch)
+
+    small.requires_grad_(True)
+    out = small(**inputs).logits
+    assert difference(out.detach(), want) <= F32 and out.requires_grad
+    assert "compact_attention" not in calls
+    small.requires_grad_(False)
+
+    length = inputs["input_ids"].shape[1]
+    causal = torch.ones(len(inputs["input_ids"]), 1, length, length, dtype=torch.bool).tril()
+    by_causal = {**inputs, "attention_mask": causal}
+    assert difference(logits(small, by_causal), logits(model, by_causal)) <= F32
+    assert difference(logits(small, by_causal), want) > 1e-3
+
+    heard = []
+    names_of_linears = [n for n, m in small.named_modules() if isinstance(m, CompactLinear)]
+    handles = [
+        small.get_submodule(n).register_forward_hook(lambda m, a, y, n=n: heard.append(n)) for n in names_of_linears
+    ]
+    assert difference(logits(small, inputs), want) <= F32
+    assert sorted(heard) == sorted(names_of_linears)
+    for handle in handles:
+        handle.remove()
+
+    assert "compact_attention" not in calls
+    logits(small, inputs)
+    assert calls.count("compact_attention") == LAYERS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_once(family):
+    """q, k and v are packed as one and not again each by itself."""
+    model = build(family)
+    prune(attached(model), 0.3)
+    small = pk.compact(model)
+    pack_all(small)
+    packed = [m for m in small.modules() if isinstance(m, CompactLinear) and m._packed is not None]
+    assert len(packed) == 3 * LAYERS
+    attentions = [m for m in small.modules() if isinstance(m, CompactAttention)]
+    before = [m._packed for m in attentions]
+    assert all(before)
+    want = logits(small, batch())
+    assert [m._packed for m in attentions] == before
+    # A weight changed in place is packed again.
+    q = next(m for n, m in small.named_modules() if n.endswith(("q_lin", "query")))
+    with torch.no_grad():
+        q.weight.mul_(-3.0)
+    assert difference(logits(small, batch()), want) > 1e-4
+    assert attentions[0]._packed is not before[0] and attentions[1]._packed is before[1]
+
+
+def test_key_masks():
+    padding = torch.tensor([[True, True, False], [True, False, False]])
+    expanded = padding[:, None, None].expand(2, 1, 3, 3)
+    assert key_mask_of(None) == (True, None)
+    for repeated in (expanded, expanded.clone(), expanded[:, :, :1]):
+        ok, keys = key_mask_of(repeated)
+        assert ok and torch.equal(keys, padding)
+    for other in (expanded.clone().tril(), expanded.float(), expanded.expand(2, 4, 3, 3), padding):
+        assert key_mask_of(other) == (False, None)
+    written = expanded.clone()
+    assert key_mask_of(written)[0]
+    written[0, 0, 1] = False  # the same tensor with other values
+    assert not key_mask_of(written)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_compiled_whole(family, share):
+    """One graph, no breaks, the same answers."""
+    model = build(family)
+    prune(attached(model), share)
+    small = pk.compact(model)
+    inputs = batch()
+    want = logits(small, inputs)
+    torch.compiler.reset()
+    with torch.no_grad():
+        got = torch.compile(small, fullgraph=True, backend="aot_eager")(**inputs).logits
+    assert difference(got, want) <= F32
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
