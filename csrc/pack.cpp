@@ -71,7 +71,7 @@ void pack_weight(Isa isa, WeightType type, const float* weight, std::int64_t row
       for (std::int64_t c = 0; c < real; ++c)
         scale[first + c] = int8_scale(weight + (first + c) * row_stride, column_stride, k);
     }
-    if (real < width || padded_k(type, k) != k)
+    if (panel > 0 && (real < width || padded_k(type, k) != k))
       std::memset(static_cast<char*>(packed) + start * value_bytes(type), 0,
                   static_cast<std::size_t>(panel * value_bytes(type)));
     for (std::int64_t j = 0; j < k; ++j) {
