@@ -36,20 +36,27 @@ void tile(const TileArgs& args) {
   int rows_left = y != nullptr ? R : 0;
 
   F acc[kChains][R][C];
+#pragma GCC unroll 4
   for (int s = 0; s < kChains; ++s)
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int c = 0; c < C; ++c) acc[s][r][c] = V::set(0.0f);
   if (args.accumulate) {
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int c = 0; c < C; ++c) acc[0][r][c] = V::load(args.acc + (2 * r + c) * kVector);
   }
 
   auto step = [&](int k) __attribute__((always_inline)) {
     F weights[C];
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) weights[c] = V::load(panel + (2 * k + c) * kVector);
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
       const F x = V::set(a[r / 3][r % 3 * stride + k]);
+#pragma GCC unroll 2
       for (int c = 0; c < C; ++c) acc[k % kChains][r][c] = V::madd(x, weights[c], acc[k % kChains][r][c]);
     }
   };
@@ -77,11 +84,14 @@ void tile(const TileArgs& args) {
     panel += 2 * kVector;
   }
 
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int c = 0; c < 2; ++c) {
       F sum = V::set(0.0f);
       if (c < C) {
         sum = acc[0][r][c < C ? c : 0];
+#pragma GCC unroll 4
         for (int s = 1; s < kChains; ++s) sum = V::add(sum, acc[s][r][c < C ? c : 0]);
       }
       V::store(args.acc + (2 * r + c) * kVector, sum);
