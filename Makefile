@@ -49,7 +49,13 @@ sanitize: venv
 bench: venv
 	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/models.py
+	$(BIN)/python bench/growth.py
 	$(BIN)/python bench/train_step.py
+
+# Fails where an op lost more than 15 % against PyTorch since bench/regression/baseline.json was written.
+bench-check: venv
+	@mkdir -p build
+	$(BIN)/python -m pytest -q bench/regression --benchmark-disable-gc --benchmark-json=build/bench-check.json
 
 clean:
 	rm -rf build $(VENV) prunekern/_C*.so

@@ -121,8 +121,9 @@ def picture(rows: list[dict], fits: list[dict], path: Path) -> None:
         axis.plot(*zip(*paper, strict=True), "x", color="tab:green", label="paper (share of model size, times eager)")
         axis.set(xlim=(0, 1.03), ylim=(0, None), xlabel="share of the blocks' multiply-adds kept", ylabel="ms")
         axis.set_title(f"{MODEL}, {fit['batch_x_tokens']} tokens, one thread", fontsize="medium")
-    axes[0, 0].legend(fontsize="small")
-    figure.tight_layout()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=3 if len(fits) > 1 else 2, loc="lower center", fontsize="small")
+    figure.tight_layout(rect=(0, 0.12 if len(fits) > 1 else 0.18, 1, 1))
     figure.savefig(path, dpi=120)
 
 

@@ -1,0 +1,97 @@
+"""No kernel may lose more than 15 % against PyTorch: `make bench-check`, a minute.
+
+Every case compares an op with what eager PyTorch does with the same kept channels (F.linear, two of them with GELU
+between, SDPA on equal heads), in turn and in one process, and holds the ratio of the minima against baseline.json.
+pytest-benchmark times our side and keeps its statistics (--benchmark-json); the ratio stands in their extra_info.
+After a change that is meant: `pytest bench/regression --new-baseline`, on a quiet machine, and commit the file.
+"""
+
+import statistics
+
+import pytest
+import ratios
+import torch
+import torch.nn.functional as F
+
+from prunekern.ops import compact_attention, compact_linear, compact_mlp, pack_weight, quantize_weight
+
+SECONDS = 1.0  # each case, each attempt
+
+
+def linear(m, n, k, kind="fp32"):
+    x, weight, bias = torch.randn(m, k), torch.randn(n, k) / k**0.5, torch.randn(n)
+    held, scale = weight, None
+    if kind == "int8":
+        held, scale = quantize_weight(weight)
+    elif kind == "bf16":
+        held = weight.bfloat16()
+    packed = pack_weight(held)
+    ours = lambda: compact_linear(x, packed, bias, None, None, n, "none", None, scale)  # noqa: E731
+    return ours, lambda: F.linear(x, weight, bias)
+
+
+def scattered(m, n, k, n_out):
+    """The output projection: kept rows added into the residual."""
+    x, weight, bias = torch.randn(m, k), torch.randn(n, k) / k**0.5, torch.randn(n)
+    residual, kept, packed = torch.randn(m, n_out), torch.randperm(n_out)[:n].sort().values, pack_weight(weight)
+    ours = lambda: compact_linear(x, packed, bias, None, kept, n_out, "none", residual)  # noqa: E731
+    return ours, lambda: residual.index_add(-1, kept, F.linear(x, weight, bias))
+
+
+def mlp(m, hidden, inner):
+    x, residual = torch.randn(m, hidden), torch.randn(m, hidden)
+    up, down = torch.randn(inner, hidden) / hidden**0.5, torch.randn(hidden, inner) / inner**0.5
+    b1, b2 = torch.randn(inner), torch.randn(hidden)
+    p1, p2 = pack_weight(up), pack_weight(down)
+    ours = lambda: compact_mlp(  # noqa: E731
+        x, p1, p2, up_bias=b1, down_bias=b2, n_hidden=inner, n_out=hidden, activation="gelu", residual=residual
+    )
+    return ours, lambda: residual + F.linear(F.gelu(F.linear(x, up, b1)), down, b2)
+
+
+def attention(batch, tokens, heads, width):
+    q, k, v = torch.randn(3, batch, tokens, heads * width)
+    first = [head * width for head in range(heads + 1)]
+    split = [part.view(batch, tokens, heads, width).transpose(1, 2) for part in (q, k, v)]
+    ours = lambda: compact_attention(q, k, v, first, first, None, width**-0.5)  # noqa: E731
+    peer = lambda: F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(q.shape)  # noqa: E731
+    return ours, peer
+
+
+CASES = {
+    **{
+        f"linear {m}x{n}x{k}": (linear, m, n, k) for m in (1, 16, 128) for n, k in ((768, 768), (2319, 768), (577, 768))
+    },
+    "linear 128x768x2319": (linear, 128, 768, 2319),
+    **{f"{kind} {m}x3072x768": (linear, m, 3072, 768, kind) for m in (1, 16) for kind in ("bf16", "int8")},
+    "scattered 16x577x768": (scattered, 16, 577, 768, 768),
+    "scattered 128x577x2319": (scattered, 128, 577, 2319, 768),
+    "mlp 1x768x2319": (mlp, 1, 768, 2319),
+    "mlp 128x768x2319": (mlp, 128, 768, 2319),
+    "attention 1x128x12x48": (attention, 1, 128, 12, 48),
+    "attention 1x512x12x64": (attention, 1, 512, 12, 64),
+}
+# Largest relative error (of the norms) by kind of weight; bf16 keeps 8 bits, int8 7.
+TOLERANCE = {"bf16": 5e-3, "int8": 2e-2}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ratio(case, expected, benchmark):
+    torch.manual_seed(0)
+    build, *sizes = CASES[case]
+    ours, peer = build(*sizes)
+    assert (ours() - peer()).norm() <= TOLERANCE.get(case.split()[0], 1e-5) * peer().norm()
+    measure = lambda: ratios.measure(ours, peer, SECONDS)  # noqa: E731
+    ratio = measure()
+    if expected.known is None:  # one of four runs once had a case 18 % off
+        ratio = statistics.median([ratio, measure(), measure()])
+    else:
+        assert case in expected.known, f"{case}: not in baseline.json; write it with --new-baseline"
+        ratio = ratios.confirmed(ratio, measure, expected.known[case])
+    benchmark.extra_info["ratio"] = expected.measured[case] = ratio
+    benchmark.pedantic(ours, rounds=10, warmup_rounds=1)
+    if expected.known is not None:
+        wanted = expected.known[case]
+        assert not ratios.has_fallen(ratio, wanted), (
+            f"{case}: {ratio:.2f} x PyTorch, {1 - ratio / wanted:.0%} below the baseline of {wanted:.2f}"
+        )
