@@ -56,7 +56,7 @@ def contestants(dense: nn.Module) -> tuple[dict, dict]:
     for (kind, share), (small, plan) in plans.items():
         group = {(kind, share): small}
         if kind == "compact":
-            group["sliced eager", share] = sliced.sliced(dense, plan, "index_add")
+            group["sliced eager", share] = sliced.sliced(dense, plan)
         exact = sliced.masked(dense, plan)(ids, attention_mask=mask).logits
         for key, model in group.items():
             model.distilbert.embeddings = dense.distilbert.embeddings  # 94 MB each

@@ -3,9 +3,10 @@
 Ordinary nn.Linear of kept rows and columns, ordinary SDPA, no code of prunekern's but the plan's kept indices:
 - Heads of a layer are padded with zero channels to the layer's widest one (a batched product needs equal heads);
   heads without a value channel are gone.
-- Removed rows of o and of lin2, whose result is added to the full-width residual, either stay as zero rows
-  ("full": more arithmetic, nothing else) or are cut, and the result is added where it belongs ("index_add"). Which is
-  faster differs from peer to peer: bench/models.py times both and keeps the better one.
+- Removed rows of o and of lin2 are cut, and the result is added where it belongs in the full-width residual
+  (index_add). Keeping them as zero rows instead is slower for every peer: DistilBERT-base, 25 % removed, 1 x 128,
+  eager 83.5 ms against 82.0, torch.compile 67.8 against 67.0, ONNX Runtime 81.6 against 74.9, OpenVINO 71.7
+  against 70.3.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-RESIDUAL = ("full", "index_add")
 
 # Module names inside a block: q, k, v, o, up, down, LayerNorm after attention, LayerNorm after the FFN.
 _NAMES = {
@@ -50,17 +49,15 @@ def masked(dense: nn.Module, plan) -> nn.Module:
     return model
 
 
-def sliced(dense: nn.Module, plan, residual: str) -> nn.Module:
-    """`dense` with sliced blocks; residual: one of RESIDUAL. Erf-GELU blocks with biases only."""
-    if residual not in RESIDUAL:
-        raise ValueError(f"sliced: residual must be one of {RESIDUAL} (got {residual!r})")
+def sliced(dense: nn.Module, plan) -> nn.Module:
+    """`dense` with sliced blocks. Erf-GELU blocks with biases only."""
     config = dense.config
     assert getattr(config, "activation", getattr(config, "hidden_act", None)) == "gelu"
     heads = config.num_attention_heads
     lists = block_lists(dense)
     small = copy.deepcopy(dense, {id(block): block for _, blocks in lists for block in blocks})
     for name, blocks in lists:
-        made = [SlicedBlock(block, f"{name}.{i}", _NAMES[config.model_type], plan, heads, residual)
+        made = [SlicedBlock(block, f"{name}.{i}", _NAMES[config.model_type], plan, heads)
                 for i, block in enumerate(blocks)]  # fmt: skip
         small.set_submodule(name, nn.ModuleList(made))
     return small.eval().requires_grad_(False)
@@ -69,7 +66,7 @@ def sliced(dense: nn.Module, plan, residual: str) -> nn.Module:
 class SlicedBlock(nn.Module):
     """A post-norm encoder block: x = LN(o(attention(x)) + x), then LN(down(gelu(up(x))) + x)."""
 
-    def __init__(self, block: nn.Module, prefix: str, names: list[str], plan, heads: int, residual: str):
+    def __init__(self, block: nn.Module, prefix: str, names: list[str], plan, heads: int):
         super().__init__()
         q, k, v, o, up, down, norm1, norm2 = (block.get_submodule(name) for name in names)
         kept = [plan.layers[f"{prefix}.{name}"] for name in names[:6]]
@@ -93,9 +90,9 @@ class SlicedBlock(nn.Module):
         self.q = _cut(q, q_places, everything)
         self.k = _cut(k, q_places, everything)
         self.v = _cut(v, v_places, everything)
-        self.o = _Residual(o, kept[3].rows, v_places, residual)
+        self.o = _Residual(o, kept[3].rows, v_places)
         self.up = _cut(up, kept[4].rows, everything)
-        self.down = _Residual(down, kept[5].rows, kept[5].cols, residual)
+        self.down = _Residual(down, kept[5].rows, kept[5].cols)
         self.norm1, self.norm2 = copy.deepcopy(norm1), copy.deepcopy(norm2)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, *args, **kwargs) -> Tensor:
@@ -108,20 +105,14 @@ class SlicedBlock(nn.Module):
 
 
 class _Residual(nn.Module):
-    """residual + linear(x), the rows that are gone kept as zeros or left out."""
+    """residual + linear(x) on the kept rows, the residual on all others."""
 
-    def __init__(self, linear: nn.Linear, rows: Tensor, cols: Tensor, how: str):
+    def __init__(self, linear: nn.Linear, rows: Tensor, cols: Tensor):
         super().__init__()
-        index = rows
-        if how == "full":
-            rows = torch.full((linear.out_features,), -1)
-            rows[index] = index
         self.linear = _cut(linear, rows, cols)
-        self.register_buffer("index", index if how == "index_add" else None)
+        self.register_buffer("index", rows)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.index is None:
-            return residual + self.linear(x)
         return residual.index_add(-1, self.index, self.linear(x))
 
 
