@@ -16,20 +16,17 @@
 namespace prunekern {
 namespace {
 
+// libgomp hangs in the child of a process that used it, whoever used it: watched from the start, not from our
+// own first use.
 std::atomic<bool> forked{false};
-
-void watch_forks() {
 #if defined(__unix__) || defined(__APPLE__)
-  static const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  (void)watching;
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
-}
 
 }  // namespace
 
 void parallel(int threads, const std::function<void(int, int)>& part) {
   if (threads <= 1) return part(0, 1);
-  watch_forks();
   if (forked) return part(0, 1);
   std::exception_ptr failure;
 #ifdef PRUNEKERN_STD_THREADS

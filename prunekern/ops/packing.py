@@ -74,7 +74,8 @@ def pack_weight(weight: Tensor) -> Tensor:
     pair = 2 if packed.dim() == 4 else 1
     padded = weight.new_zeros(panels * width, packed.shape[1] * pair)
     padded[:n, :k] = weight
-    packed.view(panels, -1, width, pair).copy_(padded.view(panels, width, -1, pair).transpose(1, 2))
+    steps = packed.shape[1]
+    packed.view(panels, steps, width, pair).copy_(padded.view(panels, width, steps, pair).transpose(1, 2))
     return packed
 
 
