@@ -38,6 +38,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "run_peak", [](std::int64_t steps) { return prunekern::run_peak(prunekern::active_isa(), steps); },
       "Runs multiply-adds that touch no memory; returns their flops, to be divided by their time.");
+  m.def(
+      "run_read",
+      [](std::uintptr_t memory, std::int64_t bytes) {
+        return prunekern::run_read(prunekern::active_isa(), reinterpret_cast<const void*>(memory), bytes);
+      },
+      "Reads memory once, as fast as it goes, and returns a checksum: bytes over its time are the "
+      "bandwidth.");
   prunekern::bind_linear(m);
   prunekern::bind_attention(m);
   prunekern::bind_mlp(m);

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import subprocess
-import sys
-
 import torch
 from torch import nn
 
 from . import families
+from .bf16_trap import BF16_REASON, bf16_matmul_crashes
 from .budget import most_removable
 from .config import PruneConfig
 from .families import Table
 from .nn import ChannelMask, CompactLinear, MaskedDoRALinear
 from .pruner import Pruner
-
-BF16_REASON = (
-    "PyTorch's bf16 matrix product dies with an illegal instruction on this CPU (oneDNN sees AMX announced without its "
-    "tile palettes). Train in fp32, or start Python with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
-)
 
 
 def attach(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
@@ -138,10 +130,3 @@ def _refuse_crashing_autocast(model: nn.Module) -> None:
         return
     if torch.get_autocast_dtype("cpu") == torch.bfloat16 and bf16_matmul_crashes():
         raise RuntimeError(f"attach: bf16 autocast is off limits here: {BF16_REASON}")
-
-
-@functools.cache
-def bf16_matmul_crashes() -> bool:
-    """Whether PyTorch's bf16 product kills a process on this CPU: tried in a child, which may die."""
-    code = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); torch.nn.functional.linear(a, a)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode < 0

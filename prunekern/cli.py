@@ -226,14 +226,20 @@ def demo(
 
 @app.command()
 def info() -> None:
-    """What prunekern runs on here."""
+    """What prunekern runs on here, and how fast one core is."""
     from .info import info as collect
 
+    with console.status("measuring"):
+        facts = collect(measure=True)
+    warnings, units = facts.pop("warnings"), {"fp32_peak": " GFLOP/s, one core", "read_bandwidth": " GB/s, one core"}
     table = Table(show_header=False)
-    for name, value in collect().items():
+    for name, value in facts.items():
         if value is not None:
-            table.add_row(name.replace("_", " "), str(value))
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            table.add_row(name.replace("_", " "), text + units.get(name, ""))
     console.print(table)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
 
 
 def _quiet() -> None:

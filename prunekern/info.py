@@ -5,22 +5,32 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunekern import __version__, _native
 
+from .bf16_trap import BF16_REASON, bf16_matmul_crashes
+from .measure import peak_gflops, read_bandwidth
 
-def info() -> dict[str, Any]:
-    """The facts that decide which kernels run here.
+
+def info(measure: bool = False) -> dict[str, Any]:
+    """The facts that decide which kernels run here, and how fast they can be.
 
     Returns a dict with `version`, `python`, `torch`, `triton` (None where absent), `platform`, `kernels` (whether
     the C++ kernels are there), `remedy` (one line on what is missing and how to get it, or None), `isa` (in use, or
-    None), `cpu_isas` (what this CPU can run, worst first), `threads` (what an op will use), `cores`, `cuda`.
+    None), `cpu_isas` (what this CPU can run, worst first), `amx` ("works", or why it is not used), `threads` (what an
+    op will use), `cores`, `openmp` (runtimes loaded in this process), `cuda`, `warnings` (a list of lines).
+    measure: also, in about a second, `fp32_peak` (of one core, GFLOP/s), `read_bandwidth` (of one core, GB/s), and
+    whether PyTorch's own bf16 products would kill the process here (some seconds more on CPUs with AMX): then
+    `warnings` names the variable that avoids it.
     """
     available = _native.available()
-    return {
+    runtimes = openmp_runtimes()
+    facts = {
         "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -30,10 +40,34 @@ def info() -> dict[str, Any]:
         "remedy": _native.why_not(),
         "isa": _native.core().isa() if available else None,
         "cpu_isas": list(_native._C.supported_isas()) if _native._C is not None else [],
+        "amx": _native._C.amx_verdict()[1] if _native._C is not None else None,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "openmp": runtimes,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "warnings": [],
     }
+    if len(runtimes) > 1:
+        facts["warnings"].append(
+            f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(runtimes)}): their threads may wait for one "
+            "another. Import torch before prunekern._C"
+        )
+    if measure:
+        if available:
+            facts["fp32_peak"], facts["read_bandwidth"] = round(peak_gflops(), 1), round(read_bandwidth(), 1)
+        if bf16_matmul_crashes():
+            facts["warnings"].append(BF16_REASON)
+    return facts
+
+
+def openmp_runtimes() -> list[str]:
+    """File names of the OpenMP libraries in this process; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    loaded = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
+    return sorted(Path(path).name for path in loaded if re.match(r"lib(gomp|omp|iomp5)\b", Path(path).name))
 
 
 def _version(package: str) -> str | None:

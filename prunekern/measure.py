@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from prunekern import _native
+
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
@@ -65,3 +67,28 @@ def dense_twin(compact: nn.Module) -> nn.Module:
     )
     config._attn_implementation = compact.config._attn_implementation
     return type(compact)(config).eval()
+
+
+def peak_gflops(repeats: int = 200) -> float:
+    """What the FMA units of one core do without touching memory, fp32, in GFLOP/s. RuntimeError without the core."""
+    core = _native.core()
+    best, flops = float("inf"), 0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        flops = core.run_peak(100_000)
+        best = min(best, time.perf_counter() - start)
+    return flops / best / 1e9
+
+
+def read_bandwidth(size: int = 2**29, repeats: int = 5) -> float:
+    """GB/s at which one core reads `size` bytes, larger than any cache. RuntimeError without the core."""
+    core = _native.core()
+    memory = torch.empty(size, dtype=torch.uint8)
+    core.prefer_huge_pages(memory.data_ptr(), size)
+    memory.fill_(1)  # pages that nobody wrote are all the same page
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        core.run_read(memory.data_ptr(), size)
+        best = min(best, time.perf_counter() - start)
+    return size / best / 1e9

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .adapter import load_adapter_state, save_adapter
-from .attach import BF16_REASON, bf16_matmul_crashes
+from .bf16_trap import BF16_REASON, bf16_matmul_crashes
 from .pruner import Pruner
 from .tensors import read_header
 

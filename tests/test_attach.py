@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import prunekern as pk
+from prunekern import bf16_trap
 
 attach_module = sys.modules.get("prunekern.attach") or __import__("importlib").import_module("prunekern.attach")
 
@@ -290,14 +291,18 @@ def test_no_autocast_no_question(monkeypatch):
 
 def test_the_question_is_answered_by_a_child_that_may_die(monkeypatch):
     """True exactly when the child is killed by a signal."""
-    ask = attach_module.bf16_matmul_crashes.__wrapped__
+    monkeypatch.setattr(bf16_trap, "_announces_amx", lambda: False)
+    assert bf16_trap.bf16_matmul_crashes.__wrapped__() is False  # without asking
+    monkeypatch.undo()
+    ask = bf16_trap.bf16_matmul_crashes.__wrapped__
     for code, answer in (("import os, signal; os.kill(os.getpid(), signal.SIGILL)", True), ("pass", False)):
         real = subprocess.run
 
         def run(command, code=code, real=real, **kwargs):
             return real([sys.executable, "-c", code], **kwargs)
 
-        monkeypatch.setattr(attach_module.subprocess, "run", run)
+        monkeypatch.setattr(bf16_trap, "_announces_amx", lambda: True)
+        monkeypatch.setattr(bf16_trap.subprocess, "run", run)
         assert ask() is answer
         monkeypatch.undo()
 

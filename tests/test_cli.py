@@ -106,6 +106,8 @@ def test_info_names_version_and_isa():
     assert result.exit_code == 0
     assert prunekern.__version__ in result.output
     assert torch.__version__ in result.output
+    if prunekern._native.available():
+        assert "GFLOP/s" in result.output and "GB/s" in result.output and "amx" in result.output
 
 
 def test_bench_refuses_a_dense_folder(files):

@@ -24,6 +24,34 @@ def test_info_tells_what_runs_here():
         assert facts["isa"] is None and "\n" not in facts["remedy"]
 
 
+def test_info_tells_of_amx_and_openmp():
+    facts = pk.info()
+    assert "fp32_peak" not in facts
+    if facts["kernels"]:
+        assert facts["amx"] == "works" or "\n" not in facts["amx"]
+        assert (facts["amx"] == "works") == ("amx" in facts["cpu_isas"])
+        assert any("omp" in name for name in facts["openmp"])
+    assert facts["warnings"] == [] or len(facts["openmp"]) > 1
+
+
+def test_info_measures():
+    facts = pk.info(measure=True)
+    if facts["kernels"]:
+        assert 1 < facts["fp32_peak"] < 1000
+        assert 0.5 < facts["read_bandwidth"] < 500
+
+
+def test_info_warns_where_bf16_products_kill(monkeypatch):
+    module = sys.modules["prunekern.info"]
+    monkeypatch.setattr(module, "bf16_matmul_crashes", lambda: True)
+    monkeypatch.setattr(module, "peak_gflops", lambda: 1.0)
+    monkeypatch.setattr(module, "read_bandwidth", lambda: 1.0)
+    assert not any("illegal instruction" in text for text in pk.info()["warnings"])
+    assert any("ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16" in text for text in pk.info(measure=True)["warnings"])
+    monkeypatch.setattr(module, "openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
+    assert any("2 OpenMP runtimes" in text for text in pk.info()["warnings"])
+
+
 def test_info_imports_no_transformers():
     code = "import sys, prunekern as pk; pk.info(); print('transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -224,7 +224,8 @@ def test_wrong_inputs_are_refused_and_the_next_call_works(threads):
         (ValueError, "compact_mlp: down must", lambda: compact_mlp(x, a, b, n_hidden=8, n_out=99)),
         (ValueError, "compact_mlp: residual must",
          lambda: compact_mlp(x, a, b, n_hidden=8, n_out=5, residual=torch.zeros(3, 5))),
-        (ValueError, "compact_mlp: gate_bias", lambda: compact_mlp(x, a, b, gate_bias=torch.zeros(8), n_hidden=8, n_out=5)),
+        (ValueError, "compact_mlp: gate_bias",
+         lambda: compact_mlp(x, a, b, gate_bias=torch.zeros(8), n_hidden=8, n_out=5)),
         (TypeError, "compact_mlp: up", lambda: compact_mlp(x, a.double(), b, n_hidden=8, n_out=5)),
     ]  # fmt: skip
     exact = x.double() @ up.double().T
