@@ -142,6 +142,44 @@ def test_what_takes_padded_heads(family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_padding_changes_nothing(family, attention, size):
+    """Tokens that every sequence of a batch forbids, whatever their ids: the answers without them."""
+    model = build(family, "token", attention)
+    prune(attached(model), 0.4)
+    small = pk.compact(model)
+    ids = batch(size, 9, padded=False)["input_ids"]  # [size, 9]
+    lengths = torch.tensor([9, 4, 1])[:size]
+    allowed = (torch.arange(9) < lengths[:, None]).long()
+    want = [logits(small, {"input_ids": i[None, :n]})[0] for i, n in zip(ids, lengths, strict=True)]  # [n, labels] each
+    for tail in (0, 1, 7):
+        padded = torch.cat([ids, ids.flip(1)[:, :tail]], 1)
+        mask = torch.cat([allowed, allowed.new_zeros(size, tail)], 1)
+        got = logits(small, {"input_ids": padded, "attention_mask": mask})
+        for i, n in enumerate(lengths):
+            assert difference(got[i, :n], want[i]) <= F32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sequence_of_padding_only(family, monkeypatch):
+    """It has finite answers, those of the masked model, and leaves its neighbours alone."""
+    model = build(family, "token")
+    prune(attached(model), 0.4)
+    small = pk.compact(model)
+    inputs = batch(3, 9, padded=False)
+    inputs["attention_mask"] = torch.ones(3, 9, dtype=torch.long)
+    alone = logits(small, inputs)
+    inputs["attention_mask"][1] = 0
+    calls = watch(monkeypatch)
+    got = logits(small, inputs)
+    assert calls.count("compact_attention") == LAYERS
+    assert got.isfinite().all()
+    assert difference(got[::2], alone[::2]) <= F32 and difference(got[1], alone[1]) > 1e-3
+    assert difference(got, logits(model, inputs)) <= F32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_once(family):
     """q, k and v are packed as one and not again each by itself."""
     model = build(family)
