@@ -21,6 +21,7 @@ constexpr std::int64_t kDepth = 1536;     // inputs of a chunk: 140 rows of it t
 constexpr std::int64_t kSumsBytes = 256 * 1024;    // of a group of panels, kept from chunk to chunk
 constexpr std::int64_t kWidenedBytes = 24 * 1024;  // of one tile's widened chunk: half of L1
 constexpr std::int64_t kMaxRowLines = 8;     // of y, prefetched for a row: a panel and its gaps, seldom more
+constexpr std::int64_t kStreamRows = 24;     // up to here bf16 and int8 weights are widened on their way
 constexpr std::int64_t kStreamAhead = 8192;  // bytes prefetched ahead where a panel has one tile only
 
 // Memory of one thread, kept between calls.
@@ -49,6 +50,12 @@ class Loops {
     tiles_ = ceil_div(rows.size(), kernels_.rows);
     x_ = take_rows(call_, kernels_, reads_, rows, workspace().rows);
     const std::int64_t k = weight_.k;
+    if (widen_ != nullptr && rows.size() <= kStreamRows) {
+      tiles_ = ceil_div(rows.size(), kernels_.stream_rows);
+      sums_ = workspace().sums.get<float>(kernels_.rows * width_ + kernels_.vector);
+      for (std::int64_t p = panels.begin; p < panels.end; ++p) stream_panel(p);
+      return;
+    }
     // Chunks of k, all of about one size, in whole steps of the tile. One tile reads each weight once: there
     // is nothing to keep, unless weights are widened.
     const std::int64_t most = tiles_ > 1          ? kDepth
@@ -111,6 +118,22 @@ class Loops {
       if (is_last) draw_outputs(p, tile, args);
       tiles[tile.size()](args);
       if (is_last) finish(p, tile, args.acc);
+    }
+  }
+
+  // All of k, weights widened on the way.
+  void stream_panel(std::int64_t p) {
+    StreamArgs args{};
+    args.a_stride = x_.stride;
+    args.panel = stored(p, 0);
+    args.k = weight_.k;
+    args.acc = sums_;
+    args.ahead = kStreamAhead;
+    for (std::int64_t t = 0; t < tiles_; ++t) {
+      const Range tile = share(rows_.size(), t, tiles_);
+      args.a = x_.data + tile.begin * x_.stride;
+      kernels_.stream[static_cast<int>(weight_.type)][tile.size()](args);
+      finish(p, tile, sums_);
     }
   }
 

@@ -30,6 +30,17 @@ struct TileArgs {
   std::int64_t row_lines;
 };
 
+// acc [rows, width] = a [rows, k] times a panel of bf16 or int8 weights (without the scale) as pack_weight
+// made it. ahead: bytes from what is read to what is drawn into L2.
+struct StreamArgs {
+  const float* a;
+  std::int64_t a_stride;
+  const void* panel;
+  std::int64_t k;
+  float* acc;
+  std::int64_t ahead;
+};
+
 // A panel in fp32: [k, width] from what pack_weight made of it, for bf16 (pairs of k: from an even one on,
 // and where k is odd one row more is written) and for int8 (without the scale). The tile reads it from L1.
 struct WidenArgs {
@@ -80,6 +91,7 @@ struct EpilogueArgs {
 };
 
 using TileFn = void (*)(const TileArgs&);
+using StreamFn = void (*)(const StreamArgs&);
 using WidenFn = void (*)(const WidenArgs&);
 using TakeFn = void (*)(const TakeArgs&);
 using EpilogueFn = void (*)(const EpilogueArgs&);
@@ -87,6 +99,7 @@ using PeakFn = std::int64_t (*)(std::int64_t steps);
 using ReadFn = std::uint64_t (*)(const char* memory, std::int64_t bytes);
 
 constexpr int kMaxRows = 14;
+constexpr int kMaxStreamRows = 8;  // more would not leave registers for two steps of weights
 constexpr int kMaxWidth = 32;
 constexpr int kActivations = 5;
 constexpr int kElements = 2;
@@ -96,11 +109,13 @@ struct Kernels {
   int width;                       // columns of a panel
   int vector;                      // floats of a vector: widest window
   int rows;                        // most rows of a tile
+  int stream_rows;                 // most rows of a stream
   TileFn tile[kMaxRows + 1];       // by rows, from 1
   TileFn half_tile[kMaxRows + 1];  // the same for a panel with nothing in its second vector
   WidenFn widen[kWeightTypes];     // by WeightType; null for fp32, which the tile reads where it is
-  TakeFn take[kElements];          // by Element of x
-  EpilogueFn epilogue[kElements][kActivations];  // by Element of y and the residual, and by Activation
+  StreamFn stream[kWeightTypes][kMaxStreamRows + 1];  // by WeightType and rows, from 1; null for fp32
+  TakeFn take[kElements];                             // by Element of x
+  EpilogueFn epilogue[kElements][kActivations];       // by Element of y and the residual, and by Activation
   PeakFn peak;  // multiply-adds and nothing else; returns how many flops that was
   ReadFn read;  // reads memory once, returns a checksum
   AttentionKernels attention;

@@ -5,6 +5,7 @@
 #include "epilogue.h"
 #include "softmax.h"
 #include "speed.h"
+#include "stream.h"
 #include "tile.h"
 
 namespace prunekern {
@@ -28,6 +29,13 @@ constexpr Kernels make_kernels() {
   for (int r = 1; r <= kernels.rows; ++r) {
     kernels.half_tile[r] = half[r];
     kernels.tile[r] = full[r];
+  }
+  kernels.stream_rows = kernels.rows < kMaxStreamRows ? kernels.rows : kMaxStreamRows;
+  const StreamFn bf16[] = {nullptr, stream < V, R <= kMaxStreamRows ? R : 1, Bf16Weights < V >> ...};
+  const StreamFn int8[] = {nullptr, stream < V, R <= kMaxStreamRows ? R : 1, Int8Weights < V >> ...};
+  for (int r = 1; r <= kernels.stream_rows; ++r) {
+    kernels.stream[1][r] = bf16[r];
+    kernels.stream[2][r] = int8[r];
   }
   kernels.widen[1] = widen_bf16<V>;
   kernels.widen[2] = widen_int8<V>;
