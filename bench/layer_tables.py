@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import peers
 import torch
@@ -38,7 +39,7 @@ def all_tables(args: argparse.Namespace, facts: dict) -> dict[str, Table]:
     """Every table, by its name in the JSON."""
     tables = {"indices": indices(args), "one row": one_row(args), "kinds": kinds(args, facts)}
     tables["mlp"] = mlp(args, facts)
-    if (facts["cores"] or 1) >= 2 and args.threads == 1:
+    if args.threads == 1:
         tables["two threads"] = two_threads(args)
     return tables
 
@@ -88,15 +89,14 @@ def indices(args: argparse.Namespace) -> Table:
             row |= {"x plain": round(best["fused"] / best["plain"], 3)}
             row |= {"x PyTorch": round(best["PyTorch"] / best["fused"], 3)}
             rows.append(row)
-    many = [row for row in rows if row["rows"] >= 128]
     title = (
         "gather + scatter + residual: time over the product without indices; PyTorch's index_select, linear, index_add"
     )
     return title, rows, {
-        "indices and residual, time over none, from 128 rows": wanted(geomean(r["x plain"] for r in many), most=1.05),
-        "indices and residual, time over none, all rows": {
-            "value": round(geomean(r["x plain"] for r in rows), 3), "wanted": None, "holds": None
-        },
+        "indices and residual, time over none": wanted(geomean(r["x plain"] for r in rows), most=1.05),
+        "indices and residual, time over none, from 128 rows": wanted(
+            geomean(r["x plain"] for r in rows if r["rows"] >= 128), most=1.05
+        ),
         "fused x index_select, linear, index_add": wanted(geomean(r["x PyTorch"] for r in rows), 1.3),
     }  # fmt: skip
 
@@ -198,7 +198,7 @@ def mlp(args: argparse.Namespace, facts: dict) -> Table:
     lowest = min(by["fp32"], key=lambda row: row["x"])
     return "compact_mlp against compact_linear twice (and a product where gated)", rows, {
         "compact_mlp fp32 x separate calls, geomean": wanted(geomean(row["x"] for row in by["fp32"]), 1.0),
-        "compact_mlp fp32 x separate calls, lowest": wanted(lowest["x"], 0.98)
+        "compact_mlp fp32 x separate calls, lowest": wanted(lowest["x"], 1.0)
         | {"at": f"{lowest['rows']} rows, {lowest['mlp']}"},
         "compact_mlp bf16 on AMX x separate calls at 1024 rows": wanted(geomean(wide), 1.08)
         if facts["isa"] == "amx"
@@ -208,6 +208,10 @@ def mlp(args: argparse.Namespace, facts: dict) -> Table:
 
 def two_threads(args: argparse.Namespace) -> Table:
     """One thread's time over that of two. Wants a machine with nothing else to do."""
+    title = "two threads: time of one over theirs"
+    cores = len(os.sched_getaffinity(0))  # not those of the machine: taskset may have left us one
+    if cores < 2:
+        return title, [], {f"two threads x one, {peers.OURS}": not_measured(1.7, "one core for this process")}
     rows = []
 
     def on(count: int, run):
@@ -232,7 +236,6 @@ def two_threads(args: argparse.Namespace) -> Table:
                 {"rows": m, "N": n, "K": k}
                 | {name: round(best[f"{name} 1"] / best[f"{name} 2"], 3) for name in functions}
             )
-    title = "two threads: time of one over theirs"
     return title, rows, {
         f"two threads x one, {name}": wanted(geomean(row[name] for row in rows), 1.7)
         if name == peers.OURS
@@ -240,11 +243,3 @@ def two_threads(args: argparse.Namespace) -> Table:
         for name in rows[0]
         if name not in ("rows", "N", "K")
     }  # fmt: skip
-
-
-def overhead() -> dict[str, float]:
-    """Microseconds of a call too small to compute anything: ours, and F.linear's."""
-    x, weight, bias = randn(1, 8), randn(32, 8), randn(32)
-    runs = {name: peers.PEERS[name](weight, bias, 1) for name in (peers.OURS, "F.linear")}
-    hundred = {name: (lambda f=f: [f(x) for _ in range(100)]) for name, f in runs.items()}
-    return {name: round(s / 100 * 1e6, 2) for name, s in race(hundred, 0.05).items()}
