@@ -96,6 +96,9 @@ struct Generic {
   static F div(F a, F b) {
     return each([&](int i) { return a.v[i] / b.v[i]; });
   }
+  static F negative(F a) {
+    return each([&](int i) { return -a.v[i]; });
+  }
   static F min(F a, F b) {
     return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
