@@ -207,6 +207,9 @@ int main() {
     run(isa, {33, 17, 1021, false, false, true, false, Activation::none, 1});
     // More rows than one block holds.
     run(isa, {300, 20, 65, true, true, true, true, Activation::silu, 2});
+    // More of x than stays in L2: panels take turns, chunk of k by chunk.
+    for (WeightType type : {WeightType::fp32, WeightType::int8})
+      run(isa, {135, 70, 4101, false, true, true, true, Activation::relu, 1, type});
     // Every weight type with every element: one tile and several; k of one chunk and of several, even and
     // odd.
     for (WeightType type : types)

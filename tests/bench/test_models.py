@@ -1,4 +1,4 @@
-"""bench/models.py, sliced.py, growth.py: that the same model is raced under different names, and the tables' arithmetic."""
+"""bench/models.py, sliced.py, growth.py: that one model is raced under different names, and the tables' arithmetic."""
 
 import copy
 
