@@ -7,9 +7,12 @@
 #include <cstdlib>
 #include <new>
 
+#include "huge_pages.h"
+
 namespace prunekern {
 
-constexpr std::int64_t kLine = 64;  // bytes of a cache line
+constexpr std::int64_t kLine = 64;           // bytes of a cache line
+constexpr std::int64_t kHugePage = 2 << 20;  // bytes on x86, and a harmless alignment elsewhere
 
 struct Range {
   std::int64_t begin, end;
@@ -24,7 +27,8 @@ inline Range share(std::int64_t total, std::int64_t i, std::int64_t count) {
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
-// Memory of one thread, kept between calls; what it holds is lost when more is asked for.
+// Memory of one thread, kept between calls; what it holds is lost when more is asked for. Large ones lie on
+// huge pages: small pages meet in the same sets of L2 by chance (1 to 3 % of an mlp).
 class Scratch {
  public:
   Scratch() = default;
@@ -35,13 +39,16 @@ class Scratch {
   // Aligned to a cache line.
   template <class T>
   T* get(std::int64_t count) {
-    const std::int64_t bytes = round_up(count * static_cast<std::int64_t>(sizeof(T)), kLine);
+    std::int64_t bytes = round_up(count * static_cast<std::int64_t>(sizeof(T)), kLine);
     if (bytes > size_) {
+      const bool is_large = bytes >= kHugePage / 4;
+      if (is_large) bytes = round_up(bytes, kHugePage);
       std::free(data_);
       data_ = nullptr;
       size_ = 0;
-      data_ = std::aligned_alloc(kLine, static_cast<std::size_t>(bytes));
+      data_ = std::aligned_alloc(is_large ? kHugePage : kLine, static_cast<std::size_t>(bytes));
       if (data_ == nullptr) throw std::bad_alloc();
+      if (is_large) prefer_huge_pages(data_, bytes);
       size_ = bytes;
     }
     return static_cast<T*>(data_);

@@ -17,7 +17,6 @@ namespace prunekern {
 
 void prefer_huge_pages(void* data, std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr std::uintptr_t kHugePage = 2 << 20;
   const std::uintptr_t begin =
       (reinterpret_cast<std::uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kHugePage * kHugePage;
