@@ -80,6 +80,12 @@ def peak_gflops(repeats: int = 200) -> float:
     return flops / best / 1e9
 
 
+def run_peak(flops: int) -> None:
+    """As many fp32 operations on one core, in registers only: the least time any kernel needs for them."""
+    core = _native.core()
+    core.run_peak(max(1, flops // core.run_peak(1)))
+
+
 def read_bandwidth(size: int = 2**29, repeats: int = 5) -> float:
     """GB/s at which one core reads `size` bytes, larger than any cache. RuntimeError without the core."""
     core = _native.core()
