@@ -58,11 +58,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike):
     prune_config = PruneConfig.from_dict(config["prune_config"])
     # Tried on a copy without storage first, so that a refusal leaves the model as it was.
     trial = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()})
-    attach(trial, prune_config)
+    attach(trial, prune_config).load_state_dict(config["pruner"])
     _check_adapter(trial, tensors, Path(path))
     pruner = attach(model, prune_config)
-    model.load_state_dict(tensors, strict=False)
     pruner.load_state_dict(config["pruner"])
+    model.load_state_dict(tensors, strict=False)
     return pruner
 
 
@@ -96,9 +96,11 @@ def load_base(base: str | os.PathLike, adapter: str | os.PathLike) -> nn.Module:
 def load_adapter_state(pruner, path: str | os.PathLike) -> None:
     """Take an adapter written by `save_adapter` into a model that is attached already. ValueError as `load_adapter`."""
     config, tensors = _read_adapter(Path(path))
+    if not config["pruner"].get("shrunk"):
+        _check_adapter(pruner.model, tensors, Path(path))
+    pruner.load_state_dict(config["pruner"])
     _check_adapter(pruner.model, tensors, Path(path))
     pruner.model.load_state_dict(tensors, strict=False)
-    pruner.load_state_dict(config["pruner"])
 
 
 def _read_adapter(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import families
-from .nn import CompactLinear, MaskedDoRALinear
+from .nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
 from .plan import LayerPlan, Plan
 from .plan import plan as plan_of
 
@@ -36,6 +36,10 @@ def compact(model: nn.Module) -> nn.Module:
 
 
 def _merged(module: nn.Module, kept: LayerPlan) -> tuple[Tensor, Tensor | None]:
+    if isinstance(module, ShrunkDoRALinear):
+        return module.merged()
+    if isinstance(module, ShrunkLinear):
+        return module.weight.clone(), None if module.bias is None else module.bias.clone()
     if isinstance(module, MaskedDoRALinear):
         return module.merged(kept.rows, kept.cols)
     rows, cols = kept.rows.to(module.weight.device), kept.cols.to(module.weight.device)

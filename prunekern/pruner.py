@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget
+from . import budget, families
 from .config import PruneConfig
 from .families import Table
-from .nn import ChannelMask, MaskedDoRALinear
-from .plan import from_kept, masks_of
+from .nn import ChannelMask, MaskedDoRALinear, shrink_linear
+from .plan import Plan, check, from_kept, masks_of
 
 CRITERIA = ("random", "magnitude")
 
@@ -150,6 +150,32 @@ class Pruner:
             scores[carrier] = magnitude[self.table.groups[carrier].rows].square().sum(1).sqrt().numpy()
         return scores
 
+    @property
+    def shrunk(self) -> bool:
+        return any(getattr(layer, "is_shrunk", False) for layer in self.layers.values())
+
+    def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After `finalize()`: drop the pruned channels from the masked model, in place; training goes on with the rest.
+
+        The model computes what it did, to rounding, and keeps its parameters, smaller: their moments in `optimizer`
+        follow them (without one, make a new optimiser). Each layer is then a DoRA layer of its own on its kept rows
+        and columns. `plan`, `compact`, `save_adapter` and `report` go on as before. RuntimeError before `finalize()`.
+        """
+        if not self.finalized:
+            raise RuntimeError("shrink: the masks are not final; call pruner.finalize() first")
+        if not self.shrunk:
+            self._shrink(self.plan(), None if optimizer is None else optimizer.state)
+
+    @torch.no_grad()
+    def _shrink(self, plan: Plan, state: dict | None = None) -> None:
+        def make(name: str, in_index, out_index, out_features: int, activation: str) -> nn.Module:
+            kept = plan.layers[name]
+            layer = shrink_linear(self.model.get_submodule(name), kept.rows, kept.cols, state)
+            layer.take_place(out_index, out_features, activation)
+            return layer
+
+        families.of(self.model).rebuild(self.model, plan, make)
+
     def report(self) -> dict:
         """What the masks keep now, as `finalize` returns it."""
         settled = self.table.settle({c: m.kept() for c, m in self.masks.items()})
@@ -169,10 +195,17 @@ class Pruner:
 
     def state_dict(self) -> dict:
         """What the model's own state does not hold (logits, thresholds and final flags are in the model's)."""
-        return {"steps": self.steps, "ramp_steps": self.ramp_steps}
+        state = {"steps": self.steps, "ramp_steps": self.ramp_steps}
+        return {**state, "shrunk": self.plan().to_dict()} if self.shrunk else state
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue after `state["steps"]` steps; call it once the model's state is loaded."""
+        """Continue after `state["steps"]` steps. Call it before the model's state is loaded: a state of a shrunk
+        model is loaded into a model shrunk alike, which this does.
+        """
+        if state.get("shrunk") is not None and not self.shrunk:
+            plan = Plan.from_dict(state["shrunk"])
+            check(plan, self.table)
+            self._shrink(plan)
         self.steps, self.ramp_steps = int(state["steps"]), int(state["ramp_steps"])
         if self.steps and not self.finalized:
             self._draw()

@@ -25,6 +25,8 @@ class PruneTrainer(Trainer):
     the target. Learning rates are constant in each stage: `args.learning_rate` (5e-5 by default), then
     `final_learning_rate` (1e-5, as ASP-DAC 2025); mask logits have `mask_learning_rate`. `args.warmup_steps` counts.
 
+    shrink: drop pruned channels at the boundary (`Pruner.shrink`), so that a step of stage two costs what is left.
+
     Checkpoints hold the adapter, optimiser and trainer state, not the frozen weights. `train(resume_from_checkpoint=
     True)` takes the newest complete one and ends with the same masks and weights as a run that was never stopped.
     A loss or a gradient that is not finite raises FloatingPointError before the weights are touched; checkpoints stay.
@@ -40,6 +42,7 @@ class PruneTrainer(Trainer):
         ramp: float = 0.5,
         final_learning_rate: float = 1e-5,
         mask_learning_rate: float = 2e-2,
+        shrink: bool = True,
         **kwargs,
     ):
         model = pruner.model if model is None else model
@@ -58,6 +61,7 @@ class PruneTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.pruner, self.stage_one, self.ramp = pruner, stage_one, ramp
         self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate
+        self.shrink = shrink
         self.report: dict | None = None  # what finalize() kept
         self.add_callback(_Stages(self))
 
@@ -162,3 +166,5 @@ class _Stages(TrainerCallback):
         pruner.step()
         if state.global_step >= self.trainer.stage_one_steps(state.max_steps) and not pruner.finalized:
             self.trainer.report = pruner.finalize()
+            if self.trainer.shrink:
+                pruner.shrink(self.trainer.optimizer)

@@ -43,7 +43,7 @@ class CompactSelfAttention:
         if self.padded[0] == 0:  # no value channel is left in the layer: o adds its bias to the residual
             return x.new_zeros(*x.shape[:-1], 0), None
         layers = self._layers()
-        if self._is_plain() and not is_hooked(*layers) and self.ragged.fuses(x, layers):
+        if self._is_plain() and not is_shrunk(*layers) and not is_hooked(*layers) and self.ragged.fuses(x, layers):
             forbids_keys_only, key_mask = key_mask_of(mask)
             if forbids_keys_only:
                 return self.ragged(x, layers, key_mask), None
@@ -58,6 +58,8 @@ class CompactSelfAttention:
     def packs_together(self) -> tuple[CompactLinear, ...]:
         """See `prunekern.nn.packed.pack_all`."""
         layers = self._layers()
+        if is_shrunk(*layers):
+            return ()
         weights = [layer.weight for layer in layers]
         alike = all(is_packable(w) and w.dtype is weights[0].dtype for w in weights)
         return layers if alike and self.padded[0] > 0 and self._is_plain() else ()
@@ -125,6 +127,11 @@ def is_hooked(*layers: nn.Module) -> bool:
     return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
+def is_shrunk(*layers: nn.Module) -> bool:
+    """Whether one of these layers is in training still: such layers are called each by itself."""
+    return any(getattr(layer, "is_shrunk", False) for layer in layers)
+
+
 def add_residual(linear: CompactLinear, dropout: nn.Dropout, x: Tensor, residual: Tensor) -> Tensor:
     """dropout(linear(x)) + residual; the add is fused into the product where dropout is off.
 
@@ -138,6 +145,6 @@ def add_residual(linear: CompactLinear, dropout: nn.Dropout, x: Tensor, residual
 
 def run_ffn(up: CompactLinear, down: CompactLinear, dropout: nn.Dropout, x: Tensor) -> Tensor:
     """x + dropout(down(up(x))), the activation being up's; one call where dropout is off."""
-    if (dropout.training and dropout.p > 0) or is_hooked(up, down):
+    if (dropout.training and dropout.p > 0) or is_hooked(up, down) or is_shrunk(up, down):
         return add_residual(down, dropout, up(x), x)
     return mlp_call(up, down, x, residual=x)

@@ -52,7 +52,8 @@ def encoder_table(model: nn.Module, blocks: Iterable[Block], heads: int) -> Tabl
     groups: dict[str, Group] = {}
 
     def size(name: str) -> tuple[int, int]:
-        N, K = model.get_submodule(name).weight.shape
+        module = model.get_submodule(name)
+        N, K = getattr(module, "dense_shape", module.weight.shape)  # of a shrunk layer: what it was
         return N, K
 
     for b in blocks:

@@ -5,5 +5,16 @@ from .compact_attention import CompactAttention
 from .compact_linear import CompactLinear
 from .compact_mlp import CompactMLP, mlp_call
 from .masked_dora_linear import MaskedDoRALinear
+from .shrunk import ShrunkDoRALinear, ShrunkLinear, shrink_linear
 
-__all__ = ["ChannelMask", "CompactAttention", "CompactLinear", "CompactMLP", "MaskedDoRALinear", "mlp_call"]
+__all__ = [
+    "ChannelMask",
+    "CompactAttention",
+    "CompactLinear",
+    "CompactMLP",
+    "MaskedDoRALinear",
+    "ShrunkDoRALinear",
+    "ShrunkLinear",
+    "mlp_call",
+    "shrink_linear",
+]

@@ -48,6 +48,7 @@ class MaskedDoRALinear(nn.Module):
         if bias is not None and tuple(bias.shape) != (N,):
             raise ValueError(f"MaskedDoRALinear: bias must have shape [{N}] (got {list(bias.shape)})")
         self.out_features, self.in_features, self.rank = N, K, rank
+        self.dense_shape = (N, K)  # what it stays when pruned channels are dropped
         self.scale, self.norm_grad = alpha / rank, norm_grad
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

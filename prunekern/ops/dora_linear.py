@@ -9,6 +9,8 @@ gain is zero (a masked channel must still get its mask gradient).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [..., N] in x's dtype, z [T, N] and p [T, r] in the dtype of the products."""
     dtype = _matmul_dtype(x)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, K]
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)  # [T, K]; -1 is no answer where K is 0
     low = flat if x_lora is None else x_lora.reshape(flat.shape).to(dtype)
     with _checks.without_autocast(x.device):
         p = low @ A.to(dtype).T  # [T, r]
@@ -51,7 +53,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, V, A, B, gain, bias, s, x_lora):
-    T, N, r = x.numel() // max(x.shape[-1], 1), V.shape[0], A.shape[0]
+    T, N, r = math.prod(x.shape[:-1]), V.shape[0], A.shape[0]
     dtype = _matmul_dtype(x)
     return x.new_empty(*x.shape[:-1], N), x.new_empty(T, N, dtype=dtype), x.new_empty(T, r, dtype=dtype)
 
@@ -88,7 +90,8 @@ def _gradients(ctx, dy, grads):
     x, x_lora, V, A, B, gain, z, p = ctx.saved_tensors
     needs, s, (x_shape, x_dtype) = ctx.needs_input_grad, ctx.s, ctx.x_meta
     dtype = torch.float32 if dy.device.type == "cpu" and dy.dtype != torch.float64 else dy.dtype
-    dy = dy.reshape(-1, dy.shape[-1])  # [T, N]
+    T = math.prod(dy.shape[:-1])
+    dy = dy.reshape(T, dy.shape[-1])  # [T, N]
     if needs[4]:
         grads[4] = (dy.to(gain.dtype) * z).sum(0).to(gain.dtype)
     if needs[5]:
@@ -102,7 +105,7 @@ def _gradients(ctx, dy, grads):
             dp = (dz @ B.to(dtype)).mul_(s)  # [T, r]
         if needs[2]:
             read = x_lora if ctx.has_x_lora else x
-            grads[2] = (dp.T @ read.reshape(-1, A.shape[1]).to(dtype)).to(A.dtype)
+            grads[2] = (dp.T @ read.reshape(T, A.shape[1]).to(dtype)).to(A.dtype)
         if needs[0]:
             dx = dz @ V.to(dtype)  # [T, K]
             if not ctx.has_x_lora:

@@ -1,0 +1,143 @@
+"""Layers of a masked model whose pruned channels are gone, still in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .masked_dora_linear import MaskedDoRALinear
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class _Scatter(torch.autograd.Function):
+    """Channels to their places in a wider, otherwise zero tensor. Autograd's own gradient of this adds by index."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, index: Tensor, width: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return y.new_zeros(*y.shape[:-1], width).index_copy_(-1, index, y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(-1, ctx.saved_tensors[0]), None, None
+
+
+class _Shrunk:
+    """scatter(act(layer(x))) + residual, of a layer whose weight holds the kept rows and columns only.
+
+    `dense_shape` is the (rows, columns) the layer had. `take_place` says where the output channels belong.
+    """
+
+    is_shrunk = True
+    out_index: Tensor | None
+
+    def take_place(self, out_index: Tensor | None, out_features: int, activation: str) -> None:
+        """out_index: int64, the channels of y [..., out_features] this layer makes; None: all."""
+        device = self.weight.device
+        self.register_buffer("out_index", None if out_index is None else out_index.to(device), persistent=False)
+        self.scattered_to, self.activation = out_features, activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        if self.activation != "none":
+            y = _ACTIVATIONS[self.activation](y)
+        if self.out_index is not None:
+            y = _Scatter.apply(y, self.out_index, self.scattered_to)
+        return y if residual is None else residual + y
+
+
+class ShrunkDoRALinear(_Shrunk, MaskedDoRALinear):
+    """Masked DoRA after `Pruner.shrink`: a DoRA layer of its own on the kept rows and columns, without a mask.
+
+    ||.|| now runs over the kept columns; the magnitude was multiplied with the ratio of the two norms, so that the
+    layer computes what it did. `mask` is kept for the record.
+    """
+
+    def mask_values(self) -> None:
+        return None
+
+
+class ShrunkLinear(_Shrunk, nn.Linear):
+    """A linear layer without an adapter, shrunk with its partners."""
+
+
+@torch.no_grad()
+def shrink_linear(layer: nn.Module, rows: Tensor, cols: Tensor, state: dict | None = None) -> nn.Module:
+    """Drop all rows and columns of `layer` (MaskedDoRALinear or nn.Linear) but these, in place; returns the layer.
+
+    rows, cols: sorted int64. state: `optimizer.state`, whose tensors follow their parameters. The parameters stay
+    the same objects, so that optimisers keep them.
+    """
+    device = layer.weight.device
+    rows, cols = rows.to(device), cols.to(device)
+    dense_shape = tuple(layer.weight.shape)
+    if not isinstance(layer, MaskedDoRALinear):
+        _keep(layer.weight, ((0, rows), (1, cols)), state)
+        if layer.bias is not None:
+            _keep(layer.bias, ((0, rows),), state)
+        layer.__class__ = ShrunkLinear
+        layer.out_features, layer.in_features = layer.weight.shape
+        layer.dense_shape = dense_shape
+        return layer
+    layer.refresh()
+    full = layer.inv_norm.index_select(0, rows)
+    for parameter, sides in (
+        (layer.weight, ((0, rows), (1, cols))),
+        (layer.A, ((1, cols),)),
+        (layer.B, ((0, rows),)),
+        (layer.magnitude, ((0, rows),)),
+        (layer.bias, ((0, rows),)),
+    ):
+        if parameter is not None:
+            _keep(parameter, sides, state)
+    layer.__class__ = ShrunkDoRALinear
+    layer.out_features, layer.in_features = layer.weight.shape
+    layer.v_sqnorm = layer.v_sqnorm.index_select(0, rows)
+    layer.inv_norm = full.clone()
+    layer._normed = None
+    layer.refresh()
+    # A row of zeros has no norm before or after: its magnitude is of no effect.
+    ratio = torch.where(layer.inv_norm > 0, full / layer.inv_norm, 1.0).to(layer.magnitude.dtype)
+    layer.magnitude.mul_(ratio)
+    if state is not None and layer.magnitude in state:
+        _rescale(state[layer.magnitude], ratio)
+    return layer
+
+
+def _keep(parameter: nn.Parameter, sides, state: dict | None) -> None:
+    """Select along dimensions, in the parameter, its gradient and the optimiser's tensors of its shape."""
+    shape = parameter.shape
+
+    def select(tensor: Tensor) -> Tensor:
+        for dim, index in sides:
+            tensor = tensor.index_select(dim, index)
+        return tensor
+
+    parameter.grad = None
+    kept = select(parameter.data)
+    # The last loss may be alive still, and with it a gradient accumulator that expects the old shape. Another dtype in
+    # between makes PyTorch forget it.
+    parameter.data = kept.new_empty(0, dtype=torch.float32 if kept.dtype == torch.float64 else torch.float64)
+    parameter.data = kept
+    if state is not None and parameter in state:
+        own = state[parameter]
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                own[name] = select(value)
+
+
+# The gradient of c m is that of m divided by c; so are what optimisers keep of it, by its power.
+_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
+
+
+def _rescale(state: dict, ratio: Tensor) -> None:
+    for name, power in _POWERS.items():
+        if isinstance(state.get(name), Tensor) and state[name].shape == ratio.shape:
+            state[name].div_(ratio**power)
