@@ -77,6 +77,7 @@ def train_ours(name: str, share: float, dense, encoded, task, tokenizer, options
         args=training_arguments(options, out, save_strategy="no"),
         pruner=pruner,
         stage_one=options.stage_one,
+        warm=options.warm,
         ramp=options.ramp,
         final_learning_rate=options.final_learning_rate,
         mask_learning_rate=options.mask_learning_rate,

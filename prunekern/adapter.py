@@ -17,7 +17,7 @@ from .folders import replacing
 from .nn import MaskedDoRALinear
 from .tensors import read_header
 
-ADAPTER_FORMAT = 1
+ADAPTER_FORMAT = 2
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -119,7 +119,7 @@ def _read_adapter(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{file}: format must be {ADAPTER_FORMAT} (got {got!r})")
     if not isinstance(config.get("prune_config"), dict) or not isinstance(config.get("pruner"), dict):
         raise ValueError(f"{file}: must hold prune_config and pruner")
-    for name in ("steps", "ramp_steps"):
+    for name in ("steps", "warm_steps", "ramp_steps"):
         if type(config["pruner"].get(name)) is not int or config["pruner"][name] < 0:
             raise ValueError(
                 f"{file}: pruner {name} must be a non-negative integer (got {config['pruner'].get(name)!r})"

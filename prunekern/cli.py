@@ -93,7 +93,16 @@ def train(
         rank=rank, alpha=alpha, dropout=dropout, preset=preset, sparsity=sparsity, cost=cost, align=align, seed=seed
     )
     options = TrainOptions(
-        epochs, max_steps, batch_size, lr, final_lr, mask_lr, stage_one, 0.5, 0, max_length, save_steps, seed
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=lr,
+        final_learning_rate=final_lr,
+        mask_learning_rate=mask_lr,
+        stage_one=stage_one,
+        max_length=max_length,
+        save_steps=save_steps,
+        seed=seed,
     )
     data_task = _task(task, data, text, label, validation, test)
     dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task, seed)

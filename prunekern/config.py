@@ -24,7 +24,10 @@ class PruneConfig:
     align: kept channels of each layer come in multiples of this.
     norm_grad: "detached" (row norm constant in the backward pass) or "full".
     seed: of adapter initialisation and mask noise.
-    ramp_steps: optimiser steps over which the removed share rises from 0 to `sparsity`.
+    warm_steps: optimiser steps with all masks on, in which saliency is gathered; the logits then start from it. 0: they
+        start flat.
+    ramp_steps: optimiser steps, after the warm ones, over which the removed share rises from 0 to `sparsity`.
+    spread: standard deviation of the logits as they start from saliency, in units of the mask noise's scale.
     temperature: of the Gumbel-Sigmoid's soft gradient.
     """
 
@@ -38,7 +41,9 @@ class PruneConfig:
     align: int = 1
     norm_grad: str = "detached"
     seed: int = 0
+    warm_steps: int = 30
     ramp_steps: int = 100
+    spread: float = 2.0
     temperature: float = 1.0
 
     def __post_init__(self):
@@ -52,11 +57,12 @@ class PruneConfig:
 
         for name in ("rank", "align"):
             number(name, 1, math.inf, "an integer of at least 1", int)
-        for name in ("seed", "ramp_steps"):
+        for name in ("seed", "warm_steps", "ramp_steps"):
             number(name, 0, math.inf, "a non-negative integer", int)
         number("sparsity", 0, math.nextafter(1.0, 0), "in [0, 1)")
         number("dropout", 0, math.nextafter(1.0, 0), "in [0, 1)")
         number("alpha", math.ulp(0.0), sys.float_info.max, "positive and finite")
+        number("spread", 0, sys.float_info.max, "non-negative and finite")
         number("temperature", math.ulp(0.0), sys.float_info.max, "positive and finite")
         if self.cost not in COSTS:
             refuse("cost", f"one of {COSTS}")

@@ -13,8 +13,9 @@ from .config import PruneConfig
 from .families import Table
 from .nn import ChannelMask, MaskedDoRALinear, shrink_linear
 from .plan import Plan, check, from_kept, masks_of
+from .saliency import Saliency, starting_logits
 
-CRITERIA = ("random", "magnitude")
+CRITERIA = ("random", "magnitude", "saliency")
 
 
 class Pruner:
@@ -23,7 +24,11 @@ class Pruner:
     def __init__(self, model: nn.Module, config: PruneConfig, table: Table):
         self.model, self.config, self.table = model, config, table
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, MaskedDoRALinear)}
-        self.steps, self.ramp_steps = 0, config.ramp_steps
+        self.steps, self.flips = 0, 0  # flips: groups whose deterministic mask the last step turned
+        self.warm_steps, self.ramp_steps = config.warm_steps, config.ramp_steps
+        self._saliency: Saliency | None = None
+        self._last: np.ndarray | None = None  # deterministic masks after the last step
+        self._open_while_warm()
 
     @property
     def masks(self) -> dict[str, ChannelMask]:
@@ -53,9 +58,37 @@ class Pruner:
     # -- the budget ----------------------------------------------------------------------------------------------
 
     def target(self, steps: int | None = None) -> float:
-        """Scheduled share to remove after so many steps: a ramp from 0 to `config.sparsity`, then held."""
-        steps = self.steps if steps is None else steps
-        return self.config.sparsity * min(1.0, steps / self.ramp_steps if self.ramp_steps else 1.0)
+        """Scheduled share to remove after so many steps: 0 while warm, a ramp to `config.sparsity`, then held."""
+        past = (self.steps if steps is None else steps) - self.warm_steps
+        if past < 0 or not self.ramp_steps:
+            return self.config.sparsity * (past >= 0)
+        return self.config.sparsity * min(1.0, past / self.ramp_steps)
+
+    def schedule(self, warm_steps: int, ramp_steps: int) -> None:
+        """Other lengths than the config's, for a trainer that knows how long it runs."""
+        self.warm_steps, self.ramp_steps = warm_steps, ramp_steps
+        self._open_while_warm()
+
+    @property
+    def warm(self) -> bool:
+        """Whether all masks are on, and saliency is gathered."""
+        return self._saliency is not None
+
+    def _open_while_warm(self) -> None:
+        warm = self.steps < self.warm_steps and bool(self.masks) and not self.finalized
+        if warm and not self.warm:
+            self._saliency = Saliency(self.masks)
+        elif self.warm and not warm:
+            self._saliency.close()
+            self._saliency = None
+
+    @torch.no_grad()
+    def _start_from_saliency(self) -> None:
+        """Logits from what was gathered; flat where nothing was. The threshold is solved for at once."""
+        masks = self.masks
+        gathered = {c: m.saliency.double().cpu().numpy() for c, m in masks.items()}
+        for carrier, values in starting_logits(self.table, gathered, self.config.cost, self.config.spread).items():
+            masks[carrier].logits.copy_(torch.from_numpy(values))
 
     @torch.no_grad()
     def _logits(self) -> dict[str, np.ndarray]:
@@ -66,13 +99,29 @@ class Pruner:
         sizes = np.cumsum([mask.logits.numel() for mask in masks.values()])[:-1]
         return dict(zip(masks, np.split(flat, sizes), strict=True))
 
-    def expected_sparsity(self) -> float:
-        """Share removed in expectation over the mask noise (exact once final), of `config.cost`."""
+    def _kept_probability(self) -> dict[str, np.ndarray]:
+        """By carrier: the probability of each group to be kept at the next draw (0 or 1 once final)."""
         kept = {}
         for carrier, mask in self.masks.items():
             shifted = (mask.logits - mask.threshold).detach().double().cpu().numpy()
-            kept[carrier] = (shifted > 0).astype(float) if mask._is_final else budget._sigmoid(shifted)
-        return budget.removed_share(self.table, kept, self.config.cost)
+            if mask.is_open:
+                kept[carrier] = np.ones_like(shifted)
+            else:
+                kept[carrier] = (shifted > 0).astype(float) if mask._is_final else budget._sigmoid(shifted)
+        return kept
+
+    def expected_sparsity(self) -> float:
+        """Share removed in expectation over the mask noise (exact once final), of `config.cost`."""
+        return budget.removed_share(self.table, self._kept_probability(), self.config.cost)
+
+    def kept_shares(self) -> dict[str, float]:
+        """Expected share of groups kept: by kind of group ("ffn"), then by carrier."""
+        by_carrier = self._kept_probability()
+        by_kind: dict[str, list[np.ndarray]] = defaultdict(list)
+        for carrier, kept in by_carrier.items():
+            by_kind[self.table.groups[carrier].kind].append(kept)
+        shares = {kind: float(np.concatenate(kept).mean()) for kind, kept in by_kind.items()}
+        return shares | {carrier: float(kept.mean()) for carrier, kept in by_carrier.items()}
 
     def sparsity(self) -> float:
         """Share that `compact` would remove with the masks as they are now, of `config.cost`."""
@@ -84,7 +133,8 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """After `optimizer.step()`: refresh the cached norms; follow the budget; draw the next step's noise.
+        """After `optimizer.step()`: refresh the cached norms; gather saliency, or follow the budget and draw the next
+        step's noise.
 
         FloatingPointError where the mask logits are not finite any more.
         """
@@ -95,6 +145,14 @@ class Pruner:
         masks = self.masks
         if not masks or self.finalized:
             return
+        if self.warm:
+            self._saliency.observe()
+            if self.steps < self.warm_steps:
+                for mask in masks.values():  # wherever an optimiser moved its logits, a mask stays on
+                    mask.threshold.copy_(mask.logits.min() - 1)
+                return
+            self._start_from_saliency()
+            self._open_while_warm()
         logits = self._logits()
         bad = next((c for c, v in logits.items() if not np.isfinite(v).all()), None)
         if bad is not None:
@@ -104,6 +162,9 @@ class Pruner:
         threshold = budget.solve_threshold(self.table, logits, self.target(), self.config.cost)
         for mask in masks.values():
             mask.threshold.fill_(threshold)
+        now = np.concatenate(list(logits.values())) > threshold
+        self.flips = 0 if self._last is None else int((now != self._last).sum())
+        self._last = now
         self._draw()
 
     def _draw(self) -> None:
@@ -116,19 +177,22 @@ class Pruner:
     # -- the stage boundary --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def finalize(self, rule: str = "learned", criterion: str = "magnitude") -> dict:
+    def finalize(self, rule: str = "learned", criterion: str | budget.Scores = "magnitude") -> dict:
         """Make the masks final: deterministic, aligned, the target met from above to within one alignment step.
 
         rule "learned" ranks all channel groups by their logits. rule "uniform" is the baseline: the same fraction of
-        every mask, chosen by `criterion`: "random" (seeded by config.seed) or "magnitude" (the carrier's).
+        every mask, chosen by `criterion`: "random" (seeded by config.seed), "magnitude" (the carrier's), "saliency"
+        (what the warm steps gathered), or scores of your own, float [groups] by carrier; the lowest go.
         Returns {"sparsity", "target", "cost", "kept": {carrier: [kept, of]}, "by_kind": {kind: [kept, of]}}.
         """
         table, config = self.table, self.config
         if rule not in ("learned", "uniform"):
             raise ValueError(f"finalize: rule must be 'learned' or 'uniform' (got {rule!r})")
-        if rule == "uniform" and criterion not in CRITERIA:
-            raise ValueError(f"finalize: criterion must be one of {CRITERIA} (got {criterion!r})")
+        if rule == "uniform":
+            self._check_criterion(criterion)
         if self.masks:
+            if rule == "learned" and self.warm and any(bool(m.saliency.any()) for m in self.masks.values()):
+                self._start_from_saliency()
             scores = self._logits() if rule == "learned" else self._criterion(criterion)
             bad = [c for c, v in scores.items() if not np.isfinite(v).all()]
             if bad:
@@ -138,9 +202,29 @@ class Pruner:
             for carrier, mask in self.masks.items():
                 mask.finalize(kept[carrier].to(mask.logits.device))
                 mask.logits.grad = None
+            self._open_while_warm()
         return self.report()
 
-    def _criterion(self, criterion: str) -> dict[str, np.ndarray]:
+    def _check_criterion(self, criterion: str | budget.Scores) -> None:
+        if isinstance(criterion, str):
+            if criterion not in CRITERIA:
+                raise ValueError(f"finalize: criterion must be one of {CRITERIA}, or scores (got {criterion!r})")
+            if criterion == "saliency" and not any(bool(m.saliency.any()) for m in self.masks.values()):
+                raise ValueError("finalize: criterion 'saliency' needs warm steps; none were taken")
+            return
+        for carrier, mask in self.masks.items():
+            shape = np.shape(criterion[carrier]) if carrier in criterion else None
+            if shape != (mask.logits.numel(),):
+                raise ValueError(
+                    f"finalize: criterion must have {mask.logits.numel()} scores for {carrier!r} (got "
+                    f"{'none' if shape is None else list(shape)})"
+                )
+
+    def _criterion(self, criterion: str | budget.Scores) -> dict[str, np.ndarray]:
+        if not isinstance(criterion, str):
+            return {c: np.asarray(criterion[c], dtype=float) for c in self.masks}
+        if criterion == "saliency":
+            return {c: m.saliency.double().cpu().numpy() for c, m in self.masks.items()}
         if criterion == "random":
             rng = np.random.default_rng(self.config.seed)
             return {c: rng.random(m.logits.numel()) for c, m in self.masks.items()}
@@ -195,7 +279,7 @@ class Pruner:
 
     def state_dict(self) -> dict:
         """What the model's own state does not hold (logits, thresholds and final flags are in the model's)."""
-        state = {"steps": self.steps, "ramp_steps": self.ramp_steps}
+        state = {"steps": self.steps, "warm_steps": self.warm_steps, "ramp_steps": self.ramp_steps}
         return {**state, "shrunk": self.plan().to_dict()} if self.shrunk else state
 
     def load_state_dict(self, state: dict) -> None:
@@ -206,6 +290,7 @@ class Pruner:
             plan = Plan.from_dict(state["shrunk"])
             check(plan, self.table)
             self._shrink(plan)
-        self.steps, self.ramp_steps = int(state["steps"]), int(state["ramp_steps"])
-        if self.steps and not self.finalized:
+        self.steps = int(state["steps"])
+        self.schedule(int(state["warm_steps"]), int(state["ramp_steps"]))
+        if self.steps and not self.finalized and not self.warm:
             self._draw()

@@ -31,7 +31,8 @@ class TrainOptions:
     final_learning_rate: float = 1e-5
     mask_learning_rate: float = 2e-2
     stage_one: float = 0.6
-    ramp: float = 0.5
+    warm: float = 0.2
+    ramp: float = 0.4
     warmup_steps: int = 0
     max_length: int = 128
     save_steps: int = 500
@@ -99,6 +100,7 @@ def fine_tune(
         args=training_arguments(options, out / "checkpoints"),
         pruner=pruner,
         stage_one=options.stage_one,
+        warm=options.warm,
         ramp=options.ramp,
         final_learning_rate=options.final_learning_rate,
         mask_learning_rate=options.mask_learning_rate,

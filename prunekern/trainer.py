@@ -21,9 +21,11 @@ class PruneTrainer(Trainer):
     """`transformers.Trainer` for an attached model.
 
     pruner: what `attach` returned for `model`. stage_one: share of the optimiser steps in which masks learn; then
-    `pruner.finalize()` and stage two, adapters only. ramp: share of stage one over which the removed share rises to
-    the target. Learning rates are constant in each stage: `args.learning_rate` (5e-5 by default), then
-    `final_learning_rate` (1e-5, as ASP-DAC 2025); mask logits have `mask_learning_rate`. `args.warmup_steps` counts.
+    `pruner.finalize()` and stage two, adapters only. warm: share of stage one in which all masks are on and saliency
+    is gathered, for the logits to start from; 0: they start flat. ramp: share of stage one, after that, over which the
+    removed share rises to the target. Learning rates are constant in each stage: `args.learning_rate` (5e-5 by
+    default), then `final_learning_rate` (1e-5, as ASP-DAC 2025); mask logits have `mask_learning_rate`.
+    `args.warmup_steps` counts.
 
     shrink: drop pruned channels at the boundary (`Pruner.shrink`), so that a step of stage two costs what is left.
 
@@ -39,7 +41,8 @@ class PruneTrainer(Trainer):
         *,
         pruner: Pruner,
         stage_one: float = 0.6,
-        ramp: float = 0.5,
+        warm: float = 0.2,
+        ramp: float = 0.4,
         final_learning_rate: float = 1e-5,
         mask_learning_rate: float = 2e-2,
         shrink: bool = True,
@@ -51,6 +54,8 @@ class PruneTrainer(Trainer):
         for name, value in (("stage_one", stage_one), ("ramp", ramp)):
             if not 0 < value <= 1:
                 raise ValueError(f"PruneTrainer: {name} must be in (0, 1] (got {value})")
+        if not 0 <= warm < 1:
+            raise ValueError(f"PruneTrainer: warm must be in [0, 1) (got {warm})")
         if args is not None and args.load_best_model_at_end:
             raise ValueError(
                 "PruneTrainer: load_best_model_at_end must be False (got True): the best checkpoint may lie before "
@@ -59,7 +64,7 @@ class PruneTrainer(Trainer):
         if args is not None and args.bf16 and args.device.type == "cpu" and bf16_matmul_crashes():
             raise RuntimeError(f"PruneTrainer: bf16 must be False: {BF16_REASON}")
         super().__init__(model=model, args=args, **kwargs)
-        self.pruner, self.stage_one, self.ramp = pruner, stage_one, ramp
+        self.pruner, self.stage_one, self.warm, self.ramp = pruner, stage_one, warm, ramp
         self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate
         self.shrink = shrink
         self.report: dict | None = None  # what finalize() kept
@@ -107,8 +112,15 @@ class PruneTrainer(Trainer):
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs or any(k.endswith("_loss") for k in logs):
-            logs = {**logs, "sparsity": round(self.pruner.expected_sparsity(), 6)}
+            logs = {**logs, "sparsity": round(self.pruner.expected_sparsity(), 6), **self._mask_logs()}
         super().log(logs, *args, **kwargs)
+
+    def _mask_logs(self) -> dict[str, float]:
+        """Flips at the last step, and the kept share by kind and by carrier, while masks move."""
+        if self.pruner.finalized or not self.pruner.masks:
+            return {}
+        kept = {f"kept/{name}": round(share, 4) for name, share in self.pruner.kept_shares().items()}
+        return {"flips": self.pruner.flips, **kept}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -152,7 +164,8 @@ class _Stages(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         boundary = self.trainer.stage_one_steps(state.max_steps)
-        self.trainer.pruner.ramp_steps = max(1, round(boundary * self.trainer.ramp))
+        warm, ramp = (round(boundary * share) for share in (self.trainer.warm, self.trainer.ramp))
+        self.trainer.pruner.schedule(warm, max(1, ramp))
         if self.trainer.pruner.finalized and self.trainer.pruner.masks:  # resumed in stage two
             self.trainer.report = self.trainer.pruner.report()
 

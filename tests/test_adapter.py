@@ -101,8 +101,8 @@ def edit_adapter(folder, change):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda c: c.update(format=2), r"adapter_config.json: format must be 1 \(got 2\)"),
-        (lambda c: c.pop("format"), r"format must be 1 \(got None\)"),
+        (lambda c: c.update(format=3), r"adapter_config.json: format must be 2 \(got 3\)"),
+        (lambda c: c.pop("format"), r"format must be 2 \(got None\)"),
         (lambda c: c.pop("pruner"), "must hold prune_config and pruner"),
         (lambda c: c.update(prune_config=3), "must hold prune_config and pruner"),
         (lambda c: c["prune_config"].update(rank=0), "PruneConfig: rank must be an integer of at least 1"),
@@ -131,7 +131,7 @@ def test_damaged_adapter_files(adapter):
     config.write_bytes(text[:50])
     refused(adapter, "adapter_config.json: is not valid JSON")
     config.write_text("[]")
-    refused(adapter, "adapter_config.json: format must be 1")
+    refused(adapter, "adapter_config.json: format must be 2")
     config.unlink()
     refused(adapter, "adapter_config.json: no such file", FileNotFoundError)
     config.write_bytes(text)

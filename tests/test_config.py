@@ -44,6 +44,8 @@ def test_is_frozen():
         ("seed", -1, "a non-negative integer"),
         ("ramp_steps", -5, "a non-negative integer"),
         ("ramp_steps", 2.5, "a non-negative integer"),
+        ("warm_steps", -1, "a non-negative integer"),
+        ("spread", float("nan"), "non-negative and finite"),
         ("sparsity", 1.0, r"in \[0, 1\)"),
         ("sparsity", -0.01, r"in \[0, 1\)"),
         ("sparsity", 25, r"in \[0, 1\)"),
@@ -80,7 +82,7 @@ def test_refusals_name_the_field_and_the_value(field, value, accepted):
 
 
 def test_bounds_that_are_allowed():
-    pk.PruneConfig(sparsity=0, dropout=0, alpha=1e-9, ramp_steps=0, align=10_000)
+    pk.PruneConfig(sparsity=0, dropout=0, alpha=1e-9, warm_steps=0, ramp_steps=0, spread=0, align=10_000)
     pk.PruneConfig(sparsity=0.999999, dropout=0.999999)
 
 

@@ -121,8 +121,8 @@ def test_masks_are_final_at_the_boundary_and_stay(tmp_path):
     for step in range(BOUNDARY + 1, STEPS + 1):
         assert torch.equal(seen[step][1], seen[BOUNDARY][1])
         assert not torch.equal(seen[step][2], seen[step - 1][2])  # adapters go on learning
-    for step in range(1, BOUNDARY):  # ramp: half of stage one
-        assert seen[step][4] == pytest.approx(0.4 * min(1, step / 3))
+    for step in range(1, BOUNDARY):  # of stage one, a fifth (one step) is warm, two fifths (two steps) are the ramp
+        assert seen[step][4] == pytest.approx(0.4 * min(1, (step - 1) / 2))
         assert seen[step][3] == pytest.approx(seen[step][4], abs=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_logs_contain_sparsity(whole):
     trainer, _, _ = whole
     logged = {e["step"]: e["sparsity"] for e in trainer.state.log_history if "loss" in e}
     assert sorted(logged) == list(range(1, STEPS + 1))
-    assert logged[1] == pytest.approx(0.4 / 3, abs=1e-4) and logged[3] == pytest.approx(0.4, abs=1e-4)
+    assert logged[1] == 0 and logged[2] == pytest.approx(0.2, abs=1e-4) and logged[3] == pytest.approx(0.4, abs=1e-4)
     assert all(logged[s] == pytest.approx(trainer.report["sparsity"], abs=1e-6) for s in range(BOUNDARY, STEPS + 1))
 
 
@@ -178,7 +178,7 @@ def test_equals_a_plain_loop(tmp_path):
     trainer.train()
 
     model = build(**off)
-    pruner = attached(model, sparsity=0.4, ramp_steps=3)
+    pruner = attached(model, sparsity=0.4, warm_steps=1, ramp_steps=2)
     optimizer = torch.optim.AdamW(pruner.param_groups(1e-2, 0.1))
     rows, (adapters, masks) = Rows(), optimizer.param_groups
     model.train()
@@ -387,6 +387,7 @@ def test_best_model_at_end_is_refused(tmp_path):
     [
         ({"stage_one": 0.0}, r"PruneTrainer: stage_one must be in \(0, 1\] \(got 0.0\)"),
         ({"stage_one": 1.5}, r"PruneTrainer: stage_one must be in \(0, 1\] \(got 1.5\)"),
+        ({"warm": 1.0}, r"PruneTrainer: warm must be in \[0, 1\) \(got 1.0\)"),
         ({"ramp": -1.0}, r"PruneTrainer: ramp must be in \(0, 1\] \(got -1.0\)"),
         ({"ramp": float("nan")}, r"PruneTrainer: ramp must be in \(0, 1\] \(got nan\)"),
     ],
@@ -418,7 +419,7 @@ def test_trains_without_warnings_of_ours(tmp_path):
 
 def test_state_on_disk_says_where_the_run_stands(whole):
     config = json.loads((whole[2] / "checkpoint-4" / "adapter_config.json").read_text())
-    assert config["pruner"] == {"steps": 4, "ramp_steps": 3}
+    assert config["pruner"] == {"steps": 4, "warm_steps": 1, "ramp_steps": 2}
     assert config["architecture"] == "DistilBertForSequenceClassification"
     assert config["prune_config"]["sparsity"] == 0.4
     assert names("distilbert")["q"].startswith("distilbert.")

@@ -120,7 +120,7 @@ def batch(size=4, length=9, padded=True, seed=0):
 
 def attached(model, seed=0, **options):
     """`pk.attach` with adapters as after training: B, magnitudes and logits random."""
-    pruner = pk.attach(model, pk.PruneConfig(**{"rank": 4, "sparsity": 0.1, "seed": seed} | options))
+    pruner = pk.attach(model, pk.PruneConfig(**{"rank": 4, "sparsity": 0.1, "seed": seed, "warm_steps": 0} | options))
     g = torch.Generator().manual_seed(seed + 100)
     with torch.no_grad():
         for layer in pruner.layers.values():

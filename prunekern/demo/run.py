@@ -26,8 +26,6 @@ OPTIONS = TrainOptions(
     learning_rate=5e-4,
     final_learning_rate=1e-4,
     mask_learning_rate=5e-2,
-    stage_one=0.6,
-    ramp=0.5,
     max_length=64,
 )
 SHAPES = ((1, 128), (8, 128))  # batch x tokens

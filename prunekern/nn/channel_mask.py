@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+# The slope of a sigmoid at 0: open masks weigh in the norm of all gradients as they do once they are drawn.
+OPEN_SLOPE = 0.25
+
 
 class ChannelMask(nn.Module):
     """Binary mask m_b over channel groups.
@@ -13,6 +16,9 @@ class ChannelMask(nn.Module):
     step (`draw`) and held in a buffer, so that a forward pass is deterministic; the gradient is that of
     sigmoid((logits - threshold + noise) / temperature). In eval mode, and once `final`, a group is kept iff
     `logits > threshold`. Source: Gumbel-Sigmoid (Jang et al. 2017; Maddison et al. 2017).
+
+    While `is_open` every group is kept, and the gradient of a logit is that of the mask value itself (times
+    OPEN_SLOPE, whatever the logit): what saliency is made of. `saliency` gathers it, see `observe`.
 
     groups: number of channel groups. row_group: int64 [N], the group of each output channel, or None where group i
     is channel i. Logits are fp32 and start at 1 (all kept, as `threshold` starts at 0).
@@ -28,8 +34,10 @@ class ChannelMask(nn.Module):
         self.logits = nn.Parameter(torch.ones(groups))
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("final", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("saliency", torch.zeros(groups))
         self.register_buffer("noise", torch.zeros(groups), persistent=False)
         self.register_buffer("row_group", row_group, persistent=False)
+        self.is_open = False
         self._is_final = False  # `final` as a Python bool: forward must not wait for a device
 
     @torch.no_grad()
@@ -61,12 +69,14 @@ class ChannelMask(nn.Module):
             logits[low] = torch.nextafter(threshold, threshold.new_tensor(float("inf")))
         self.threshold.copy_(threshold)
         self.final.fill_(True)
-        self._is_final = True
+        self._is_final, self.is_open = True, False
         self.logits.requires_grad_(False)
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """m_b by output channel: [N] of zeros and ones."""
-        if self.training and not self._is_final:
+        if self.training and self.is_open:
+            groups = 1.0 + OPEN_SLOPE * (self.logits - self.logits.detach())
+        elif self.training and not self._is_final:
             shifted = self.logits - self.threshold + self.noise
             soft = torch.sigmoid(shifted / self.temperature)
             groups = (shifted > 0).to(soft.dtype) + (soft - soft.detach())  # value exactly 0 or 1, gradient of soft

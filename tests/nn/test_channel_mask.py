@@ -164,7 +164,7 @@ def test_state_dict_round_trip(final):
     if final:
         mask.finalize(torch.arange(16) < 5)
     state = mask.state_dict()
-    assert set(state) == {"logits", "threshold", "final"}
+    assert set(state) == {"logits", "threshold", "final", "saliency"}
     for other in (ChannelMask(16), random_mask(16, seed=3)):
         other.load_state_dict(copy.deepcopy(state))
         assert torch.equal(other.kept(), mask.kept())
