@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from .adapter import load_adapter_state, save_adapter
@@ -28,6 +29,8 @@ class PruneTrainer(Trainer):
     `args.warmup_steps` counts.
 
     shrink: drop pruned channels at the boundary (`Pruner.shrink`), so that a step of stage two costs what is left.
+
+    Under `torchrun` or accelerate (DistributedDataParallel) all ranks see the same masks, and end with the same plan.
 
     Checkpoints hold the adapter, optimiser and trainer state, not the frozen weights. `train(resume_from_checkpoint=
     True)` takes the newest complete one and ends with the same masks and weights as a run that was never stopped.
@@ -63,11 +66,20 @@ class PruneTrainer(Trainer):
             )
         if args is not None and args.bf16 and args.device.type == "cpu" and bf16_matmul_crashes():
             raise RuntimeError(f"PruneTrainer: bf16 must be False: {BF16_REASON}")
+        if args is not None and (args.fsdp or args.deepspeed):
+            raise ValueError(
+                "PruneTrainer: fsdp and deepspeed must be off: they split the parameters that masks and shrinking need "
+                "whole; data parallel training (torchrun) is supported"
+            )
         super().__init__(model=model, args=args, **kwargs)
+        # Trainer takes any forward(**kwargs) for one that divides its loss by num_items_in_batch, and multiplies with the
+        # number of processes to make up for it; of the heads we know only those of language models do.
+        self.model_accepts_loss_kwargs &= type(model).__name__.endswith("ForCausalLM")
         self.pruner, self.stage_one, self.warm, self.ramp = pruner, stage_one, warm, ramp
         self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate
         self.shrink = shrink
         self.report: dict | None = None  # what finalize() kept
+        self._rewrapped: DistributedDataParallel | None = None
         self.add_callback(_Stages(self))
 
     def stage_one_steps(self, max_steps: int) -> int:
@@ -98,8 +110,28 @@ class PruneTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def _finalize(self) -> None:
+        self.report = self.pruner.finalize()
+        if self.shrink:
+            self.pruner.shrink(self.optimizer)
+        old = self.model_wrapped
+        if isinstance(old, DistributedDataParallel):
+            # Its buckets were laid out for the parameters of stage one, logits among them.
+            new = DistributedDataParallel(
+                old.module,
+                device_ids=old.device_ids,
+                output_device=old.output_device,
+                broadcast_buffers=old.broadcast_buffers,
+                process_group=old.process_group,
+                find_unused_parameters=old.find_unused_parameters,
+                gradient_as_bucket_view=old.gradient_as_bucket_view,
+            )
+            self._rewrapped = self.model_wrapped = new
+            self.accelerator._models = [new if m is old else m for m in self.accelerator._models]
+
+    def training_step(self, model, *args, **kwargs):
+        # The training loop holds on to the wrapper it began with.
+        loss = super().training_step(model if self._rewrapped is None else self._rewrapped, *args, **kwargs)
         self._refuse_unless_finite("loss", loss.item())
         return loss
 
@@ -123,6 +155,12 @@ class PruneTrainer(Trainer):
         return {"flips": self.pruner.flips, **kept}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_world_process_zero():
+            super().save_model(output_dir, _internal_call)
+        if _internal_call:  # a checkpoint: the other ranks add their files once the folder has its name
+            self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         save_adapter(self.pruner, output_dir or self.args.output_dir)
@@ -178,6 +216,4 @@ class _Stages(TrainerCallback):
         pruner = self.trainer.pruner
         pruner.step()
         if state.global_step >= self.trainer.stage_one_steps(state.max_steps) and not pruner.finalized:
-            self.trainer.report = pruner.finalize()
-            if self.trainer.shrink:
-                pruner.shrink(self.trainer.optimizer)
+            self.trainer._finalize()

@@ -242,9 +242,7 @@ def test_finalize_refusals_leave_the_masks():
     before = state(model)
     with pytest.raises(ValueError, match=r"finalize: rule must be 'learned' or 'uniform' \(got 'best'\)"):
         pruner.finalize("best")
-    with pytest.raises(
-        ValueError, match=r"criterion must be one of \('random',.*'saliency'\), or scores \(got 'size'\)"
-    ):
+    with pytest.raises(ValueError, match=r"criterion must be one of .*'saliency'\), or scores \(got 'size'\)"):
         pruner.finalize("uniform", "size")
     unchanged(model, before)
     n = names("distilbert", 1)["up"]
