@@ -73,10 +73,12 @@ def train(
     epochs: float = 3.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: by --epochs.")] = -1,
     batch_size: int = 8,
-    lr: Annotated[float, typer.Option(help="Of adapters and head in stage one.")] = 5e-5,
-    final_lr: Annotated[float, typer.Option(help="Of adapters and head in stage two.")] = 1e-5,
-    mask_lr: Annotated[float, typer.Option(help="Of mask logits.")] = 2e-2,
-    stage_one: Annotated[float, typer.Option(help="Share of the steps in which masks learn.")] = 0.6,
+    lr: Annotated[float, typer.Option(help="Of adapters and head, falling linearly to zero.")] = 5e-4,
+    final_lr: Annotated[
+        float | None, typer.Option(help="Constant rates instead: --lr in stage one, this in stage two.")
+    ] = None,
+    mask_lr: Annotated[float, typer.Option(help="Of mask logits.")] = 5e-2,
+    stage_one: Annotated[float, typer.Option(help="Share of the steps before the masks are final.")] = 0.65,
     max_length: MaxLength = 128,
     save_steps: int = 500,
     seed: int = 0,

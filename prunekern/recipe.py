@@ -22,17 +22,17 @@ from .tasks import Task
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. Learning rates: of adapters and head in stage one and two (ASP-DAC 2025), and of mask logits."""
+    """How to train; `PruneTrainer` says what the learning rates and the shares of the steps are."""
 
     epochs: float = 3.0
     max_steps: int = -1
     batch_size: int = 8
-    learning_rate: float = 5e-5
-    final_learning_rate: float = 1e-5
-    mask_learning_rate: float = 2e-2
-    stage_one: float = 0.6
-    warm: float = 0.2
-    ramp: float = 0.4
+    learning_rate: float = 5e-4
+    final_learning_rate: float | None = None
+    mask_learning_rate: float = 5e-2
+    stage_one: float = 0.65
+    warm: float = 0.6
+    ramp: float = 0.2
     warmup_steps: int = 0
     max_length: int = 128
     save_steps: int = 500

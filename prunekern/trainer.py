@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from .adapter import load_adapter_state, save_adapter
 from .bf16_trap import BF16_REASON, bf16_matmul_crashes
+from .budget import Scores
 from .pruner import Pruner
 from .tensors import read_header
 
@@ -24,9 +25,11 @@ class PruneTrainer(Trainer):
     pruner: what `attach` returned for `model`. stage_one: share of the optimiser steps in which masks learn; then
     `pruner.finalize()` and stage two, adapters only. warm: share of stage one in which all masks are on and saliency
     is gathered, for the logits to start from; 0: they start flat. ramp: share of stage one, after that, over which the
-    removed share rises to the target. Learning rates are constant in each stage: `args.learning_rate` (5e-5 by
-    default), then `final_learning_rate` (1e-5, as ASP-DAC 2025); mask logits have `mask_learning_rate`.
-    `args.warmup_steps` counts.
+    removed share rises to the target. rule, criterion: of `pruner.finalize`.
+
+    The learning rate of adapters and head falls linearly from `args.learning_rate` to zero at the last step; with a
+    `final_learning_rate` it is constant in each stage instead (5e-5 and 1e-5 in ASP-DAC 2025). `args.warmup_steps`
+    counts in both. Mask logits have `mask_learning_rate` until they are final.
 
     shrink: drop pruned channels at the boundary (`Pruner.shrink`), so that a step of stage two costs what is left.
 
@@ -43,12 +46,14 @@ class PruneTrainer(Trainer):
         args=None,
         *,
         pruner: Pruner,
-        stage_one: float = 0.6,
-        warm: float = 0.2,
-        ramp: float = 0.4,
-        final_learning_rate: float = 1e-5,
-        mask_learning_rate: float = 2e-2,
+        stage_one: float = 0.65,
+        warm: float = 0.6,
+        ramp: float = 0.2,
+        final_learning_rate: float | None = None,
+        mask_learning_rate: float = 5e-2,
         shrink: bool = True,
+        rule: str = "learned",
+        criterion: str | Scores = "magnitude",
         **kwargs,
     ):
         model = pruner.model if model is None else model
@@ -72,12 +77,12 @@ class PruneTrainer(Trainer):
                 "whole; data parallel training (torchrun) is supported"
             )
         super().__init__(model=model, args=args, **kwargs)
-        # Trainer takes any forward(**kwargs) for one that divides its loss by num_items_in_batch, and multiplies with the
-        # number of processes to make up for it; of the heads we know only those of language models do.
+        # Trainer takes any forward(**kwargs) for one that divides its loss by num_items_in_batch, and multiplies with
+        # the number of processes to make up for it; of the heads we know only those of language models do.
         self.model_accepts_loss_kwargs &= type(model).__name__.endswith("ForCausalLM")
         self.pruner, self.stage_one, self.warm, self.ramp = pruner, stage_one, warm, ramp
         self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate
-        self.shrink = shrink
+        self.shrink, self.rule, self.criterion = shrink, rule, criterion
         self.report: dict | None = None  # what finalize() kept
         self._rewrapped: DistributedDataParallel | None = None
         self.add_callback(_Stages(self))
@@ -98,20 +103,26 @@ class PruneTrainer(Trainer):
         if self.lr_scheduler is None:
             boundary = self.stage_one_steps(num_training_steps)
             warmup = self.args.get_warmup_steps(num_training_steps)
-            drop = self.final_learning_rate / self.args.learning_rate
 
-            def factor(step: int, second: float) -> float:
-                return min(1.0, (step + 1) / (warmup + 1)) * (1.0 if step < boundary else second)
+            def adapters(step: int) -> float:
+                if self.final_learning_rate is None:
+                    return warm_up(step) * (1 - step / max(1, num_training_steps))
+                return warm_up(step) * (1.0 if step < boundary else self.final_learning_rate / self.args.learning_rate)
+
+            def warm_up(step: int) -> float:
+                return min(1.0, (step + 1) / (warmup + 1))
+
+            def masks(step: int) -> float:
+                return warm_up(step) if step < boundary else 0.0
 
             optimizer = self.optimizer if optimizer is None else optimizer
-            second = {"adapters": drop, "masks": 0.0}
-            by_group = [lambda step, s=second[g["name"]]: factor(step, s) for g in optimizer.param_groups]
+            by_group = [{"adapters": adapters, "masks": masks}[g["name"]] for g in optimizer.param_groups]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_group)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _finalize(self) -> None:
-        self.report = self.pruner.finalize()
+        self.report = self.pruner.finalize(self.rule, self.criterion)
         if self.shrink:
             self.pruner.shrink(self.optimizer)
         old = self.model_wrapped

@@ -65,6 +65,9 @@ if __name__ == "__main__":
         callbacks=[watch],
         mask_learning_rate=0.1,
         final_learning_rate=1e-3,
+        stage_one=0.6,
+        warm=0.2,
+        ramp=0.4,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(out / "run") is not None)
     learned = b"".join(p.detach().numpy().tobytes() for _, p in sorted(trainer.model.named_parameters()))

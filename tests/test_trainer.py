@@ -41,7 +41,8 @@ def fresh(folder, callbacks=(), trainer_options=None, model_options=None, **opti
     """A trainer on a model with dropout everywhere it can be."""
     model = build(**{"dropout": 0.1, "attention_dropout": 0.1, "seq_classif_dropout": 0.1} | (model_options or {}))
     pruner = attached(model, sparsity=0.4, dropout=0.1)
-    trainer_options = {"mask_learning_rate": 0.1, "final_learning_rate": 1e-3} | (trainer_options or {})
+    defaults = {"mask_learning_rate": 0.1, "final_learning_rate": 1e-3, "stage_one": 0.6, "warm": 0.2, "ramp": 0.4}
+    trainer_options = defaults | (trainer_options or {})
     return pk.PruneTrainer(
         args=arguments(folder, **options),
         pruner=pruner,
@@ -141,16 +142,29 @@ def test_learning_rates_of_both_stages_and_warmup(tmp_path):
     assert [r["masks"] for r in rates] == pytest.approx([w * 0.1 for w in want] + [0.0] * (STEPS - BOUNDARY))
 
 
-def test_defaults_are_the_paper_s(tmp_path):
+def test_the_learning_rate_falls_linearly_to_zero(tmp_path):
+    rates = []
+    trainer = fresh(tmp_path, save_strategy="no", trainer_options={"final_learning_rate": None}, warmup_steps=1)
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            rates.append({g["name"]: g["lr"] for g in trainer.optimizer.param_groups})
+
+    trainer.add_callback(Rates())
+    trainer.train()
+    assert [r["adapters"] for r in rates] == pytest.approx([0.5e-2] + [1e-2 * (1 - s / STEPS) for s in range(1, STEPS)])
+    assert [r["masks"] for r in rates] == pytest.approx([0.05] + [0.1] * (BOUNDARY - 1) + [0.0] * (STEPS - BOUNDARY))
+
+
+def test_defaults(tmp_path):
     model = build()
     trainer = pk.PruneTrainer(
         args=arguments(tmp_path, learning_rate=5e-5), pruner=attached(model), train_dataset=Rows()
     )
-    assert trainer.model is model and trainer.final_learning_rate == 1e-5
-    assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True).learning_rate == 5e-5
+    assert trainer.model is model and trainer.final_learning_rate is None
     trainer.create_optimizer()
     groups = {g["name"]: g for g in trainer.optimizer.param_groups}
-    assert groups["masks"]["weight_decay"] == 0 and groups["masks"]["lr"] == 2e-2
+    assert groups["masks"]["weight_decay"] == 0 and groups["masks"]["lr"] == 5e-2
 
 
 def test_logs_contain_sparsity(whole):
