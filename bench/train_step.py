@@ -1,4 +1,4 @@
-"""How much does a training step of masked DoRA cost beside PEFT's LoRA and DoRA?
+"""How much does a training step of masked DoRA cost beside PEFT's LoRA and DoRA, and how little one of stage two?
 
     python bench/train_step.py            # DistilBERT-base shape, batch 8 x 64, rank 8, six linears, one thread
 
@@ -24,7 +24,7 @@ TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 
 
 def build(rank: int) -> dict:
-    """name -> (model, step after the optimiser's); all three start from the same weights and the same A."""
+    """name -> (model, step after the optimiser's); all start from the same weights and the same A."""
     torch.manual_seed(0)
     base = DistilBertForSequenceClassification(
         DistilBertConfig(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)
@@ -39,8 +39,19 @@ def build(rank: int) -> dict:
             modules_to_save=["pre_classifier", "classifier"],
         )
         built[name] = (get_peft_model(copy.deepcopy(base), config), lambda: None)
-    pruner = pk.attach(base, pk.PruneConfig(rank=rank, alpha=2 * rank, sparsity=0.25))
-    built["masked DoRA"] = (base, pruner.step)
+    for share in (0.25, 0.5):
+        smaller = copy.deepcopy(base)
+        second = pk.attach(smaller, pk.PruneConfig(rank=rank, alpha=2 * rank, sparsity=share))
+        second.finalize("uniform", "random")
+        second.shrink()
+        built[f"stage two, {share:.0%} removed"] = (smaller, second.step)
+    plain = copy.deepcopy(base)
+    unmasked = pk.attach(plain, pk.PruneConfig(rank=rank, alpha=2 * rank, sparsity=0.0))
+    for layer in unmasked.layers.values():
+        layer.mask = None
+    built["DoRA, no masks"] = (plain, unmasked.step)
+    pruner = pk.attach(base, pk.PruneConfig(rank=rank, alpha=2 * rank, sparsity=0.25, warm_steps=0, ramp_steps=0))
+    built["masked DoRA, stage one"] = (base, pruner.step)
     peft_layers = dict(built["PEFT DoRA"][0].base_model.model.named_modules())
     with torch.no_grad():
         for name, layer in pruner.layers.items():
@@ -50,7 +61,7 @@ def build(rank: int) -> dict:
 
 def check(built: dict, batch: dict) -> float:
     """Largest relative difference of logits and adapter gradients to PEFT's DoRA, masks all on."""
-    ours, peft = built["masked DoRA"][0], built["PEFT DoRA"][0]
+    ours, peft = built["masked DoRA, stage one"][0], built["PEFT DoRA"][0]
     for model in (ours, peft):
         model(**batch).loss.backward()
     layers = {n: m for n, m in ours.named_modules() if isinstance(m, pk.nn.MaskedDoRALinear)}
@@ -100,8 +111,16 @@ def main() -> None:
             after()
             optimisers[name].zero_grad()
             best[name] = min(best[name], time.perf_counter() - start)
-    lora = best["PEFT LoRA"]
-    rows = [{"method": n, "step_ms": round(1e3 * t, 1), "ratio_to_lora": round(t / lora, 3)} for n, t in best.items()]
+    rows = [
+        {
+            "method": n,
+            "step_ms": round(1e3 * t, 1),
+            "ratio_to_lora": round(t / best["PEFT LoRA"], 3),
+            "ratio_to_DoRA_no_masks": round(t / best["DoRA, no masks"], 3),
+            "ratio_to_stage_one": round(t / best["masked DoRA, stage one"], 3),
+        }
+        for n, t in best.items()
+    ]
     title = f"training step, DistilBERT-base shape, {args.batch} x {args.tokens}, rank {args.rank}, one thread"
     report.table(title, rows)
     report.write(args.out, rows=rows, largest_difference_to_peft_dora=worst, args=vars(args))

@@ -1,0 +1,118 @@
+"""What the ablations put in place of parts of the product: other noise, another budget, teachers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunekern import budget
+from prunekern.nn import ChannelMask
+from prunekern.pruner import Pruner
+from prunekern.saliency import group_cost, starting_logits
+
+
+class HardConcrete(ChannelMask):
+    """Louizos et al. 2018: values in [0, 1], stretched to (-0.1, 1.1) and clamped, without straight-through."""
+
+    LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if not self.training or self.is_open or self._is_final:
+            return super().forward(dtype)
+        soft = torch.sigmoid((self.logits - self.threshold + self.noise) / self.BETA)
+        groups = (soft * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1).to(dtype)
+        return groups if self.row_group is None else groups.index_select(0, self.row_group)
+
+
+class Lagrangian:
+    """(l1 + l2 d) d with d the scheduled minus the expected share; multipliers ascend (Wang et al. 2020)."""
+
+    def __init__(self, pruner: Pruner, rate: float = 0.1):
+        self.pruner, self.rate, self.first, self.second, self.gap = pruner, rate, 0.0, 0.0, 0.0
+
+    def penalty(self) -> Tensor:
+        """Expected share from logits alone: the threshold stays at zero. Its gradient is by finite differences of the
+        cost, exact as the cost is linear in each layer's count.
+        """
+        pruner, kept, share = self.pruner, {}, 0.0
+        for carrier, mask in pruner.masks.items():
+            kept[carrier] = budget._sigmoid(mask.logits.detach().double().numpy())
+        cost, dense = pruner.table.cost(kept, pruner.config.cost), budget.dense_cost(pruner.table, pruner.config.cost)
+        for carrier, mask in pruner.masks.items():
+            more = {**kept, carrier: kept[carrier] * (1 + 1e-4)}
+            slope = (pruner.table.cost(more, pruner.config.cost) - cost) / (1e-4 * kept[carrier].sum())
+            probability = torch.sigmoid(mask.logits)
+            share = share - (probability - probability.detach()).sum() * (slope / dense)
+        self.gap = pruner.target() - (1 - cost / dense)
+        gap = self.gap - share
+        return self.first * gap + self.second * gap**2
+
+    def ascend(self) -> None:
+        if not self.pruner.warm:
+            self.first += self.rate * self.gap * 100
+            self.second += self.rate * self.gap**2 * 1000
+            for mask in self.pruner.masks.values():
+                mask.threshold.zero_()
+
+
+class Teacher:
+    """Logits (temperature 2) and hidden states of the model with all masks on."""
+
+    def __init__(self, pruner: Pruner, variant):
+        self.pruner, self.variant, self.frozen = pruner, variant, None
+
+    @torch.no_grad()
+    def _teach(self, batch: dict):
+        hidden = self.variant.distil_hidden > 0
+        if self.variant.teacher == "warm":
+            if self.frozen is None:
+                self.frozen = copy.deepcopy(self.pruner.model).eval()
+                for module in self.frozen.modules():
+                    if isinstance(module, ChannelMask):
+                        module.threshold.fill_(-math.inf)
+            return self.frozen(**batch, output_hidden_states=hidden)
+        own = self.pruner.model.eval()
+        thresholds = [mask.threshold.clone() for mask in self.pruner.masks.values()]
+        for mask in self.pruner.masks.values():
+            mask.threshold.fill_(-math.inf)
+        out = own(**batch, output_hidden_states=hidden)
+        for mask, threshold in zip(self.pruner.masks.values(), thresholds, strict=True):
+            mask.threshold.copy_(threshold)
+        own.train()
+        return out
+
+    def loss(self, out, batch: dict) -> Tensor:
+        wanted, v, loss = self._teach(batch), self.variant, 0.0
+        if v.distil_logits:
+            soft = F.log_softmax(out.logits / 2, -1), F.softmax(wanted.logits / 2, -1)
+            loss = loss + 4 * v.distil_logits * F.kl_div(*soft, reduction="batchmean")
+        if v.distil_hidden:
+            real = batch["attention_mask"].bool()
+            for a, b in zip(out.hidden_states[1:], wanted.hidden_states[1:], strict=True):
+                part = (a[real] - b[real]).square().mean() / b[real].square().mean()
+                loss = loss + v.distil_hidden * part / (len(wanted.hidden_states) - 1)
+        return loss
+
+
+@torch.no_grad()
+def sliced_by(pruner: Pruner) -> None:
+    """Logits from saliency over the mean of its layer and kind, whatever a group costs."""
+    saliency = {c: m.saliency.double().numpy() for c, m in pruner.masks.items()}
+    by_layer = {c: s / s.mean() for c, s in saliency.items()}
+    # starting_logits divides by cost: multiply with it first.
+    scaled = {c: s * group_cost(pruner.table, c, pruner.config.cost) for c, s in by_layer.items()}
+    for carrier, values in starting_logits(pruner.table, scaled, pruner.config.cost, pruner.config.spread).items():
+        pruner.masks[carrier].logits.copy_(torch.from_numpy(values))
+
+
+@torch.no_grad()
+def shuffled_inside(pruner: Pruner, seed: int) -> None:
+    """The same logits in each mask, in another order: the allocation stays, the choice is random."""
+    rng = np.random.default_rng(seed)
+    for mask in pruner.masks.values():
+        mask.logits.copy_(mask.logits[torch.from_numpy(rng.permutation(mask.logits.numel()))])

@@ -1,0 +1,86 @@
+"""The recipe, and what each ablation changes in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Steps are counted from the first: warm until `warm`, then `ramp` steps to the target, final at `stage_one`."""
+
+    share: float = 0.5
+    steps: int = 250
+    batch: int = 32
+    lr: float = 2e-3
+    second_rate: float | None = None  # a number: two constant rates; None: linear to zero
+    warmup: int = 14
+    warm: int = 98
+    ramp: int = 32
+    stage_one: int = 162
+    start: str = "saliency"  # or "flat", which knows no warm steps
+    by: str = "cost"  # saliency over a group's cost; "kind": over the mean of its kind
+    spread: float = 2.0
+    temperature: float = 1.0
+    mask_lr: float = 5e-2
+    mask_optimizer: str = "adam"
+    learn: bool = True
+    noise: str = "gumbel"  # or "none", "hard concrete"
+    noise_off: int = 10_000  # from this step on without noise
+    budget: str = "threshold"  # or "lagrangian"
+    distil_logits: float = 0.0
+    distil_hidden: float = 0.0
+    teacher: str = "warm"  # as it was when the warm steps ended; "self": the same weights, masks all on
+    allocation: str = "learned"  # "random inside": as many channels of each layer, drawn at random
+    biases: bool = False  # trained too
+    rule: str | None = None  # uniform masks by this criterion before the first step
+
+
+BASE = Variant()
+TWO_RATES = {"lr": 5e-4, "second_rate": 1e-4}
+
+VARIANTS = {
+    "recipe": BASE,
+    "nothing removed": replace(BASE, share=0.0),
+    "random, uniform": replace(BASE, rule="random"),
+    # start
+    "flat start, as long": replace(BASE, start="flat", ramp=130),
+    "flat start, short ramp": replace(BASE, start="flat", ramp=32),
+    "saliency by kind": replace(BASE, by="kind"),
+    "spread 1": replace(BASE, spread=1.0),
+    "spread 4": replace(BASE, spread=4.0),
+    # learning against fixing the masks where saliency puts them
+    "not learned": replace(BASE, learn=False, noise="none"),
+    "not learned, at once": replace(BASE, learn=False, noise="none", ramp=0, stage_one=99),
+    "not learned, noise": replace(BASE, learn=False),
+    "masks x 3": replace(BASE, mask_lr=0.15),
+    "masks x 0.3": replace(BASE, mask_lr=0.015),
+    "masks by SGD": replace(BASE, mask_optimizer="sgd", mask_lr=30.0),
+    # noise
+    "no noise": replace(BASE, noise="none"),
+    "noise off for the last third": replace(BASE, noise_off=140),
+    "temperature 0.5": replace(BASE, temperature=0.5),
+    "hard concrete": replace(BASE, noise="hard concrete"),
+    # budget
+    "lagrangian": replace(BASE, budget="lagrangian"),
+    # schedule
+    "warm 30": replace(BASE, warm=30),
+    "warm 60": replace(BASE, warm=60),
+    "warm 140": replace(BASE, warm=140, stage_one=200),
+    "no ramp": replace(BASE, ramp=1),
+    "ramp 60": replace(BASE, ramp=60),
+    "stage one to the end": replace(BASE, stage_one=249),
+    "stage two at once": replace(BASE, stage_one=132),
+    "learning rate 1e-3": replace(BASE, lr=1e-3),
+    "learning rate 4e-3": replace(BASE, lr=4e-3),
+    "two rates": replace(BASE, **TWO_RATES),
+    "two rates, warm 30": replace(BASE, **TWO_RATES, warm=30, ramp=60, stage_one=150),
+    # more to train, more to learn from
+    "biases trained": replace(BASE, biases=True),
+    "logits distilled": replace(BASE, distil_logits=1.0),
+    "logits distilled, 0.2": replace(BASE, distil_logits=0.2),
+    "hidden states distilled": replace(BASE, distil_hidden=1.0),
+    "logits distilled, from itself": replace(BASE, distil_logits=0.2, teacher="self"),
+    # allocation
+    "random inside": replace(BASE, allocation="random inside"),
+}
