@@ -29,6 +29,7 @@ import prunekern as pk
 from prunekern import tasks
 from prunekern.demo.models import demo_model
 from prunekern.recipe import TrainOptions, evaluate, load_dense, training_arguments
+from prunekern.trainer import SCHEDULE
 
 TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 SHAPES = {"reviews": (64, 32), "topics": (128, 8), "tweets": (64, 32)}  # most tokens, batch; topics are long
@@ -70,8 +71,8 @@ def train_pruned(name: str, share: float, dense, encoded, task, tokenizer, optio
     config = pk.PruneConfig(sparsity=share, seed=seed, preset="paper" if paper else "full")
     pruner = pk.attach(dense, config)
     rule, callbacks = {}, []
-    if paper:  # masks on q and v, flat logits, two constant learning rates
-        rule = {"warm": 0.0, "ramp": 0.5, "stage_one": 0.6, "final_learning_rate": 0.2 * options.learning_rate}
+    if paper:  # masks on q and v, flat logits, two constant learning rates, in the paper's proportion
+        rule = {"final_learning_rate": 0.2 * options.learning_rate}
     elif name == "saliency, balanced":
         rule = {"rule": "uniform", "criterion": "saliency"}
     elif name == "LoRA gradient":
@@ -80,21 +81,14 @@ def train_pruned(name: str, share: float, dense, encoded, task, tokenizer, optio
     elif name != "ours":
         pruner.finalize("uniform", name.split(",")[0])
     if "rule" in rule:  # fixed as soon as our own masks begin to close
-        rule |= {"stage_one": options.stage_one * options.warm, "warm": 0.999}
-    given = {
-        "stage_one": options.stage_one,
-        "warm": options.warm,
-        "ramp": options.ramp,
-        "final_learning_rate": options.final_learning_rate,
-        "mask_learning_rate": options.mask_learning_rate,
-    }
+        rule |= {"stage_one": SCHEDULE["stage_one"] * SCHEDULE["warm"], "warm": 0.999}
     trainer = pk.PruneTrainer(
         args=training_arguments(options, out, save_strategy="no"),
         pruner=pruner,
         train_dataset=encoded["train"],
         data_collator=task.collator(tokenizer),
         callbacks=callbacks,
-        **given | rule,
+        **rule,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -73,20 +73,25 @@ def train(
     epochs: float = 3.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: by --epochs.")] = -1,
     batch_size: int = 8,
-    lr: Annotated[float, typer.Option(help="Of adapters and head, falling linearly to zero.")] = 5e-4,
+    lr: Annotated[
+        float | None, typer.Option(help="Of adapters and head, falling linearly to zero: 5e-4; preset paper: 5e-5.")
+    ] = None,
     final_lr: Annotated[
         float | None, typer.Option(help="Constant rates instead: --lr in stage one, this in stage two.")
     ] = None,
-    mask_lr: Annotated[float, typer.Option(help="Of mask logits.")] = 5e-2,
-    stage_one: Annotated[float, typer.Option(help="Share of the steps before the masks are final.")] = 0.65,
+    mask_lr: Annotated[float | None, typer.Option(help="Of mask logits: 5e-2; preset paper: 2e-2.")] = None,
+    stage_one: Annotated[
+        float | None, typer.Option(help="Share of the steps before the masks are final: 0.65; preset paper: 0.6.")
+    ] = None,
     max_length: MaxLength = 128,
     save_steps: int = 500,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from OUT's newest checkpoint.")] = False,
     threads: Threads = 0,
 ) -> None:
-    """Fine-tune with DoRA and masks, remove what they prune, save OUT/compact, OUT/adapter and OUT/report.json."""
+    """Fine-tune with DoRA and masks, remove what they prune, save OUT/compact, OUT/adapter, OUT/report.json, .png."""
     from .config import PruneConfig
+    from .curves import plot
     from .demo.models import MODEL_NAMES, demo_model
     from .recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
 
@@ -98,7 +103,7 @@ def train(
         epochs=epochs,
         max_steps=max_steps,
         batch_size=batch_size,
-        learning_rate=lr,
+        learning_rate=lr if lr is not None else 5e-5 if preset == "paper" else 5e-4,
         final_learning_rate=final_lr,
         mask_learning_rate=mask_lr,
         stage_one=stage_one,
@@ -123,6 +128,7 @@ def train(
         score={"masked": masked, "compact": compact},
         block_params={"compact": plan.params(), "dense": plan.dense_params()},
     )
+    plot(trained["history"], trained, out / "report.png")
     table = Table(title=f"{data_task.name}: {100 * trained['sparsity']:.2f} % of the block {cost} removed")
     for column in ("kind", "kept", "of"):
         table.add_column(column, justify="left" if column == "kind" else "right")
@@ -131,7 +137,7 @@ def train(
     console.print(table)
     metric, split = data_task.metric, data_task.score_split
     console.print(f"{split} {metric}: {100 * masked[metric]:.2f} before removal, {100 * compact[metric]:.2f} after")
-    console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}")
+    console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}  {out / 'report.png'}")
 
 
 @app.command()

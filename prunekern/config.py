@@ -25,7 +25,7 @@ class PruneConfig:
     norm_grad: "detached" (row norm constant in the backward pass) or "full".
     seed: of adapter initialisation and mask noise.
     warm_steps: optimiser steps with all masks on, in which saliency is gathered; the logits then start from it. 0: they
-        start flat.
+        start flat. None: 100, or 0 with preset "paper".
     ramp_steps: optimiser steps, after the warm ones, over which the removed share rises from 0 to `sparsity`.
     spread: standard deviation of the logits as they start from saliency, in units of the mask noise's scale.
     temperature: of the Gumbel-Sigmoid's soft gradient.
@@ -41,8 +41,8 @@ class PruneConfig:
     align: int = 1
     norm_grad: str = "detached"
     seed: int = 0
-    warm_steps: int = 30
-    ramp_steps: int = 100
+    warm_steps: int | None = None
+    ramp_steps: int = 30
     spread: float = 2.0
     temperature: float = 1.0
 
@@ -55,6 +55,8 @@ class PruneConfig:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 refuse(name, accepted)
 
+        if self.warm_steps is None:
+            object.__setattr__(self, "warm_steps", 0 if self.preset == "paper" and self.targets is None else 100)
         for name in ("rank", "align"):
             number(name, 1, math.inf, "an integer of at least 1", int)
         for name in ("seed", "warm_steps", "ramp_steps"):

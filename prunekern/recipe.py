@@ -29,10 +29,10 @@ class TrainOptions:
     batch_size: int = 8
     learning_rate: float = 5e-4
     final_learning_rate: float | None = None
-    mask_learning_rate: float = 5e-2
-    stage_one: float = 0.65
-    warm: float = 0.6
-    ramp: float = 0.2
+    mask_learning_rate: float | None = None
+    stage_one: float | None = None
+    warm: float | None = None
+    ramp: float | None = None
     warmup_steps: int = 0
     max_length: int = 128
     save_steps: int = 500
@@ -115,7 +115,12 @@ def fine_tune(
         trainer.train(resume_from_checkpoint=resume and last_checkpoint(out / "checkpoints") is not None)
     finally:
         progress.close()
-    return pruner, {**pruner.report(), "train_seconds": time.perf_counter() - start, "steps": trainer.state.global_step}
+    return pruner, {
+        **pruner.report(),
+        "train_seconds": time.perf_counter() - start,
+        "steps": trainer.state.global_step,
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
 
 
 @torch.inference_mode()

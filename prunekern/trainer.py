@@ -18,9 +18,14 @@ from .budget import Scores
 from .pruner import Pruner
 from .tensors import read_header
 
+# docs/learning-to-prune.md tells what set these.
+SCHEDULE = {"stage_one": 0.65, "warm": 0.6, "ramp": 0.2, "final_learning_rate": None, "mask_learning_rate": 5e-2}
+# Ali et al., ASP-DAC 2025: two constant rates; of masks the paper says only that they are learned.
+PAPER_SCHEDULE = {"stage_one": 0.6, "warm": 0.0, "ramp": 0.5, "final_learning_rate": 1e-5, "mask_learning_rate": 2e-2}
+
 
 class PruneTrainer(Trainer):
-    """`transformers.Trainer` for an attached model.
+    """`transformers.Trainer` for an attached model. What is None is as in SCHEDULE, in PAPER_SCHEDULE for that preset.
 
     pruner: what `attach` returned for `model`. stage_one: share of the optimiser steps in which masks learn; then
     `pruner.finalize()` and stage two, adapters only. warm: share of stage one in which all masks are on and saliency
@@ -46,11 +51,11 @@ class PruneTrainer(Trainer):
         args=None,
         *,
         pruner: Pruner,
-        stage_one: float = 0.65,
-        warm: float = 0.6,
-        ramp: float = 0.2,
+        stage_one: float | None = None,
+        warm: float | None = None,
+        ramp: float | None = None,
         final_learning_rate: float | None = None,
-        mask_learning_rate: float = 5e-2,
+        mask_learning_rate: float | None = None,
         shrink: bool = True,
         rule: str = "learned",
         criterion: str | Scores = "magnitude",
@@ -59,6 +64,14 @@ class PruneTrainer(Trainer):
         model = pruner.model if model is None else model
         if model is not pruner.model:
             raise ValueError("PruneTrainer: model must be the one that pruner was attached to")
+        schedule = PAPER_SCHEDULE if pruner.config.preset == "paper" else SCHEDULE
+        stage_one = schedule["stage_one"] if stage_one is None else stage_one
+        warm = schedule["warm"] if warm is None else warm
+        ramp = schedule["ramp"] if ramp is None else ramp
+        if final_learning_rate is None:
+            final_learning_rate = schedule["final_learning_rate"]
+        if mask_learning_rate is None:
+            mask_learning_rate = schedule["mask_learning_rate"]
         for name, value in (("stage_one", stage_one), ("ramp", ramp)):
             if not 0 < value <= 1:
                 raise ValueError(f"PruneTrainer: {name} must be in (0, 1] (got {value})")

@@ -156,6 +156,14 @@ def test_the_learning_rate_falls_linearly_to_zero(tmp_path):
     assert [r["masks"] for r in rates] == pytest.approx([0.05] + [0.1] * (BOUNDARY - 1) + [0.0] * (STEPS - BOUNDARY))
 
 
+def test_the_paper_preset_keeps_to_the_paper(tmp_path):
+    pruner = pk.attach(build(), pk.PruneConfig(preset="paper", rank=4, sparsity=0.1))
+    assert pruner.config.warm_steps == 0 and not pruner.warm
+    trainer = pk.PruneTrainer(args=arguments(tmp_path, learning_rate=5e-5), pruner=pruner, train_dataset=Rows())
+    assert trainer.final_learning_rate == 1e-5 and trainer.warm == 0 and trainer.stage_one == 0.6
+    assert pk.PruneConfig(preset="paper", warm_steps=7).warm_steps == 7 and pk.PruneConfig().warm_steps == 100
+
+
 def test_defaults(tmp_path):
     model = build()
     trainer = pk.PruneTrainer(

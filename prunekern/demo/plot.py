@@ -1,8 +1,10 @@
-"""One picture of a run: kept channels by layer and kind, and latencies."""
+"""One picture of a run: how it trained, kept channels by layer and kind, and latencies."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from .. import curves
 
 # Colour-blind safe (Okabe and Ito).
 COLOURS = {
@@ -29,7 +31,9 @@ def plot(report: dict, plan, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1), layout="constrained")
+    figure, axes = plt.subplot_mosaic([["a", "b"], ["left", "right"]], figsize=(12, 8), layout="constrained")
+    curves.draw((axes["a"], axes["b"]), report["trained"]["history"], report["trained"])
+    left, right = axes["left"], axes["right"]
     kept = kept_by_block(plan)
     blocks = len(next(iter(kept.values())))
     width = 0.8 / len(kept)
