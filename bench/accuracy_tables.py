@@ -46,8 +46,9 @@ def right(run: dict) -> np.ndarray:
 def paired(a: dict, b: dict, draws: int = 4000) -> tuple[float, float, float] | None:
     """Mean of a - b in points over the tasks and seeds both have, with a 95 % bootstrap interval.
 
-    a, b: task -> seed -> run. Test texts are drawn again within each task, and seeds within the task too: the interval
-    holds for other texts and other seeds. None where nothing is shared.
+    a, b: task -> seed -> run. Within each task the differences, averaged over seeds, are drawn again by text, and the
+    means by seed are drawn again too, the two deviations added: the interval holds for other texts and other seeds.
+    None where nothing is shared.
     """
     rng = np.random.default_rng(0)
     means, resampled = [], []
@@ -59,7 +60,8 @@ def paired(a: dict, b: dict, draws: int = 4000) -> tuple[float, float, float] | 
         n_seeds, texts = difference.shape
         by_text = rng.multinomial(texts, np.full(texts, 1 / texts), size=draws)
         by_seed = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws)
-        resampled.append(((by_seed @ difference) * by_text).sum(1) / (n_seeds * texts))
+        of_seeds = by_seed @ difference.mean(1) / n_seeds - difference.mean()
+        resampled.append(by_text @ difference.mean(0) / texts + of_seeds)
         means.append(difference.mean())
     if not means:
         return None
