@@ -17,12 +17,13 @@ model = DistilBertForSequenceClassification(
 ids = torch.randint(5, 99, (256, 16))
 labels = (ids == 7).any(1).long()  # does token 7 occur?
 
-pruner = pk.attach(model, pk.PruneConfig(rank=4, sparsity=0.4, ramp_steps=40))
+pruner = pk.attach(model, pk.PruneConfig(rank=4, sparsity=0.4, warm_steps=40, ramp_steps=20))
 optimizer = torch.optim.AdamW(pruner.param_groups(lr=2e-3, mask_lr=5e-2))
 model.train()
 for step in range(120):
     if step == 80:  # the stage boundary: masks become final, the learning rate drops
         kept = pruner.finalize()
+        pruner.shrink(optimizer)
         print(f"kept {kept['by_kind']}, removed {kept['sparsity']:.4f}")
         for group in optimizer.param_groups:
             group["lr"] *= 0.2

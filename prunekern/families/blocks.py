@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..nn import CompactAttention, CompactLinear, mlp_call
+from ..nn import CompactAttention, CompactLinear, mlp_call, pick_channels
 from ..ops.packing import is_packable, version_of
 from .encoder import HeadLayout
 
@@ -83,7 +83,7 @@ class CompactSelfAttention:
         dropout = self.dropout.p if self.training else 0.0
         out, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out, kept = out.reshape(*x.shape[:-1], heads * width), layers[2].out_index
-        return out.contiguous() if kept is None else out.index_select(-1, kept), weights
+        return out.contiguous() if kept is None else pick_channels(out, kept), weights
 
 
 def key_mask_of(mask: Tensor | None) -> tuple[bool, Tensor | None]:

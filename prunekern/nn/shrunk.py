@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .indexed import place_channels
 from .masked_dora_linear import MaskedDoRALinear
 
 _ACTIVATIONS = {
@@ -14,19 +15,6 @@ _ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
-
-
-class _Scatter(torch.autograd.Function):
-    """Channels to their places in a wider, otherwise zero tensor. Autograd's own gradient of this adds by index."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, index: Tensor, width: int) -> Tensor:
-        ctx.save_for_backward(index)
-        return y.new_zeros(*y.shape[:-1], width).index_copy_(-1, index, y)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.index_select(-1, ctx.saved_tensors[0]), None, None
 
 
 class _Shrunk:
@@ -49,7 +37,7 @@ class _Shrunk:
         if self.activation != "none":
             y = _ACTIVATIONS[self.activation](y)
         if self.out_index is not None:
-            y = _Scatter.apply(y, self.out_index, self.scattered_to)
+            y = place_channels(y, self.out_index, self.scattered_to)
         return y if residual is None else residual + y
 
 
