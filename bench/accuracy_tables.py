@@ -120,7 +120,8 @@ def summarise(out: str) -> None:
         for task, seeds in sorted(group.items())
         if (found := overlap(seeds)) is not None
     }
-    report.table("overlap of plans, two seeds: kept by both, of kept by either", [overlaps] if overlaps else [{"": ""}])
+    if overlaps:
+        report.table("overlap of plans of two seeds: kept by both, of kept by either", [overlaps])
     report.write(out, title=title, rows=rows, overlap=overlaps, options=some["options"])
     plot(runs, title, report.RESULTS / f"{out}.png")
 
