@@ -22,7 +22,7 @@ def draw(axes, history: Sequence[dict], report: dict) -> None:
     removed = upper.twinx()
     removed.plot(steps, [100 * float(e["sparsity"]) for e in history], color="#D55E00", label="removed")
     removed.set(ylabel="parameters removed, %", ylim=(0, max(5.0, 110 * report["target"])))
-    upper.legend(*_together(upper, removed), fontsize=8)
+    upper.legend(*_together(upper, removed), fontsize=8, loc="lower left")
     moving = [e for e in history if "flips" in e]
     for kind, colour in COLOURS.items():
         points = [(e["step"], 100 * float(e[f"kept/{kind}"])) for e in moving if f"kept/{kind}" in e]

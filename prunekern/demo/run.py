@@ -102,6 +102,8 @@ def _report(pruner, task, trained: dict, before: dict, fresh: dict, out: Path) -
     outside = sum(p.numel() for p in pruner.model.parameters())
     adapters = sum(m.A.numel() + m.B.numel() + m.magnitude.numel() for m in pruner.layers.values())
     outside -= adapters + sum(m.logits.numel() for m in pruner.masks.values())  # the dense model's own
+    if pruner.shrunk:
+        outside += plan.dense_params() - plan.params()
     ideal = plan.dense_macs() / plan.macs()
     report = {
         "task": task.name,

@@ -69,7 +69,7 @@ def test_what_trains_and_what_is_frozen():
     assert training == {"A", "B", "magnitude", "mask.logits"}
     assert set(layer.state_dict()) == {
         *("weight", "bias", "A", "B", "magnitude"),
-        *("mask.logits", "mask.threshold", "mask.final"),
+        *("mask.logits", "mask.saliency", "mask.threshold", "mask.final", "mask.saliency"),
     }
 
 
