@@ -29,6 +29,26 @@ class HardConcrete(ChannelMask):
         return groups if self.row_group is None else groups.index_select(0, self.row_group)
 
 
+class SharedScale(torch.optim.Optimizer):
+    """Adam with one second moment for all logits: a step is as large as its group's gradient is among them."""
+
+    def __init__(self, logits: list, lr: float):
+        super().__init__(logits, {"lr": lr})
+        self.steps, self.second, self.first = 0, 0.0, [torch.zeros_like(p) for p in logits]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        group = self.param_groups[0]
+        gradients = [p.grad for p in group["params"]]
+        mean = torch.cat(gradients).square().mean().item()
+        self.second = 0.99 * self.second + 0.01 * mean
+        scale = (self.second / (1 - 0.99**self.steps)) ** 0.5 * (1 - 0.9**self.steps)
+        for p, gradient, first in zip(group["params"], gradients, self.first, strict=True):
+            first.lerp_(gradient, 0.1)
+            p -= group["lr"] / max(scale, 1e-30) * first
+
+
 class Lagrangian:
     """(l1 + l2 d) d with d the scheduled minus the expected share; multipliers ascend (Wang et al. 2020)."""
 
@@ -58,6 +78,80 @@ class Lagrangian:
             self.second += self.rate * self.gap**2 * 1000
             for mask in self.pruner.masks.values():
                 mask.threshold.zero_()
+
+
+class Fisher:
+    """Squares of the mask gradients of single samples, summed: the diagonal of the empirical Fisher information
+    (Theis et al. 2018), in place of the square of a whole step's gradient.
+    """
+
+    def __init__(self, pruner: Pruner):
+        self.pruner, self.sums, self.fresh = pruner, {c: 0.0 for c in pruner.masks}, {}
+        self.hooks = [pruner.layers[c].register_forward_hook(self._hook(c)) for c in self.sums]
+        pruner._saliency.observe = self.observe
+
+    def _hook(self, carrier: str):
+        mask = self.pruner.masks[carrier]
+
+        def backward(y: Tensor, gradient: Tensor) -> None:
+            by_row = (gradient * y).flatten(1, -2).sum(1)  # [batch, N]: dL/dm_b of each sample, as m_b is 1
+            group = mask.row_group
+            if group is not None:
+                by_row = by_row.new_zeros(len(by_row), mask.logits.numel()).index_add_(1, group, by_row)
+            self.fresh[carrier] = by_row.square().sum(0)
+
+        def forward(module, args, y: Tensor) -> None:
+            if y.requires_grad and mask.is_open:
+                values = y.detach()
+                y.register_hook(lambda g: backward(values, g))
+
+        return forward
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        mean = torch.cat(list(self.fresh.values())).mean()
+        for carrier, mask in self.pruner.masks.items():
+            mask.saliency += self.fresh[carrier] / mean
+
+
+class Regathered:
+    """Saliency goes on after the warm steps, as a moving average; the logits start anew from it at every step, with
+    what the optimiser has moved them by on top.
+    """
+
+    def __init__(self, pruner: Pruner, decay: float, learn: bool):
+        self.pruner, self.decay, self.learn = pruner, decay, learn
+        self.mean: dict[str, np.ndarray] | None = None
+        self.start: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Before the logits' optimiser steps."""
+        masks, fresh = self.pruner.masks, {}
+        for carrier, mask in masks.items():
+            soft = torch.sigmoid((mask.logits - mask.threshold + mask.noise) / mask.temperature)
+            slope = (soft * (1 - soft) / mask.temperature).clamp_min(1e-6)
+            fresh[carrier] = (mask.logits.grad / slope).double().square().numpy()
+        mean = np.concatenate(list(fresh.values())).mean()
+        if self.mean is None:
+            self.mean = {c: m.saliency.double().numpy() for c, m in masks.items()}
+            total = np.concatenate(list(self.mean.values())).mean()
+            self.mean = {c: s / total for c, s in self.mean.items()}
+        for carrier, now in fresh.items():
+            self.mean[carrier] = self.decay * self.mean[carrier] + (1 - self.decay) * now / mean
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """After it."""
+        pruner = self.pruner
+        start = starting_logits(pruner.table, self.mean, pruner.config.cost, pruner.config.spread)
+        for carrier, mask in pruner.masks.items():
+            now = torch.from_numpy(start[carrier]).float()
+            if self.learn:
+                mask.logits += now - self.start.get(carrier, now)
+            else:
+                mask.logits.copy_(now)
+            self.start[carrier] = now
 
 
 class Teacher:

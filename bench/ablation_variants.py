@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 class Variant:
     """Steps are counted from the first: warm until `warm`, then `ramp` steps to the target, final at `stage_one`."""
 
+    task: str = "reviews"
     share: float = 0.5
     steps: int = 250
     batch: int = 32
@@ -34,6 +35,9 @@ class Variant:
     allocation: str = "learned"  # "random inside": as many channels of each layer, drawn at random
     biases: bool = False  # trained too
     rule: str | None = None  # uniform masks by this criterion before the first step
+    balanced: bool = False  # saliency, the same fraction of every mask, when the warm steps end
+    per_sample: bool = False  # saliency from the gradients of single samples
+    regather: float = 0.0  # decay of a saliency that is gathered to the end of stage one
 
 
 BASE = Variant()
@@ -55,6 +59,8 @@ VARIANTS = {
     "not learned, noise": replace(BASE, learn=False),
     "masks x 3": replace(BASE, mask_lr=0.15),
     "masks x 0.3": replace(BASE, mask_lr=0.015),
+    "masks by Adam of one scale": replace(BASE, mask_optimizer="shared scale"),
+    "masks by Adam of one scale, x 3": replace(BASE, mask_optimizer="shared scale", mask_lr=0.15),
     "masks by SGD": replace(BASE, mask_optimizer="sgd", mask_lr=30.0),
     # noise
     "no noise": replace(BASE, noise="none"),
@@ -81,6 +87,12 @@ VARIANTS = {
     "logits distilled, 0.2": replace(BASE, distil_logits=0.2),
     "hidden states distilled": replace(BASE, distil_hidden=1.0),
     "logits distilled, from itself": replace(BASE, distil_logits=0.2, teacher="self"),
+    # saliency itself
+    "saliency, balanced": replace(BASE, balanced=True),
+    "saliency of single samples": replace(BASE, per_sample=True),
+    "saliency to the end, not learned": replace(BASE, regather=0.9, learn=False),
+    "saliency to the end": replace(BASE, regather=0.9),
+    "saliency to the end, early": replace(BASE, regather=0.95, warm=50, ramp=90),
     # allocation
     "random inside": replace(BASE, allocation="random inside"),
 }

@@ -2,11 +2,12 @@
 
     python bench/ablations.py                    # all variants that are not done yet, then table and JSON
     python bench/ablations.py --shard 0/2        # every second run, to be started beside --shard 1/2
+    python bench/ablations.py --task tweets      # instead of movie-review sentences
     python bench/ablations.py --only-report
 
-Movie-review sentences, half of the block parameters removed, 250 steps of 32. Trained on 5,000 sentences of the
-training split and scored on the other 2,072 and the validation split, so that the test split that bench/accuracy.py
-scores on had no say in the recipe. One JSON a run in bench/results/ablations/.
+Half of the block parameters removed, 250 steps of 32. Trained on a part of the training split and scored on the rest
+of it and the validation split, so that the test split that bench/accuracy.py scores on had no say in the recipe. One
+JSON a run in bench/results/ablations/.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import report
 import torch
-from ablation_parts import HardConcrete, Lagrangian, Teacher, shuffled_inside, sliced_by
+from ablation_train import WarmStates, train
 from ablation_variants import BASE, VARIANTS, Variant
 from datasets import concatenate_datasets, disable_progress_bars
 from rich.console import Console
@@ -34,107 +35,27 @@ from prunekern.demo.models import demo_model
 from prunekern.recipe import load_dense
 
 RUNS = report.RESULTS / "ablations"
-TRAIN, MAX_LENGTH, MEGA = 5000, 64, 50
+MAX_LENGTH = 64
+# Rows of the training split to train on, and to score on beside the validation split.
+ROWS = {"reviews": (range(5000), range(5000, 7072)), "tweets": (range(8000), range(30_000, 34_000))}
 
 
-def batches_of(rows, size: int, seed: int):
-    """Batches of rows of like length for ever: shuffled, sorted within MEGA batches, shuffled again."""
-    rng = np.random.default_rng(seed)
-    lengths = np.array(rows["length"])
-    while True:
-        order = rng.permutation(len(lengths))
-        for start in range(0, len(order), size * MEGA):
-            part = order[start : start + size * MEGA]
-            part = part[np.argsort(lengths[part], kind="stable")]
-            cuts = [part[i : i + size] for i in range(0, len(part), size)]
-            for i in rng.permutation(len(cuts)):
-                if len(cuts[i]) == size:
-                    yield [rows[int(j)] for j in cuts[i]]
-
-
-def rate(v: Variant, step: int) -> float:
-    if v.second_rate is not None:
-        return v.lr if step < v.stage_one else v.second_rate
-    return v.lr * min(1.0, (step + 1) / (v.warmup + 1)) * (1 - step / v.steps)
-
-
-def train(v: Variant, seed: int, dense, batches) -> tuple[pk.pruner.Pruner, dict]:
-    """A plain loop, with what the variant changes."""
-    flat = v.start == "flat"
-    config = pk.PruneConfig(
-        sparsity=v.share, seed=seed, warm_steps=0 if flat else v.warm, ramp_steps=v.ramp, spread=v.spread,
-        temperature=v.temperature,
-    )  # fmt: skip
-    pruner = pk.attach(dense, config)
-    if v.rule is not None:
-        pruner.finalize("uniform", v.rule)
-    masks = pruner.masks
-    if v.noise == "hard concrete":
-        for mask in masks.values():
-            mask.__class__ = HardConcrete
-    if v.biases:
-        for layer in pruner.layers.values():
-            layer.bias.requires_grad_(True)
-    groups = pruner.param_groups(v.lr, v.mask_lr)
-    optimizer = torch.optim.AdamW(groups[:1], weight_decay=0.0)
-    logits = [mask.logits for mask in masks.values()]
-    mask_optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[v.mask_optimizer](logits, v.mask_lr)
-    budget = Lagrangian(pruner) if v.budget == "lagrangian" else None
-    teacher = Teacher(pruner, v) if v.distil_logits or v.distil_hidden else None
-    flips = []
-    model = pruner.model.train()
-    for step in range(v.steps):
-        optimizer.param_groups[0]["lr"] = rate(v, step)
-        batch = next(batches)
-        out = model(**batch, output_hidden_states=v.distil_hidden > 0)
-        loss = out.loss
-        if teacher is not None and not pruner.warm:
-            loss = loss + teacher.loss(out, batch)
-        if budget is not None and not pruner.finalized and not pruner.warm:
-            loss = loss + budget.penalty()
-        optimizer.zero_grad()
-        mask_optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(groups[0]["params"], 1.0)
-        optimizer.step()
-        if not (pruner.warm or pruner.finalized) and v.learn:
-            mask_optimizer.step()
-        was_warm = pruner.warm
-        pruner.step()
-        if was_warm and not pruner.warm and v.by == "kind":
-            sliced_by(pruner)
-        if pruner.finalized:
-            continue
-        if budget is not None:
-            budget.ascend()
-        if v.noise == "none" or step + 1 >= v.noise_off:
-            for mask in masks.values():
-                mask.noise.zero_()
-        if not pruner.warm:
-            flips.append(pruner.flips)
-        if step + 1 == v.stage_one:
-            if v.allocation == "random inside":
-                shuffled_inside(pruner, seed)
-            pruner.finalize()
-    return pruner, {"flips": flips}
-
-
-def run(name: str, v: Variant, seed: int) -> dict:
+def run(name: str, v: Variant, seed: int, warm_states: WarmStates) -> dict:
     disable_progress_bars()
-    task = tasks.get("reviews")
+    task = tasks.get(v.task)
     dense, tokenizer = load_dense(str(demo_model("mini-distilbert")), task, seed)
     encoded = task.encode(tokenizer, MAX_LENGTH)
     collate = task.collator(tokenizer)
-    training = encoded["train"].select(range(TRAIN))
-    held = concatenate_datasets([encoded["train"].select(range(TRAIN, len(encoded["train"]))), encoded["validation"]])
+    train_rows, held_rows = ROWS[v.task]
+    training = encoded["train"].select(train_rows)
+    held = concatenate_datasets([encoded["train"].select(held_rows), encoded["validation"]])
     set_seed(seed)
-    batches = (collate(rows) for rows in batches_of(training, v.batch, seed))
     start = time.perf_counter()
-    pruner, found = train(v, seed, dense, batches)
+    pruner, found = train(v, seed, dense, training, collate, warm_states)
     seconds = time.perf_counter() - start
     model = pk.compact(pruner.model)
     order = np.argsort(held["length"], kind="stable")
-    logits = torch.empty(len(order), 2)
+    logits = torch.empty(len(order), model.config.num_labels)
     with torch.inference_mode():
         for i in range(0, len(order), 64):
             part = order[i : i + 64]
@@ -145,6 +66,7 @@ def run(name: str, v: Variant, seed: int) -> dict:
     kept = pruner.report()
     return {
         "variant": name,
+        "task": v.task,
         "seed": seed,
         "accuracy": float((logits.argmax(1) == labels).float().mean()),
         "loss": float(F.cross_entropy(logits, labels)),
@@ -160,10 +82,17 @@ def run(name: str, v: Variant, seed: int) -> dict:
 
 
 def summarise(out: str) -> None:
-    runs: dict[str, dict[int, dict]] = {}
+    runs: dict[str, dict[str, dict[int, dict]]] = {}
     for path in sorted(RUNS.glob("*.json")):
         one = json.loads(path.read_text())
-        runs.setdefault(one["variant"], {})[one["seed"]] = one
+        runs.setdefault(one["task"], {}).setdefault(one["variant"], {})[one["seed"]] = one
+    tables = {task: rows_of(found) for task, found in runs.items()}
+    for task, rows in tables.items():
+        report.table(f"{task}, half of the block parameters removed, held-out texts of the training split", rows)
+    report.write(out, **tables, recipe=asdict(BASE))
+
+
+def rows_of(runs: dict[str, dict[int, dict]]) -> list[dict]:
     base, rows = runs.get("recipe", {}), []
     for name in VARIANTS:
         seeds = runs.get(name)
@@ -183,8 +112,7 @@ def summarise(out: str) -> None:
                 "seconds": round(float(np.mean([r["train_seconds"] for r in seeds.values()]))),
             }
         )
-    report.table("half of the block parameters removed, 2,572 held-out sentences", rows)
-    report.write(out, rows=rows, recipe=asdict(BASE))
+    return rows
 
 
 def main() -> None:
@@ -194,20 +122,22 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--steps", type=int, default=0, help="for a quick try: fewer steps, nothing is written")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS))
+    parser.add_argument("--task", default="reviews", choices=list(ROWS))
     parser.add_argument("--only-report", action="store_true")
     parser.add_argument("--out", default="ablations")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     RUNS.mkdir(parents=True, exist_ok=True)
     shard, shards = map(int, args.shard.split("/"))
-    runs = [(name, seed) for seed in range(args.seeds) for name in (args.variant or VARIANTS)][shard::shards]
-    console = Console()
+    runs = [(name, seed) for name in (args.variant or VARIANTS) for seed in range(args.seeds)][shard::shards]
+    console, warm_states = Console(), WarmStates()
     for name, seed in track(runs, description="runs", console=console, transient=True):
-        path = RUNS / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+        path = RUNS / f"{args.task}-{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
         if args.only_report or (path.exists() and not args.steps):
             continue
-        v = replace(VARIANTS[name], steps=args.steps) if args.steps else VARIANTS[name]
-        result = run(name, v, seed)
+        v = replace(VARIANTS[name], task=args.task)
+        v = replace(v, steps=args.steps) if args.steps else v
+        result = run(name, v, seed, warm_states)
         console.print(f"{name}, seed {seed}: {100 * result['accuracy']:.2f} ({result['train_seconds']} s)")
         if not args.steps:
             _write(path, result)

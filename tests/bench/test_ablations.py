@@ -1,10 +1,11 @@
 """bench/ablations.py: every variant differs from the recipe, and its replacements do what they say."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from ablation_parts import HardConcrete, Lagrangian, Teacher, shuffled_inside
+from ablation_parts import Fisher, HardConcrete, Lagrangian, SharedScale, Teacher, shuffled_inside
+from ablation_train import WarmStates, train
 from ablation_variants import BASE, VARIANTS, Variant
 from tiny_models import attached, batch, build, logits
 
@@ -72,3 +73,68 @@ def test_random_inside_keeps_the_allocation():
     for c, m in pruner.masks.items():
         assert not torch.equal(m.logits, before[c])
         assert torch.equal(m.logits.detach().sort().values, before[c].sort().values)
+
+
+def test_a_run_from_a_warm_state_is_the_run_that_warmed_itself():
+    """Dropout included; a variant that differs after the warm steps only takes the same state."""
+
+    class Rows(list):
+        def __getitem__(self, key):
+            return [len(r["input_ids"]) for r in self] if key == "length" else super().__getitem__(key)
+
+    def collate(rows):
+        inputs = {k: torch.stack([r[k] for r in rows]) for k in ("input_ids", "attention_mask")}
+        return {**inputs, "labels": torch.tensor([r["labels"] for r in rows])}
+
+    inputs = batch()
+    rows = Rows({"labels": i % 2, **{k: v[i % len(v)] for k, v in inputs.items()}} for i in range(24))
+    variant = replace(BASE, steps=9, batch=4, warm=4, ramp=2, stage_one=7, warmup=2, share=0.4)
+    states = WarmStates()
+
+    def run(v, states):
+        torch.manual_seed(0)
+        model = build(dropout=0.1)
+        pruner, _ = train(v, 0, model, rows, collate, states)
+        return pruner
+
+    taken, warm = run(variant, states), list(states.states)
+    given = run(variant, states)
+    assert len(warm) == len(states.states) == 1
+    for (name, a), b in zip(taken.model.state_dict().items(), given.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    other = run(replace(variant, spread=1.0), states)
+    assert len(states.states) == 1 and other.sparsity() >= 0.4
+    run(replace(variant, lr=1e-3), states)
+    assert len(states.states) == 2
+
+
+def test_one_scale_keeps_the_proportions_of_the_gradients():
+    logits = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
+    optimizer = SharedScale(logits, lr=0.1)
+    for _ in range(5):
+        for p, g in zip(logits, ([4.0, 0.0, -2.0], [1.0, 0.0]), strict=True):
+            p.grad = torch.tensor(g)
+        optimizer.step()
+    moved = torch.cat([p.detach() for p in logits])
+    gradient = torch.tensor([4.0, 0.0, -2.0, 1.0, 0.0])
+    torch.testing.assert_close(moved, -0.5 * gradient / gradient.square().mean().sqrt())
+
+
+def test_saliency_of_single_samples_is_what_autograd_says():
+    pruner = attached(build(), sparsity=0.4, warm_steps=5)
+    model, inputs, labels = pruner.model.train(), batch(), torch.tensor([0, 1, 1, 0])
+    Fisher(pruner)
+    model(**inputs, labels=labels).loss.backward()
+    pruner.step()
+    found = {c: m.saliency.clone() for c, m in pruner.masks.items()}
+    want = {c: torch.zeros_like(s) for c, s in found.items()}
+    for i in range(4):
+        for mask in pruner.masks.values():
+            mask.logits.grad = None
+        one = {k: v[i : i + 1] for k, v in inputs.items()}
+        (model(**one, labels=labels[i : i + 1]).loss / 4).backward()
+        for c, mask in pruner.masks.items():
+            want[c] += mask.logits.grad.square()
+    ratio = torch.cat(list(found.values())).sum() / torch.cat(list(want.values())).sum()
+    for c in found:
+        torch.testing.assert_close(found[c], want[c] * ratio, rtol=1e-4, atol=1e-6 * float(found[c].max()))
