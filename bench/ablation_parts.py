@@ -82,11 +82,11 @@ class Lagrangian:
 
 class Fisher:
     """Squares of the mask gradients of single samples, summed: the diagonal of the empirical Fisher information
-    (Theis et al. 2018), in place of the square of a whole step's gradient.
+    (Theis et al. 2018), in place of the square of a whole step's gradient. by "token": of single tokens.
     """
 
-    def __init__(self, pruner: Pruner):
-        self.pruner, self.sums, self.fresh = pruner, {c: 0.0 for c in pruner.masks}, {}
+    def __init__(self, pruner: Pruner, by: str = "sample"):
+        self.by, self.pruner, self.sums, self.fresh = by, pruner, {c: 0.0 for c in pruner.masks}, {}
         self.hooks = [pruner.layers[c].register_forward_hook(self._hook(c)) for c in self.sums]
         pruner._saliency.observe = self.observe
 
@@ -94,7 +94,8 @@ class Fisher:
         mask = self.pruner.masks[carrier]
 
         def backward(y: Tensor, gradient: Tensor) -> None:
-            by_row = (gradient * y).flatten(1, -2).sum(1)  # [batch, N]: dL/dm_b of each sample, as m_b is 1
+            by_row = (gradient * y).flatten(1, -2)  # [batch, tokens, N]
+            by_row = by_row.sum(1) if self.by == "sample" else by_row.flatten(0, 1)  # dL/dm_b of each, as m_b is 1
             group = mask.row_group
             if group is not None:
                 by_row = by_row.new_zeros(len(by_row), mask.logits.numel()).index_add_(1, group, by_row)
@@ -132,11 +133,13 @@ class Regathered:
             soft = torch.sigmoid((mask.logits - mask.threshold + mask.noise) / mask.temperature)
             slope = (soft * (1 - soft) / mask.temperature).clamp_min(1e-6)
             fresh[carrier] = (mask.logits.grad / slope).double().square().numpy()
-        mean = np.concatenate(list(fresh.values())).mean()
         if self.mean is None:
             self.mean = {c: m.saliency.double().numpy() for c, m in masks.items()}
             total = np.concatenate(list(self.mean.values())).mean()
             self.mean = {c: s / total for c, s in self.mean.items()}
+        mean = np.concatenate(list(fresh.values())).mean()
+        if mean == 0:  # no mask closes at the first step of the ramp: none has a gradient
+            return
         for carrier, now in fresh.items():
             self.mean[carrier] = self.decay * self.mean[carrier] + (1 - self.decay) * now / mean
 

@@ -20,7 +20,7 @@ import prunekern as pk
 
 MEGA = 50
 # What shapes the steps before masks begin to close.
-SHAPES_WARM = ("task", "steps", "batch", "lr", "second_rate", "warmup", "warm", "biases", "per_sample")
+SHAPES_WARM = ("task", "steps", "batch", "lr", "second_rate", "warmup", "warm", "biases", "single")
 
 
 def batches_of(rows, size: int, seed: int):
@@ -108,8 +108,8 @@ def train(v: Variant, seed: int, dense, rows, collate, warm_states: WarmStates |
     budget = Lagrangian(pruner) if v.budget == "lagrangian" else None
     teacher = Teacher(pruner, v) if v.distil_logits or v.distil_hidden else None
     again = Regathered(pruner, v.regather, v.learn) if v.regather else None
-    if v.per_sample:
-        Fisher(pruner)
+    if v.single:
+        Fisher(pruner, v.single)
     flips = []
     done = warm_states.give(v, seed, pruner, optimizer) if warm_states is not None else 0
     model = pruner.model.train()

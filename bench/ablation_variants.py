@@ -36,7 +36,7 @@ class Variant:
     biases: bool = False  # trained too
     rule: str | None = None  # uniform masks by this criterion before the first step
     balanced: bool = False  # saliency, the same fraction of every mask, when the warm steps end
-    per_sample: bool = False  # saliency from the gradients of single samples
+    single: str | None = None  # saliency from the gradients of every "sample" or "token"
     regather: float = 0.0  # decay of a saliency that is gathered to the end of stage one
 
 
@@ -89,7 +89,13 @@ VARIANTS = {
     "logits distilled, from itself": replace(BASE, distil_logits=0.2, teacher="self"),
     # saliency itself
     "saliency, balanced": replace(BASE, balanced=True),
-    "saliency of single samples": replace(BASE, per_sample=True),
+    "saliency of single samples": replace(BASE, single="sample"),
+    "saliency of single tokens": replace(BASE, single="token"),
+    "single samples, not learned": replace(BASE, single="sample", learn=False, noise="none"),
+    "single samples, logits distilled": replace(BASE, single="sample", distil_logits=1.0),
+    "single samples, one scale": replace(BASE, single="sample", mask_optimizer="shared scale"),
+    "single samples, warm 60": replace(BASE, single="sample", warm=60),
+    "single samples, balanced": replace(BASE, single="sample", balanced=True),
     "saliency to the end, not learned": replace(BASE, regather=0.9, learn=False),
     "saliency to the end": replace(BASE, regather=0.9),
     "saliency to the end, early": replace(BASE, regather=0.95, warm=50, ramp=90),

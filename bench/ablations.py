@@ -118,6 +118,7 @@ def rows_of(runs: dict[str, dict[int, dict]]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--steps", type=int, default=0, help="for a quick try: fewer steps, nothing is written")
@@ -129,7 +130,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     RUNS.mkdir(parents=True, exist_ok=True)
     shard, shards = map(int, args.shard.split("/"))
-    runs = [(name, seed) for name in (args.variant or VARIANTS) for seed in range(args.seeds)][shard::shards]
+    runs = [(name, seed) for name in (args.variant or VARIANTS) for seed in range(args.first_seed, args.seeds)][
+        shard::shards
+    ]
     console, warm_states = Console(), WarmStates()
     for name, seed in track(runs, description="runs", console=console, transient=True):
         path = RUNS / f"{args.task}-{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
