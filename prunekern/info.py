@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prunekern import __version__, _native
+from prunekern import __version__, _native, kernels
 
 from .bf16_trap import BF16_REASON, bf16_matmul_crashes
 from .measure import peak_gflops, read_bandwidth
@@ -52,6 +52,8 @@ def info(measure: bool = False) -> dict[str, Any]:
             f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(runtimes)}): their threads may wait for one "
             "another. Import torch before prunekern._C"
         )
+    if facts["cuda"] is not None and kernels.problem() is not None:
+        facts["warnings"].append(f"Triton kernels are not used: {kernels.problem()}")
     if measure:
         if available:
             facts["fp32_peak"], facts["read_bandwidth"] = round(peak_gflops(), 1), round(read_bandwidth(), 1)

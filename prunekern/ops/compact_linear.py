@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunekern import _native
+from prunekern import _native, kernels
 
 from . import _calls, _checks
 from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed, is_unchanged
@@ -61,7 +65,8 @@ def compact_linear(
             raise ValueError(f"{OP}: n_out is needed with out_index or a packed weight (got None)")
         n_out = packed.shape[0]
     args = (x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
-    if not is_packed(packed) and _calls.plain_eager(x):  # autograd through the reference itself, which keeps z
+    # Autograd through the reference itself, which keeps z; a GPU has a kernel behind the op.
+    if not is_packed(packed) and x.device.type == "cpu" and _calls.plain_eager(x):
         _check_plain(*args)
         return compact_linear_reference(*args)
     return torch.ops.prunekern.compact_linear(*args)
@@ -153,13 +158,31 @@ def _check_plain(x, weight, bias, in_index, out_index, n_out, activation, residu
     n, k = weight.shape
     _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
-        if index is None:
-            continue
-        if index.device.type == "cpu":
-            _checks.kept_index(OP, name, index, size)
-        elif index.numel():  # no synchronisation: the device itself stops on a bad index
-            good = (index[0] >= 0) & (index[-1] < size) & (index[1:] > index[:-1]).all()
-            torch._assert_async(good, f"{OP}: {name} must be sorted and < {size}")
+        if index is not None:
+            check_index(OP, name, index, size)
+
+
+def check_index(op: str, name: str, index: Tensor, size: int) -> None:
+    """Raises unless `index` is strictly ascending within [0, size); on a GPU the device itself stops later."""
+    if index.device.type == "cpu":
+        _checks.kept_index(op, name, index, size)
+    elif index.numel() and not _is_checked(index, size):  # no synchronisation
+        good = (index[0] >= 0) & (index[-1] < size) & (index[1:] > index[:-1]).all()
+        torch._assert_async(good, f"{op}: {name} must be sorted and < {size}")
+
+
+_CHECKED = WeakTensorKeyDictionary()  # index on a device -> (version, size) it was checked with
+
+
+def _is_checked(index: Tensor, size: int) -> bool:
+    """Whether this very index passed before: the check is six launches, more than the product of a few rows."""
+    if torch.compiler.is_compiling() or type(index) is not Tensor or index.is_inference():
+        return False
+    now = (index._version, size)
+    if _CHECKED.get(index) == now:
+        return True
+    _CHECKED[index] = now
+    return False
 
 
 def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale) -> tuple[int, int]:
@@ -225,7 +248,37 @@ def _forward(x, packed, bias, in_index, out_index, n_out, activation, residual, 
     if is_packed(packed):
         return _run_packed(*args)
     _check_plain(*args)
+    if kernels.usable(x, packed, bias, residual):
+        return run_triton(*args)
     return compact_linear_reference(*args).contiguous()
+
+
+def run_triton(x, weight, bias, in_index, out_index, n_out, activation, residual, scale) -> Tensor:
+    """The Triton kernel, or the vendor's product where there is nothing to fuse. Checked arguments, on a GPU."""
+    if in_index is None and out_index is None and activation == "none" and weight.dtype == x.dtype:
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return y if residual is None else y.add_(residual)
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(math.prod(x.shape[:-1]), 0)
+    added = None if residual is None else residual.reshape(rows.shape[0], n_out)
+    y = triton_op()(rows, weight, bias, in_index, out_index, n_out, activation, added, scale)
+    return y.view(*x.shape[:-1], n_out)
+
+
+@functools.cache
+def triton_op():
+    """`prunekern::compact_linear_triton`, registered when first asked for."""
+    from ..kernels.compact_linear import compact_linear as launch
+
+    def compact_linear_triton(
+        x: Tensor, W: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
+        activation: str, residual: Tensor | None, scale: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        return launch(x, W, bias, in_index, out_index, n_out, activation, residual, scale)
+
+    return torch.library.triton_op("prunekern::compact_linear_triton", compact_linear_triton, mutates_args=())
+
+
+kernels.register_early(triton_op)
 
 
 def _forward_cached(x, weight, packed, address, version, *rest) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
-from prunekern import _native
+from prunekern import _native, kernels
 
 from . import _calls, _checks
-from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference
+from .compact_linear import ACTIVATIONS, NUMBER, check_index, compact_linear, compact_linear_reference
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, is_unchanged
 
 OP = "compact_mlp"
@@ -77,6 +80,9 @@ def compact_mlp(
     args = (x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
             n_hidden, n_out, activation, residual)  # fmt: skip
     if not packed and not is_packed(down):
+        tensors = (x, up, down, gate, up_bias, down_bias, gate_bias, residual)
+        if x.device.type == "cuda" and not _calls.needs_grad(*tensors):
+            return torch.ops.prunekern.compact_mlp(*args)
         _check_shapes(*args)
         return _composed(compact_linear, *args)  # differentiable and traceable, layer by layer
     return torch.ops.prunekern.compact_mlp(*args)
@@ -181,6 +187,40 @@ def _run_packed(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down
     return y
 
 
+# --- Triton -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def triton_op():
+    """`prunekern::compact_gated_triton`, registered when first asked for."""
+    from ..kernels.compact_mlp import compact_gated as launch
+
+    def compact_gated_triton(
+        x: Tensor, up: Tensor, gate: Tensor, up_bias: Tensor | None, gate_bias: Tensor | None,
+        up_scale: Tensor | None, gate_scale: Tensor | None, in_index: Tensor | None, activation: str,
+    ) -> Tensor:  # fmt: skip
+        return launch(x, up, gate, up_bias, gate_bias, up_scale, gate_scale, in_index, activation)
+
+    return torch.library.triton_op("prunekern::compact_gated_triton", compact_gated_triton, mutates_args=())
+
+
+kernels.register_early(triton_op)
+
+
+def _run_triton(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
+                out_index, n_hidden, n_out, activation, residual) -> Tensor:  # fmt: skip
+    """Two launches: gate and up in one, then down; the rows between the layers pass through memory once."""
+    if gate is None or up.dtype != gate.dtype:
+        return _composed(compact_linear, x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale,
+                         gate_scale, in_index, out_index, n_hidden, n_out, activation, residual)  # fmt: skip
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if in_index is not None:
+        check_index(OP, "in_index", in_index, x.shape[-1])
+    hidden = triton_op()(rows, up, gate, up_bias, gate_bias, up_scale, gate_scale, in_index, activation)
+    hidden = hidden.view(*x.shape[:-1], n_hidden)
+    return compact_linear(hidden, down, down_bias, None, out_index, n_out, "none", residual, down_scale)
+
+
 # --- registration -----------------------------------------------------------------------------------------------
 
 _LIB = torch.library.Library("prunekern", "FRAGMENT")
@@ -202,6 +242,8 @@ def _forward(x, up, down, gate, *rest) -> Tensor:
     _check_shapes(x, up, down, gate, *rest)
     if is_packed(up):
         return _run_packed(x, up, down, gate, *rest)
+    if kernels.usable(x, up, down, gate, *rest[:3]):
+        return _run_triton(x, up, down, gate, *rest)
     return compact_mlp_reference(x, up, down, gate, *rest).contiguous()
 
 

@@ -7,8 +7,12 @@ Equation of DoRA (Liu et al. 2024) with a channel mask m_b on the magnitude (Ali
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+from prunekern import kernels
 
 from . import _checks
 
@@ -46,11 +50,10 @@ def factored_inv_norm(V, A, B, s, v_sqnorm) -> Tensor:
     return torch.where(positive, torch.where(positive, sqnorm, 1.0).rsqrt(), 0.0)
 
 
-@torch.library.custom_op("prunekern::dora_gain", mutates_args=())
-def _dora_gain(
+@torch.library.custom_op("prunekern::dora_gain_forward", mutates_args=())
+def _forward(
     V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _check(V, A, B, m, m_b, v_sqnorm)
     inv_norm = factored_inv_norm(V, A, B, s, v_sqnorm)
     gain = m.to(inv_norm.dtype) * inv_norm
     if m_b is not None:
@@ -72,15 +75,14 @@ def _check(V, A, B, m, m_b, v_sqnorm) -> None:
     _checks.same_device(op, "V", V.device, A=A, B=B, m=m, m_b=m_b, v_sqnorm=v_sqnorm)
 
 
-@_dora_gain.register_fake
+@_forward.register_fake
 def _(V, A, B, m, m_b, s, v_sqnorm):
-    _check(V, A, B, m, m_b, v_sqnorm)  # a compiled graph, or one argument on meta, comes here only
     dtype = _checks.compute_dtype(V, A, B)
     return V.new_empty(V.shape[0], dtype=dtype), V.new_empty(V.shape[0], dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, _, m, m_b, _, _ = inputs
+    m, m_b = inputs[3:5]
     ctx.save_for_backward(m, m_b, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -96,7 +98,36 @@ def _backward(ctx, d_gain, _d_inv_norm):
     return None, None, None, d_m, d_mb, None, None
 
 
-_dora_gain.register_autograd(_backward, setup_context=_setup_context)
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@functools.cache
+def triton_op():
+    """`prunekern::dora_gain_triton`, registered when first asked for."""
+    from ..kernels.dora_gain import dora_gain as launch
+
+    def dora_gain_triton(
+        V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float
+    ) -> tuple[Tensor, Tensor]:
+        return launch(V, A, B, m, m_b, s)
+
+    op = torch.library.triton_op("prunekern::dora_gain_triton", dora_gain_triton, mutates_args=())
+    op.register_autograd(lambda ctx, *grads: _backward(ctx, *grads)[:6], setup_context=_setup_context)
+    return op
+
+
+kernels.register_early(triton_op)
+
+_SCHEMA = "(Tensor V, Tensor A, Tensor B, Tensor m, Tensor? m_b, float s, Tensor v_sqnorm) -> (Tensor, Tensor)"
+torch.library.define("prunekern::dora_gain", _SCHEMA)
+
+
+@torch.library.impl("prunekern::dora_gain", "CompositeImplicitAutograd")
+def _dora_gain(V, A, B, m, m_b, s, v_sqnorm):
+    _check(V, A, B, m, m_b, v_sqnorm)
+    if kernels.usable(V, A, B, m, m_b, rank=A.shape[0]):
+        return triton_op()(V, A, B, m, m_b, s)
+    return _forward(V, A, B, m, m_b, s, v_sqnorm)
 
 
 def dora_gain(
@@ -106,7 +137,8 @@ def dora_gain(
 
     V [N, K], A [r, K], B [N, r]: float64, float32, bfloat16 or float16; m [N] magnitude; m_b [N] binary mask or
     None (all kept); s scale; v_sqnorm [N] cached |V|^2 by rows (`row_sqnorm`). Returns gain [N] and inv_norm [N],
-    fp32 (float64 for float64 inputs). Gradients flow to m and m_b only: the norm is detached (DoRA, section 4.3).
+    fp32 (float64 for float64 inputs; on GPUs, with a 16-bit V, A and B are rounded to its dtype for the product, as
+    `dora_linear` rounds them). Gradients flow to m and m_b only: the norm is detached (DoRA, section 4.3).
     An all-zero row has inv_norm 0. ValueError / TypeError on shapes, dtypes or devices that do not fit.
     """
-    return _dora_gain(V, A, B, m, m_b, s, v_sqnorm)
+    return torch.ops.prunekern.dora_gain(V, A, B, m, m_b, s, v_sqnorm)

@@ -9,10 +9,13 @@ gain is zero (a masked channel must still get its mask gradient).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+
+from prunekern import kernels
 
 from . import _checks
 
@@ -70,12 +73,13 @@ def _setup_context(ctx, inputs, output):
         B,
         gain,
         z if needs[4] else None,
-        p if needs[3] else None,
+        p if needs[3] or needs[4] else None,
     )
     ctx.s, ctx.x_meta, ctx.bias_dtype = s, (x.shape, x.dtype), None if bias is None else bias.dtype
     ctx.has_x_lora = x_lora is not None
     ctx.mark_non_differentiable(z, p)
     ctx.set_materialize_grads(False)
+    ctx.add_low = None
 
 
 def _backward(ctx, dy, _dz, _dp):
@@ -92,13 +96,24 @@ def _gradients(ctx, dy, grads):
     dtype = torch.float32 if dy.device.type == "cpu" and dy.dtype != torch.float64 else dy.dtype
     T = math.prod(dy.shape[:-1])
     dy = dy.reshape(T, dy.shape[-1])  # [T, N]
-    if needs[4]:
-        grads[4] = (dy.to(gain.dtype) * z).sum(0).to(gain.dtype)
-    if needs[5]:
-        grads[5] = dy.sum(0, dtype=ctx.bias_dtype)
     low_needs_x = needs[7] if ctx.has_x_lora else needs[0]
-    if needs[0] or needs[2] or needs[3] or low_needs_x:
-        dz = (dy * gain).to(dtype)  # [T, N]
+    want_dz = needs[0] or needs[2] or needs[3] or low_needs_x
+    if ctx.add_low is not None:
+        backward = triton_ops()[1]
+        z, low = (dy if t is None else t for t in (z, p))  # not read where d_gain is not wanted
+        sums = backward(dy, z, low, B.to(dtype), gain, s, ctx.add_low, want_dz, needs[4], needs[5])
+        dz, d_gain, d_bias = sums
+        if needs[4]:
+            grads[4] = d_gain.to(gain.dtype)
+        if needs[5]:
+            grads[5] = d_bias.to(ctx.bias_dtype)
+    else:
+        if needs[4]:
+            grads[4] = (dy.to(gain.dtype) * z).sum(0).to(gain.dtype)
+        if needs[5]:
+            grads[5] = dy.sum(0, dtype=ctx.bias_dtype)
+        dz = (dy * gain).to(dtype) if want_dz else None  # [T, N]
+    if want_dz:
         if needs[3]:
             grads[3] = (dz.T @ p).mul_(s).to(B.dtype)
         if needs[2] or low_needs_x:
@@ -107,9 +122,11 @@ def _gradients(ctx, dy, grads):
             read = x_lora if ctx.has_x_lora else x
             grads[2] = (dp.T @ read.reshape(T, A.shape[1]).to(dtype)).to(A.dtype)
         if needs[0]:
-            dx = dz @ V.to(dtype)  # [T, K]
-            if not ctx.has_x_lora:
-                dx.addmm_(dp, A.to(dtype))
+            # The narrow product first: the wide one then adds to it as it writes, one pass over dx less.
+            if ctx.has_x_lora:
+                dx = dz @ V.to(dtype)  # [T, K]
+            else:
+                dx = (dp @ A.to(dtype)).addmm_(dz, V.to(dtype))
             grads[0] = dx.to(x_dtype).view(x_shape)
         if ctx.has_x_lora and needs[7]:
             grads[7] = (dp @ A.to(dtype)).to(x_dtype).view(x_shape)
@@ -119,6 +136,44 @@ def _gradients(ctx, dy, grads):
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- Triton -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def triton_ops():
+    """`prunekern::dora_linear_triton` and `prunekern::dora_linear_backward_triton`, registered when first asked for."""
+    from ..kernels import dora_linear as launch
+
+    def dora_linear_triton(
+        x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float,
+        x_lora: Tensor | None, keep_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        T = math.prod(x.shape[:-1])
+        flat = x.reshape(T, x.shape[-1])
+        low = None if x_lora is None else x_lora.reshape(flat.shape).to(x.dtype)
+        V, A, B = (t.to(x.dtype) for t in (V, A, B))
+        y, z, p, _ = launch.forward(flat, V, A, B, gain, bias, s, low, keep_z)
+        return y.view(*x.shape[:-1], V.shape[0]), z if keep_z else z.new_empty(0), p
+
+    def dora_linear_backward_triton(
+        dy: Tensor, z: Tensor, p: Tensor, B: Tensor, gain: Tensor, s: float, add_low: bool, want_dz: bool,
+        want_gain: bool, want_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return launch.backward(dy, z, p, B, gain, s, add_low, want_dz, want_gain, want_bias)
+
+    def setup_context(ctx, inputs, output):
+        _setup_context(ctx, inputs[:8], output)
+        ctx.add_low = not launch.takes_fused(output[2].shape[0])
+
+    forward = torch.library.triton_op("prunekern::dora_linear_triton", dora_linear_triton, mutates_args=())
+    forward.register_autograd(lambda ctx, *grads: (*_backward(ctx, *grads), None), setup_context=setup_context)
+    name = "prunekern::dora_linear_backward_triton"
+    return forward, torch.library.triton_op(name, dora_linear_backward_triton, mutates_args=())
+
+
+kernels.register_early(triton_ops)
 
 _SCHEMA = "(Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s, Tensor? x_lora=None) -> Tensor"
 torch.library.define("prunekern::dora_linear", _SCHEMA)
@@ -146,6 +201,9 @@ def _check(x, V, A, B, gain, bias, x_lora) -> None:
 @torch.library.impl("prunekern::dora_linear", "CompositeImplicitAutograd")
 def _dora_linear(x, V, A, B, gain, bias, s, x_lora=None):
     _check(x, V, A, B, gain, bias, x_lora)
+    if kernels.usable(x, V, A, B, gain, bias, x_lora, rank=A.shape[0]):
+        keep_z = torch.is_grad_enabled() and gain.requires_grad
+        return triton_ops()[0](x, V, A, B, gain, bias, s, x_lora, keep_z)[0]
     return _forward(x, V, A, B, gain, bias, s, x_lora)[0]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+from prunekern import kernels
 
 from . import _checks
 
@@ -17,17 +21,14 @@ def dora_merge_reference(V, A, B, gain, rows=None, cols=None, s=1.0) -> Tensor:
     return W.to(V.dtype)
 
 
-@torch.library.custom_op("prunekern::dora_merge", mutates_args=())
-def _dora_merge(
-    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
+@torch.library.custom_op("prunekern::dora_merge_forward", mutates_args=())
+def _forward(
+    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float
 ) -> Tensor:
-    _check(V, A, B, gain, rows, cols)
     dtype = _checks.compute_dtype(V, A, B, gain)
     if rows is not None:
-        _checks.kept_index("dora_merge", "rows", rows, V.shape[0])
         V, B, gain = V.index_select(0, rows), B.index_select(0, rows), gain.index_select(0, rows)
     if cols is not None:
-        _checks.kept_index("dora_merge", "cols", cols, V.shape[1])
         V, A = V.index_select(1, cols), A.index_select(1, cols)
     with _checks.without_autocast(V.device):
         merged = torch.addmm(V.to(dtype), B.to(dtype), A.to(dtype), alpha=s)  # [rows, cols]
@@ -46,12 +47,49 @@ def _check(V, A, B, gain, rows, cols) -> None:
     _checks.same_device(op, "V", V.device, A=A, B=B, gain=gain, rows=rows, cols=cols)
 
 
-@_dora_merge.register_fake
-def _(V, A, B, gain, rows, cols, s=1.0):
-    _check(V, A, B, gain, rows, cols)  # a compiled graph, or one argument on meta, comes here only
+def _empty(V, A, B, gain, rows, cols, s):
     N = V.shape[0] if rows is None else rows.shape[0]
     K = V.shape[1] if cols is None else cols.shape[0]
     return V.new_empty(N, K)
+
+
+_forward.register_fake(_empty)
+
+
+@functools.cache
+def triton_op():
+    """`prunekern::dora_merge_triton`, registered when first asked for."""
+    from ..kernels.dora_merge import dora_merge as launch
+
+    def dora_merge_triton(
+        V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float
+    ) -> Tensor:
+        return launch(V, A, B, gain, rows, cols, s)
+
+    return torch.library.triton_op("prunekern::dora_merge_triton", dora_merge_triton, mutates_args=())
+
+
+kernels.register_early(triton_op)
+
+_SCHEMA = "(Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? rows, Tensor? cols, float s=1.0) -> Tensor"
+torch.library.define("prunekern::dora_merge", _SCHEMA)
+
+
+@torch.library.impl("prunekern::dora_merge", "CompositeExplicitAutograd")
+def _dora_merge(V, A, B, gain, rows, cols, s=1.0):
+    _check(V, A, B, gain, rows, cols)
+    for name, index, size in (("rows", rows, V.shape[0]), ("cols", cols, V.shape[1])):
+        if index is not None:
+            _checks.kept_index("dora_merge", name, index, size)
+    if kernels.usable(V, A, B, gain, rank=A.shape[0]):
+        return triton_op()(V, A, B, gain, rows, cols, s)
+    return _forward(V, A, B, gain, rows, cols, s)
+
+
+@torch.library.register_fake("prunekern::dora_merge")
+def _(V, A, B, gain, rows, cols, s=1.0):
+    _check(V, A, B, gain, rows, cols)  # a compiled graph, or one argument on meta, comes here only
+    return _empty(V, A, B, gain, rows, cols, s)
 
 
 def dora_merge(
@@ -69,4 +107,4 @@ def dora_merge(
     change it); rows, cols: sorted int64 kept indices or None (all). Returns [len(rows), len(cols)] in V's dtype,
     computed in fp32 (float64 for float64). Not differentiable. ValueError / TypeError on what does not fit.
     """
-    return _dora_merge(V, A, B, gain, rows, cols, s)
+    return torch.ops.prunekern.dora_merge(V, A, B, gain, rows, cols, s)

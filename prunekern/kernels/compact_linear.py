@@ -1,0 +1,167 @@
+"""Triton: a linear layer on kept channels. Gathered loads along K; bias, activation, residual and scatter in registers.
+
+    y = scatter(act(gather(x) W^T + bias)) + residual
+
+Every column of y is written once, removed ones included: each kept column also writes the removed ones before it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .launch import cdiv, device_of, pick, precision, rows_of
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        z = tl.maximum(z, 0.0)
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh u) is sigmoid(2 u)
+        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACTIVATION == "silu":
+        z = z * tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def _widen(w, DOT: tl.constexpr):
+    """A tile of weights in the dtype of the products; int8 by way of fp32, exactly."""
+    if w.dtype == tl.int8:
+        w = w.to(tl.float32)
+    return w.to(DOT)
+
+
+@triton.jit
+def _tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row block, column block) of this program: groups of GROUP row blocks walk the columns together."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit
+def compact_linear_kernel(
+    x, W, bias, scale, in_index, out_index, residual, y,
+    M, N, K, n_out, x_stride, w_stride, residual_stride,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """x [M, in], W [N, K], y [M, n_out] contiguous. DOT: the dtype of the products."""
+    block_m, block_n = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP)
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in, column_in = rows < M, columns < N
+    ks = tl.arange(0, BLOCK_K)
+    x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+    w_at = W + columns.to(tl.int64)[None, :] * w_stride + ks[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        k_in = k + ks < K
+        at = tl.load(in_index + k + ks, mask=k_in, other=0) if GATHER else k + ks
+        a = tl.load(x_rows + at[None, :], mask=row_in[:, None] & k_in[None, :], other=0.0)
+        b = tl.load(w_at, mask=k_in[:, None] & column_in[None, :], other=0)
+        acc = tl.dot(a.to(DOT), _widen(b, DOT), acc, input_precision=PRECISION)
+        w_at += BLOCK_K
+    # One 64-bit base a program and 32-bit offsets: 64-bit addresses of a whole tile would not fit the registers.
+    first = (block_m * BLOCK_M).to(tl.int64)
+    y += first * n_out
+    residual += first * residual_stride
+    if SCATTER and BLOCK_N > 64:
+        # Halves of the columns one after the other, for the same reason: addresses of scattered columns are many.
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        half = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _write(left, half, bias, scale, out_index, residual, y, row_in, N, n_out, residual_stride,
+               HAS_BIAS, HAS_SCALE, SCATTER, HAS_RESIDUAL, ACTIVATION, BLOCK_M)  # fmt: skip
+        _write(right, half + BLOCK_N // 2, bias, scale, out_index, residual, y, row_in, N, n_out, residual_stride,
+               HAS_BIAS, HAS_SCALE, SCATTER, HAS_RESIDUAL, ACTIVATION, BLOCK_M)  # fmt: skip
+    else:
+        _write(acc, columns, bias, scale, out_index, residual, y, row_in, N, n_out, residual_stride,
+               HAS_BIAS, HAS_SCALE, SCATTER, HAS_RESIDUAL, ACTIVATION, BLOCK_M)  # fmt: skip
+
+
+@triton.jit
+def _write(acc, columns, bias, scale, out_index, residual, y, row_in, N, n_out, residual_stride,
+           HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, SCATTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+           ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """What follows the product, for some columns of the tile. y and residual point at its first row."""
+    column_in = columns < N
+    local = tl.arange(0, BLOCK_M)
+    inside = row_in[:, None] & column_in[None, :]
+    if HAS_SCALE:
+        acc *= tl.load(scale + columns, mask=column_in, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
+    acc = _activate(acc, ACTIVATION)
+    place = columns
+    if SCATTER:
+        place = tl.load(out_index + columns, mask=column_in, other=0).to(tl.int32)
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + (local[:, None] * residual_stride + place[None, :]), mask=inside, other=0.0)
+    tl.store(y + (local[:, None] * n_out + place[None, :]), acc.to(y.dtype.element_ty), mask=inside)
+    if SCATTER:
+        # Removed columns: those between the kept column before and this one; the last one also has those behind it.
+        before = tl.load(out_index + columns - 1, mask=column_in & (columns > 0), other=-1).to(tl.int32)
+        gap = tl.where(column_in, place - before - 1, 0)
+        _fill(place, gap, -1, local, row_in, residual, y, residual_stride, n_out, HAS_RESIDUAL)
+        behind = tl.where(columns == N - 1, n_out - 1 - place, 0)
+        _fill(place, behind, 1, local, row_in, residual, y, residual_stride, n_out, HAS_RESIDUAL)
+
+
+@triton.jit
+def _fill(place, count, step: tl.constexpr, local, row_in, residual, y, residual_stride, n_out,
+          HAS_RESIDUAL: tl.constexpr):  # fmt: skip
+    """The `count` columns beside each of `place`, in direction `step`: the residual's values, or zero."""
+    for away in range(1, tl.max(count, 0) + 1):
+        inside = row_in[:, None] & (away <= count)[None, :]
+        column = (place + step * away)[None, :]
+        if HAS_RESIDUAL:
+            value = tl.load(residual + local[:, None] * residual_stride + column, mask=inside, other=0.0)
+        else:
+            value = tl.zeros(inside.shape, y.dtype.element_ty)
+        tl.store(y + local[:, None] * n_out + column, value, mask=inside)
+
+
+def dot_dtype(x: Tensor, *weights: Tensor) -> torch.dtype:
+    """What products are made in: fp32 where x or a weight is, else x's 16 bits (int8 fits them exactly)."""
+    return torch.float32 if any(t.dtype == torch.float32 for t in (x, *weights)) else x.dtype
+
+
+TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def compact_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
+    activation: str, residual: Tensor | None, scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y [M, n_out] in x's dtype; x [M, in], W [N, K] of any kind, residual [M, n_out]; see `prunekern.ops`."""
+    M, (N, K) = x.shape[0], W.shape
+    y = torch.empty(M, n_out, dtype=x.dtype, device=x.device)
+    if M == 0 or n_out == 0:
+        return y
+    if N == 0:
+        return y.zero_() if residual is None else y.copy_(residual)
+    architecture, _ = device_of(x)
+    dtype = dot_dtype(x, W)
+    chosen = pick("compact_linear", architecture, dtype, M)
+    x, W = rows_of(x), rows_of(W)
+    residual = None if residual is None else rows_of(residual)
+    grid = (cdiv(M, chosen["BLOCK_M"]) * cdiv(N, chosen["BLOCK_N"]),)
+    absent = x  # a pointer for what is not there; never read
+    wrap_triton(compact_linear_kernel)[grid](
+        x, W, absent if bias is None else bias.contiguous(), absent if scale is None else scale.contiguous(),
+        absent if in_index is None else in_index.contiguous(), absent if out_index is None else out_index.contiguous(),
+        absent if residual is None else residual, y,
+        M, N, K, n_out, x.stride(0), W.stride(0), 0 if residual is None else residual.stride(0),
+        HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, GATHER=in_index is not None,
+        SCATTER=out_index is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
+        DOT=TL_DTYPE[dtype], PRECISION=precision(dtype, architecture), **chosen,
+    )  # fmt: skip
+    return y

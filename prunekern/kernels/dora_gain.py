@@ -1,0 +1,134 @@
+"""Triton: inverse row norm of V + s B A and gain, in one pass over V.
+
+A tile of s B A is made in registers by `tl.dot`, added to the tile of V, squared and summed. That costs 2 N K r
+operations like the factored form |V|^2 + 2 s <V, BA> + s^2 |BA|^2 does for U = V A^T, reads the same bytes (V once),
+and needs neither A A^T from a launch of its own nor |V|^2, nor can it cancel below zero.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .launch import by_rank, cdiv, device_of, precision, rows_of
+
+
+@triton.jit
+def dora_gain_kernel(
+    V, A, B, m, m_b, partial, gain, inv_norm,
+    N, K, r, s, v_stride, a_stride, b_stride, k_chunk,
+    HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): rows of block i, columns of chunk j of SPLIT. Writes partial [SPLIT, N] where SPLIT > 1.
+
+    A [r, K] in V's dtype. ONE_BLOCK: r <= BLOCK_R.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in = rows < N
+    first = tl.program_id(1) * k_chunk
+    last = tl.minimum(first + k_chunk, K)
+    ranks = tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, BLOCK_K)
+    v_rows = V + rows.to(tl.int64)[:, None] * v_stride
+    if ONE_BLOCK:
+        squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        b = _factor(B, rows, ranks, row_in, r, b_stride, V.dtype.element_ty)
+    else:
+        sqnorm = tl.zeros((BLOCK_N,), tl.float32)
+    # Chunks end at multiples of BLOCK_K: the mask by K alone lets the compiler see aligned rows, and load 16 bytes.
+    # num_stages here: the tile of V does not feed the product, and would not be fetched ahead otherwise.
+    for k in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        at = k + columns
+        column_in = at < K
+        v_at, v_in = v_rows + at[None, :], row_in[:, None] & column_in[None, :]
+        low = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        a_at = A + ranks[:, None] * a_stride + at[None, :]
+        if ONE_BLOCK:
+            v = tl.load(v_at, mask=v_in, other=0.0)
+            a = tl.load(a_at, mask=(ranks < r)[:, None] & column_in[None, :], other=0.0)
+            low = tl.dot(b, a, low, input_precision=PRECISION)
+            w = v.to(tl.float32) + s * low
+            squares += w * w
+        else:
+            for start in range(0, r, BLOCK_R):
+                of_rank = start + ranks
+                a = tl.load(a_at, mask=(of_rank < r)[:, None] & column_in[None, :], other=0.0)
+                b = _factor(B, rows, of_rank, row_in, r, b_stride, V.dtype.element_ty)
+                low = tl.dot(b, a, low, input_precision=PRECISION)
+                a_at += BLOCK_R * a_stride
+            w = tl.load(v_at, mask=v_in, other=0.0).to(tl.float32) + s * low
+            sqnorm += tl.sum(w * w, 1)
+    if ONE_BLOCK:
+        sqnorm = tl.sum(squares, 1)
+    if SPLIT == 1:
+        _finish(sqnorm, m, m_b, gain, inv_norm, rows, row_in, HAS_MASK)
+    else:
+        tl.store(partial + tl.program_id(1).to(tl.int64) * N + rows, sqnorm, mask=row_in)
+
+
+@triton.jit
+def _factor(B, rows, ranks, row_in, r, b_stride, dtype: tl.constexpr):
+    """b [BLOCK_N, BLOCK_R] in the dtype of the product."""
+    at = B + rows.to(tl.int64)[:, None] * b_stride + ranks[None, :]
+    return tl.load(at, mask=row_in[:, None] & (ranks < r)[None, :], other=0.0).to(dtype)
+
+
+@triton.jit
+def _finish(sqnorm, m, m_b, gain, inv_norm, rows, row_in, HAS_MASK: tl.constexpr):
+    # A row of zeros has inv_norm 0, not inf.
+    inverse = tl.where(sqnorm > 0, tl.math.rsqrt(tl.where(sqnorm > 0, sqnorm, 1.0)), 0.0)
+    value = tl.load(m + rows, mask=row_in, other=0.0).to(tl.float32) * inverse
+    if HAS_MASK:
+        value *= tl.load(m_b + rows, mask=row_in, other=0.0).to(tl.float32)
+    tl.store(inv_norm + rows, inverse, mask=row_in)
+    tl.store(gain + rows, value, mask=row_in)
+
+
+@triton.jit
+def dora_gain_finish_kernel(
+    partial, m, m_b, gain, inv_norm, N, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """partial [SPLIT, N] summed in order, then as the kernel above ends."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in = rows < N
+    sqnorm = tl.zeros((BLOCK_N,), tl.float32)
+    for part in range(SPLIT):
+        sqnorm += tl.load(partial + tl.cast(part, tl.int64) * N + rows, mask=row_in, other=0.0)
+    _finish(sqnorm, m, m_b, gain, inv_norm, rows, row_in, HAS_MASK)
+
+
+def dora_gain(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float) -> tuple[Tensor, Tensor]:
+    """(gain, inv_norm), fp32 [N], as `prunekern.ops.dora_gain` says. Products are made in V's dtype, sums in fp32.
+
+    Reads V once. Up to rank 64 a row block sees all of K, or a few chunks of it where there would not be a program
+    for every multiprocessor; above, tiles of the matrix V + s B A are programs of their own and their sums are added
+    up in order by a second launch.
+    """
+    (N, K), r = V.shape, A.shape[0]
+    gain, inv_norm = (torch.empty(N, dtype=torch.float32, device=V.device) for _ in range(2))
+    if N == 0:
+        return gain, inv_norm
+    architecture, processors = device_of(V)
+    chosen = by_rank("dora_gain", architecture, V.dtype, r)
+    V, A, B = rows_of(V), rows_of(A).to(V.dtype), rows_of(B)
+    tiles = cdiv(N, chosen["BLOCK_N"])
+    if chosen["ONE_BLOCK"]:
+        split = min(cdiv(processors, tiles), cdiv(K, 2 * chosen["BLOCK_K"]))
+    else:
+        split, B = cdiv(K, chosen["BLOCK_K"]), B.to(V.dtype)  # read once a tile: narrow, and ready for the product
+    split = max(1, min(split, 65535))
+    chunk = max(1, cdiv(cdiv(K, split), chosen["BLOCK_K"])) * chosen["BLOCK_K"]
+    split = max(1, cdiv(K, chunk))
+    partial = torch.empty(split, N, dtype=torch.float32, device=V.device) if split > 1 else gain
+    m, mask = m.contiguous(), m if m_b is None else m_b.contiguous()
+    wrap_triton(dora_gain_kernel)[(tiles, split)](
+        V, A, B, m, mask, partial, gain, inv_norm, N, K, r, s, V.stride(0), A.stride(0), B.stride(0), chunk,
+        HAS_MASK=m_b is not None, SPLIT=split, PRECISION=precision(V.dtype, architecture), **chosen,
+    )  # fmt: skip
+    if split > 1:
+        wrap_triton(dora_gain_finish_kernel)[(cdiv(N, 128),)](
+            partial, m, mask, gain, inv_norm, N, HAS_MASK=m_b is not None, SPLIT=split, BLOCK_N=128, num_warps=4
+        )
+    return gain, inv_norm

@@ -1,0 +1,223 @@
+"""Triton: forward and backward of a masked DoRA layer around the vendor's matrix products, and all of it in one.
+
+    z = x V^T + s p B^T  with p = x A^T        y = gain * z + bias
+
+`compose` takes z0 = x V^T from the vendor's GEMM and does the rest in one pass over the output; `fused` is a GEMM
+whose last K blocks are p B^T and whose epilogue is gain and bias. `backward` is one pass over dy: dz = gain * dy, and
+by blocks of rows the sums of dy * z and dy, to be added up in order afterwards: no atomics, bitwise repeatable.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .launch import by_rank, cdiv, device_of, pick, precision, rows_of
+
+
+@triton.jit
+def _low_rank(acc, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
+              BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc [BLOCK_T, BLOCK_N] + p B^T. p [T, r] and B [N, r] in one dtype; ONE_BLOCK: r <= BLOCK_R."""
+    ranks = tl.arange(0, BLOCK_R)
+    p_at = p + rows.to(tl.int64)[:, None] * p_stride + ranks[None, :]
+    b_at = B + columns.to(tl.int64)[None, :] * b_stride + ranks[:, None]
+    if ONE_BLOCK:
+        low = tl.load(p_at, mask=row_in[:, None] & (ranks < r)[None, :], other=0.0)
+        b = tl.load(b_at, mask=(ranks < r)[:, None] & column_in[None, :], other=0.0)
+        acc = tl.dot(low, b, acc, input_precision=PRECISION)
+    else:
+        for start in range(0, r, BLOCK_R):
+            rank_in = start + ranks < r
+            low = tl.load(p_at + start, mask=row_in[:, None] & rank_in[None, :], other=0.0)
+            b = tl.load(b_at + start, mask=rank_in[:, None] & column_in[None, :], other=0.0)
+            acc = tl.dot(low, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def dora_compose_kernel(
+    z, p, B, gain, bias, y,
+    T, N, r, s, p_stride, b_stride,
+    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y = gain * (z + s p B^T) + bias, in one pass; z and y [T, N] contiguous."""
+    # One grid axis, columns fastest: neighbours read on in memory, and only the first axis may be long.
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // tiles_n) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in, column_in = rows < T, columns < N
+    inside = row_in[:, None] & column_in[None, :]
+    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    raw = tl.load(z + at, mask=inside, other=0.0)
+    low = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    low = _low_rank(low, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
+                    BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
+    factor = tl.load(gain + columns, mask=column_in, other=0.0)
+    out = factor[None, :] * (raw.to(tl.float32) + s * low)
+    if HAS_BIAS:
+        out += tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dora_fused_kernel(
+    x, V, p, B, gain, bias, y, z,
+    T, N, K, r, s, x_stride, v_stride, p_stride, b_stride,
+    HAS_BIAS: tl.constexpr, KEEP_Z: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """One GEMM: z = x V^T + s p B^T in registers; y = gain * z + bias. KEEP_Z: z is written for the backward pass."""
+    # Programs in groups of GROUP row blocks walk the columns together, so that their tiles of V meet in the L2 cache.
+    tiles_t, tiles_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    height = tl.minimum(tiles_t - group * GROUP, GROUP)
+    rows = (group * GROUP + within % height) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in, column_in = rows < T, columns < N
+    ks = tl.arange(0, BLOCK_K)
+    x_at = x + rows.to(tl.int64)[:, None] * x_stride + ks[None, :]
+    v_at = V + columns.to(tl.int64)[None, :] * v_stride + ks[:, None]
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    acc = _low_rank(acc, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
+                    BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
+    acc *= s
+    for k in range(0, K, BLOCK_K):
+        k_in = k + ks < K
+        a = tl.load(x_at, mask=row_in[:, None] & k_in[None, :], other=0.0)
+        b = tl.load(v_at, mask=k_in[:, None] & column_in[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        x_at += BLOCK_K
+        v_at += BLOCK_K
+    inside = row_in[:, None] & column_in[None, :]
+    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if KEEP_Z:
+        tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside)
+    out = acc * tl.load(gain + columns, mask=column_in, other=0.0)[None, :]
+    if HAS_BIAS:
+        out += tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dora_backward_kernel(
+    dy, z, p, B, gain, dz, d_gain, d_bias,
+    T, N, r, s, dy_stride, p_stride, b_stride, chunk,
+    ADD_LOW: tl.constexpr, WANT_DZ: tl.constexpr, WANT_GAIN: tl.constexpr, WANT_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): columns of block i, rows of chunk j. dz = gain * dy; d_gain, d_bias [chunks, N]: its part of the
+    sums of dy * z and dy over rows. ADD_LOW: z lacks the low-rank part (it came from the vendor's GEMM).
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_in = columns < N
+    factor = tl.load(gain + columns, mask=column_in, other=0.0)
+    of_gain = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    of_bias = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(first + chunk, T)
+    for t in range(first, last, BLOCK_T):
+        rows = t + tl.arange(0, BLOCK_T)
+        row_in = rows < last
+        inside = row_in[:, None] & column_in[None, :]
+        at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        grad_at = dy + rows.to(tl.int64)[:, None] * dy_stride + columns[None, :]
+        grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
+        if WANT_GAIN:
+            value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+            if ADD_LOW:
+                low = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+                value += s * _low_rank(low, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
+                                       BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
+            of_gain += grad * value
+        if WANT_BIAS:
+            of_bias += grad
+        if WANT_DZ:
+            tl.store(dz + at, (grad * factor[None, :]).to(dz.dtype.element_ty), mask=inside)
+    part = tl.program_id(1).to(tl.int64) * N + columns
+    if WANT_GAIN:
+        tl.store(d_gain + part, tl.sum(of_gain, 0), mask=column_in)
+    if WANT_BIAS:
+        tl.store(d_bias + part, tl.sum(of_bias, 0), mask=column_in)
+
+
+FUSED_BELOW = 256  # rows; see `takes_fused`
+
+
+def takes_fused(T: int) -> bool:
+    """Whether one Triton GEMM is taken in place of the vendor's and `compose`.
+
+    Few rows leave the GPU waiting for launches and for V: one kernel in place of three then counts more than the
+    vendor's better product. The bound is reasoned, not measured on a GPU: at 256 rows the output is 1/16 of the bytes
+    of a 4096 x 4096 V, so that the pass saved is all but free above it.
+    """
+    return T < FUSED_BELOW
+
+
+def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """y [T, N], z [T, N], p [T, r], and whether z lacks the low-rank part. x and x_lora [T, K]; all in one dtype
+    but gain and bias.
+
+    z is y's memory where keep_z is False: it is not to be read then.
+    """
+    (T, K), (N, r) = x.shape, B.shape
+    architecture, _ = device_of(x)
+    B = rows_of(B)
+    p = (x if x_lora is None else x_lora) @ A.T
+    bias_or = gain if bias is None else bias.contiguous()
+    y = torch.empty(T, N, dtype=x.dtype, device=x.device)
+    common = {"HAS_BIAS": bias is not None, "PRECISION": precision(x.dtype, architecture)}
+    if takes_fused(T):
+        x, V = rows_of(x), rows_of(V)
+        z = torch.empty_like(y) if keep_z else y
+        chosen = pick("dora_fused", architecture, x.dtype, T)
+        rank = {
+            n: v for n, v in by_rank("dora_compose", architecture, x.dtype, r).items() if n in ("BLOCK_R", "ONE_BLOCK")
+        }
+        grid = (cdiv(T, chosen["BLOCK_T"]) * cdiv(N, chosen["BLOCK_N"]),)
+        if T and N:
+            wrap_triton(dora_fused_kernel)[grid](
+                x, V, p, B, gain, bias_or, y, z, T, N, K, r, s, x.stride(0), V.stride(0), p.stride(0), B.stride(0),
+                KEEP_Z=keep_z, **common, **rank, **chosen,
+            )  # fmt: skip
+        return y, z, p, False
+    z = x @ V.T
+    chosen = by_rank("dora_compose", architecture, x.dtype, r)
+    grid = (cdiv(T, chosen["BLOCK_T"]) * cdiv(N, chosen["BLOCK_N"]),)
+    if N:
+        wrap_triton(dora_compose_kernel)[grid](
+            z, p, B, gain, bias_or, y, T, N, r, s, p.stride(0), B.stride(0), **common, **chosen
+        )
+    return y, z, p, True
+
+
+def backward(
+    dy: Tensor, z: Tensor, p: Tensor, B: Tensor, gain: Tensor, s: float,
+    add_low: bool, want_dz: bool, want_gain: bool, want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dz [T, N], d_gain [N] and d_bias [N] (fp32); what is not wanted is empty. dy [T, N], z, p and B in one dtype."""
+    (T, N), r = dy.shape, B.shape[1]
+    architecture, processors = device_of(dy)
+    chosen = by_rank("dora_backward", architecture, dy.dtype, r)
+    dy, B = rows_of(dy), rows_of(B)
+    tiles = cdiv(N, chosen["BLOCK_N"])
+    # A few waves of programs; every chunk more is a row of partial sums to write and read again.
+    chunks = max(1, min(cdiv(4 * processors, max(1, tiles)), cdiv(T, chosen["BLOCK_T"])))
+    chunk = max(1, cdiv(cdiv(T, chunks), chosen["BLOCK_T"])) * chosen["BLOCK_T"]
+    chunks = max(1, cdiv(T, chunk))
+    dz = torch.empty(dy.shape if want_dz else 0, dtype=dy.dtype, device=dy.device)
+    d_gain = torch.empty(chunks, N if want_gain else 0, dtype=torch.float32, device=dy.device)
+    d_bias = torch.empty(chunks, N if want_bias else 0, dtype=torch.float32, device=dy.device)
+    if N:
+        wrap_triton(dora_backward_kernel)[(tiles, chunks)](
+            dy, z, p, B, gain, dz, d_gain, d_bias,
+            T, N, r, s, dy.stride(0), p.stride(0), B.stride(0), chunk,
+            ADD_LOW=add_low, WANT_DZ=want_dz, WANT_GAIN=want_gain, WANT_BIAS=want_bias,
+            PRECISION=precision(dy.dtype, architecture), **chosen,
+        )  # fmt: skip
+    return dz, d_gain.sum(0), d_bias.sum(0)

@@ -1,0 +1,25 @@
+"""Runs a file of interpreted/ in a child process, where Triton is told before it is imported what to do."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent / "interpreted"
+CHECKS = sorted(path.name for path in HERE.glob("check_*.py"))
+
+
+def run(name: str, **environment: str) -> None:
+    """Fails unless all checks of the file pass, and there are some."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
+    done = subprocess.run(
+        [*command, str(HERE / name)],
+        env={**os.environ, **environment, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parents[2],
+    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed and int(passed[1]) > 5, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout and "xfailed" not in done.stdout, done.stdout[-2000:]

@@ -1,0 +1,121 @@
+"""Triton kernels of compact layers on the CPU, in Triton's interpreter, against float64. Run by test_interpreter.py."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from definitions import DEVICE, UNIT, random, strided, within
+
+from prunekern.kernels import compact_linear as linear_kernels
+from prunekern.kernels import compact_mlp as mlp_kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": lambda z: z.clamp(min=0),
+    "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
+    "gelu_tanh": lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+}
+
+
+def kept(count, of, seed):
+    """Sorted indices, the first or the last channel removed now and then."""
+    order = torch.randperm(of, generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
+    return order[:count].sort().values
+
+
+def exact(x, W, bias, in_index, out_index, n_out, activation, residual, scale):
+    """(y, bound of the products' rounding) in float64."""
+    x, W = x.double(), W.double()
+    W = W if scale is None else W * scale.double()[:, None]
+    x = x if in_index is None else x[:, in_index]
+    z, size = x @ W.T, x.abs() @ W.abs().T
+    if bias is not None:
+        z, size = z + bias.double(), size + bias.double().abs()
+    # No activation is steeper than 1.13 (gelu); act itself is good to a few units of fp32.
+    part, bound = ACTIVATIONS[activation](z), 1.13 * (W.shape[1] + 2) * UNIT * size + 8 * UNIT * z.abs()
+    if out_index is not None:
+        part, bound = (torch.zeros(len(x), n_out).double().index_copy(1, out_index, t) for t in (part, bound))
+    return (part if residual is None else part + residual.double()), bound
+
+
+def check(y, want, bound, dtype):
+    within(y, want, bound + torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).tiny)
+    assert y.dtype == dtype
+
+
+def poisoned_empty(monkeypatch):
+    real = torch.empty
+
+    def empty(*args, **kwargs):
+        made = real(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+SIZES = [(1, 1, 1, 1, 1), (5, 577, 372, 600, 400), (129, 64, 65, 150, 65), (17, 130, 33, 131, 40), (3, 1, 20, 300, 20)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "N", "K", "n_out", "n_in"), SIZES)
+def test_linear(M, N, K, n_out, n_in, dtype, monkeypatch):
+    poisoned_empty(monkeypatch)
+    for gather, scatter, with_residual in itertools.product((True, False), repeat=3):
+        x = random(M, n_in if gather else K, seed=1).to(dtype)
+        W, bias = (random(N, K, seed=2) / K**0.5).to(dtype), random(N, seed=3).to(dtype)
+        in_index = kept(K, n_in, 4) if gather else None
+        out_index = kept(N, n_out, 5) if scatter else None
+        out = n_out if scatter else N
+        residual = random(M, out, seed=6).to(dtype) if with_residual else None
+        args = (x, W, bias if with_residual else None, in_index, out_index, out, "none", residual, None)
+        check(linear_kernels.compact_linear(*args), *exact(*args), dtype)
+        loose = (strided(x), strided(W), args[2], in_index, out_index, out, "none",
+                 None if residual is None else strided(residual), None)  # fmt: skip
+        check(linear_kernels.compact_linear(*loose), *exact(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, dtype):
+    x, W, bias = (3 * random(40, 33)).to(dtype), random(50, 33, seed=1).to(dtype), random(50, seed=2)
+    args = (x, W, bias, None, None, 50, activation, None, None)
+    check(linear_kernels.compact_linear(*args), *exact(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kinds_of_weights(dtype):
+    """int8 with its scale, bf16 and fp32 weights, whatever x is."""
+    x, scale = random(20, 65).to(dtype), random(40, seed=2).abs() / 50
+    q = (100 * random(40, 65, seed=3)).clamp(-127, 127).to(torch.int8)
+    weights = [(q, scale), (random(40, 65, seed=4).to(dtype), None)]
+    if dtype != torch.float16:
+        weights += [(random(40, 65, seed=5).bfloat16(), None), (random(40, 65, seed=6), None)]
+    for W, s in weights:
+        args = (x, W, None, None, None, 40, "silu", None, s)
+        check(linear_kernels.compact_linear(*args), *exact(*args), dtype)
+
+
+def test_nothing_kept_leaves_the_residual():
+    x, W, out_index = random(4, 8), torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)
+    residual = random(4, 6, seed=1)
+    assert torch.equal(linear_kernels.compact_linear(x, W, None, None, out_index, 6, "none", residual, None), residual)
+    assert not linear_kernels.compact_linear(x, W, None, None, out_index, 6, "none", None, None).any()
+    y = linear_kernels.compact_linear(x[:, :0], torch.zeros(6, 0), None, None, None, 6, "none", residual, None)
+    assert torch.equal(y, residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize(("M", "H", "K", "n_in"), [(1, 1, 1, 1), (5, 577, 129, 150), (129, 65, 33, 33)])
+def test_gated(M, H, K, n_in, activation, dtype, monkeypatch):
+    poisoned_empty(monkeypatch)
+    x, index = random(M, n_in, seed=1).to(dtype), kept(K, n_in, 2) if n_in != K else None
+    up, gate = ((random(H, K, seed=s) / K**0.5).to(dtype) for s in (3, 4))
+    up_bias, gate_bias = random(H, seed=5), random(H, seed=6)
+    got = mlp_kernels.compact_gated(x, up, gate, up_bias, gate_bias, None, None, index, activation)
+    u, u_bound = exact(x, up, up_bias, index, None, H, "none", None, None)
+    g, g_bound = exact(x, gate, gate_bias, index, None, H, activation, None, None)
+    check(got, u * g, u_bound * g.abs() + g_bound * u.abs() + u_bound * g_bound, dtype)

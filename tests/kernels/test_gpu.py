@@ -1,0 +1,81 @@
+"""The same checks on a GPU, where there is one; and what only a GPU can tell."""
+
+import pytest
+import torch
+from checks import CHECKS, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_a_gpu(name):
+    run(name)
+
+
+def layer(dtype=torch.bfloat16):
+    import prunekern as pk
+
+    weight = torch.randn(256, 192, generator=torch.Generator().manual_seed(0))
+    made = pk.nn.MaskedDoRALinear(weight.to(dtype), rank=8, mask=pk.nn.ChannelMask(256)).cuda()
+    torch.nn.init.normal_(made.B, std=0.05)
+    made.mask.logits.data.normal_()
+    return made
+
+
+def gradients(call, x, parameters):
+    y = call(x)
+    return y, torch.autograd.grad(y.float().square().sum(), [x, *parameters])
+
+
+@pytest.mark.parametrize("how", ["compile", "checkpoint", "autocast", "graph"])
+def test_pytorch_features_give_the_eager_answer(how):
+    made = layer(torch.float32 if how == "autocast" else torch.bfloat16)
+    x = torch.randn(512, 192, device="cuda", dtype=made.weight.dtype, requires_grad=True)
+    parameters = [made.A, made.B, made.magnitude]
+    if how == "autocast":
+        with torch.autocast("cuda", torch.bfloat16):
+            y, grads = gradients(made, x, parameters)
+        assert y.dtype == torch.bfloat16
+        want, want_grads = gradients(made, x, parameters)
+        bound = 3e-2
+    else:
+        want, want_grads = gradients(made, x, parameters)
+        bound = 1e-6
+        if how == "compile":
+            y, grads = gradients(torch.compile(made, fullgraph=True), x, parameters)
+            bound = 1e-2  # another fusion rounds elsewhere
+        elif how == "checkpoint":
+            from torch.utils.checkpoint import checkpoint
+
+            y, grads = gradients(lambda x: checkpoint(made, x, use_reentrant=False), x, parameters)
+        else:
+            static = x.detach().clone()
+            made.refresh()
+            with torch.no_grad():
+                made(static)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    y = made(static)
+            graph.replay()
+            grads = want_grads
+    for a, b in zip((y, *grads), (want, *want_grads), strict=True):
+        assert (a.double() - b.double()).norm() <= bound * b.double().norm()
+
+
+def test_gradients_are_bitwise_repeatable():
+    made = layer()
+    x = torch.randn(4096, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    first, second = (gradients(made, x, [made.A, made.B, made.magnitude])[1] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_more_than_two_to_the_31_elements():
+    from prunekern import ops
+
+    N, K = 32, 2**26 + 64
+    if torch.cuda.get_device_properties(0).total_memory < 16 * 2**30:
+        pytest.skip("needs a GPU with 16 GiB")
+    V = torch.zeros(N, K, device="cuda", dtype=torch.bfloat16)
+    V[:, -1] = 2
+    A, B, m = torch.zeros(1, K, device="cuda"), torch.zeros(N, 1, device="cuda"), torch.ones(N, device="cuda")
+    assert ops.dora_gain(V, A, B, m, None, 1.0, ops.row_sqnorm(V[:, :8]))[1].tolist() == [0.5] * N
