@@ -1,0 +1,67 @@
+"""What bench/gpu.py times of whole models: dense on stock transformers against compact, at the paper's reductions."""
+
+from __future__ import annotations
+
+import torch
+from gpu_timing import median_seconds
+from models import dense_model, ragged
+from sliced import masked
+
+# Ali et al., ASP-DAC 2025: size removed and time saved, means over their tasks, %.
+PAPER = {"DistilBERT-base": (0.1738, 13.1), "RoBERTa-base": (0.2463, 17.9)}
+SHAPES = ((1, 128), (8, 128), (64, 128))
+
+
+@torch.no_grad()
+def models(device: torch.device, rehearsal: bool = False) -> list[dict]:
+    """One row for each model and shape, bf16. Weights are random: they do not matter for speed."""
+    rows = []
+    for name, (share, paper_saved) in PAPER.items():
+        if rehearsal and name != "DistilBERT-base":
+            continue
+        dense = dense_model(name)
+        small, plan = ragged(dense, share)
+        exact = masked(dense, plan).to(device)
+        dtype = torch.float32 if rehearsal else torch.bfloat16
+        dense, small = (m.to(device, dtype) for m in (dense, small))
+        ideal = plan.dense_macs() / plan.macs()
+        for batch, tokens in SHAPES[: 1 if rehearsal else None]:
+            ids = torch.randint(5, 30000, (batch, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            want, got = exact(**inputs).logits, small(**inputs).logits.double()
+            error = ((got - want).norm() / want.norm()).item()
+            if not error <= (1e-4 if rehearsal else 5e-2):
+                raise SystemExit(f"{name}: compact model is off by {error:.1e}")
+            calls = {"dense": [lambda i=inputs, m=dense: m(**i)], "compact": [lambda i=inputs, m=small: m(**i)]}
+            if device.type == "cuda":
+                calls = {label: [_graphed(some[0])] for label, some in calls.items()}
+            seconds = median_seconds(calls, device, 0.4)
+            ratio = seconds["dense"] / seconds["compact"]
+            rows.append(
+                {
+                    "model": name,
+                    "batch x tokens": f"{batch} x {tokens}",
+                    "removed_%": round(100 * plan.sparsity("params"), 2),
+                    "dense_ms": round(1e3 * seconds["dense"], 3),
+                    "compact_ms": round(1e3 * seconds["compact"], 3),
+                    "faster": round(ratio, 3),
+                    "of_ideal": round(ratio / ideal, 3),
+                    "saved_%": round(100 * (1 - 1 / ratio), 1),
+                    "paper_saved_%": paper_saved,
+                }
+            )
+    return rows
+
+
+def _graphed(call):
+    """The call as a CUDA graph: launches of small kernels would otherwise be what is timed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
