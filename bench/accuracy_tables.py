@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,21 @@ def overlap(seeds: dict[int, dict]) -> float | None:
     return float(np.mean(pairs)) if pairs else None
 
 
+def allocation(group: dict) -> list[dict]:
+    """What the plans keep, %, by carrier and block: means over tasks and seeds. Groups come in eights here."""
+    shares: dict[str, dict[int, list[float]]] = {}
+    for seeds in group.values():
+        for run in seeds.values():
+            for carrier, bits in run["kept"].items():
+                block, name = re.search(r"\.(\d+)\.(?:.*\.)?(\w+)$", carrier).groups()
+                kept = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8)).mean()
+                shares.setdefault(name, {}).setdefault(int(block), []).append(100 * kept)
+    return [
+        {"carrier": name, **{f"block_{i}": round(float(np.mean(v))) for i, v in sorted(blocks.items())}}
+        for name, blocks in shares.items()
+    ]
+
+
 def rows_of(runs: Runs) -> list[dict]:
     tasks = sorted({task for group in runs.values() for task in group})
     rows = []
@@ -122,7 +138,10 @@ def summarise(out: str) -> None:
     }
     if overlaps:
         report.table("overlap of plans of two seeds: kept by both, of kept by either", [overlaps])
-    report.write(out, title=title, rows=rows, overlap=overlaps, options=some["options"])
+    kept = {f"{share:.0%}": allocation(group) for (name, share), group in runs.items() if name == "ours"}
+    for share, table in kept.items():
+        report.table(f"kept by ours at {share} removed, % of the carrier's groups", table)
+    report.write(out, title=title, rows=rows, overlap=overlaps, kept=kept, options=some["options"])
     plot(runs, title, report.RESULTS / f"{out}.png")
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from accuracy import MORE_SEEDS, path_of, wanted
+from accuracy_latency import DENSE, compact_of, points_of
 from accuracy_rules import LoraGradient
-from accuracy_tables import METHODS, overlap, paired, right, rows_of
+from accuracy_tables import METHODS, allocation, overlap, paired, right, rows_of
 from tiny_models import attached, batch, build, names
 
 
@@ -92,3 +93,34 @@ def test_lora_gradient_is_the_published_formula():
     before = {c: s.copy() for c, s in rule.scores.items()}
     rule.on_pre_optimizer_step(None, None, None)
     assert all(np.array_equal(before[c], s) for c, s in rule.scores.items())
+
+
+def test_latency_is_of_the_plan_that_a_run_ended_with():
+    pruner = attached(build(), sparsity=0.4)
+    pruner.finalize("uniform", "random")
+    bits = {c: np.packbits(m.kept().numpy()).tobytes().hex() for c, m in pruner.masks.items()}
+    dense = build()
+    small, plan = compact_of({"kept": bits, "method": "ours"}, dense)
+    want = pruner.plan()
+    assert all(torch.equal(plan.layers[n].rows, want.layers[n].rows) for n in want.layers)
+    assert small is not dense and plan.params() == want.params()
+
+
+def test_latency_points_are_relative_to_the_dense_model():
+    runs = {
+        (m, s): {"reviews": {0: run(correct, method=m, share=s)}}
+        for m, s, correct in (("DoRA", 0.0, [1, 1]), ("LoRA", 0.0, [1, 0]), ("ours", 0.5, [1, 0]))
+    }
+    rows = [{"method": DENSE, "share": 0.0, "task": None, "ms": {"1 x 128": 10.0}}]
+    rows += [{"method": "ours", "share": 0.5, "task": t, "ms": {"1 x 128": ms}} for t, ms in (("a", 4.0), ("b", 6.0))]
+    points = points_of(rows, runs, "1 x 128")
+    assert points["ours"][0][:2] == (0.5, -50.0) and points["LoRA"][0][:2] == (1.0, -50.0) and "DoRA" not in points
+
+
+def test_allocation_is_the_mean_by_carrier_and_block():
+    kept = [
+        {"m.layer.0.ffn.lin1": "ff", "m.layer.1.ffn.lin1": "0f"},
+        {"m.layer.0.ffn.lin1": "0f", "m.layer.1.ffn.lin1": "0f"},
+    ]
+    group = {"reviews": {s: run([1], seed=s, kept=k) for s, k in enumerate(kept)}}
+    assert allocation(group) == [{"carrier": "lin1", "block_0": 75, "block_1": 50}]

@@ -1,0 +1,67 @@
+"""bench/gpu.py rehearsed on the CPU: its gates, its tables, and how a promise is judged."""
+
+import gpu
+import gpu_layers as layers
+import pytest
+import torch
+from gpu_timing import median_seconds, peak_memory, sets_for
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+def test_layers_are_checked_and_timed():
+    (row,) = layers.gain(CPU, 1e10, 1e11, ((24, 20),), (3,), FP32)
+    assert row["us"] > 0 and row["x_PEFT"] == pytest.approx(row["PEFT_us"] / row["us"], rel=0.05)
+    (row,) = layers.training(CPU, ((24, 20),), (3,), 16, FP32)
+    assert row["bitwise_repeatable"] is True and row["x_LoRA"] > 0
+    (row,) = layers.compact(CPU, ((24, 20),), (5,), 0.25, FP32)
+    assert row["vendor, us"] > 0 and row["gather, of vendor"] > 0
+
+
+def test_peft_layers_compute_what_ours_does():
+    weight, x = torch.randn(24, 20), torch.randn(6, 20)
+    ours, dora = layers.our_layer(weight, 3), layers.peft_layer(weight, 3, True)
+    with torch.no_grad():
+        ours.A.copy_(dora.lora_A["default"].weight)
+        ours.B.copy_(dora.lora_B["default"].weight)
+        ours.mask.logits.fill_(1.0)
+        torch.testing.assert_close(ours.eval()(x), dora(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layers._peft_norm(dora), 1 / ours.inv_norm, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_answer_ends_the_run():
+    right = torch.randn(5, 5)
+    layers.close("it", right, right, 1e-6)
+    for wrong in (right + 1e-3, right * float("nan")):
+        with pytest.raises(SystemExit, match="it: wrong answer"):
+            layers.close("it", wrong, right, 1e-6)
+
+
+def test_promises_are_judged_by_their_worst_figure():
+    found = {
+        "gain": [{"rank": r, "of_copy_bandwidth": b, "x_PEFT": x} for r, b, x in ((16, 0.9, 9.0), (64, 0.7, 6.0))],
+        "training": [{"x_LoRA": 1.05, "faster_than_DoRA": 1.6, "memory_over_LoRA_outputs": 1.0}],
+    }
+    rows = {r["figure"]: r for r in gpu.kept(found)}
+    assert rows["of_copy_bandwidth"]["worst"] == 0.7 and rows["of_copy_bandwidth"]["held"] is False
+    assert rows["x_PEFT"]["held"] and rows["x_LoRA"]["held"] and rows["x_LoRA"]["asked"] == "at most 1.1"
+    assert "compose_of_copy" not in rows
+
+
+def test_inputs_take_turns():
+    seen = []
+    median_seconds({"a": [lambda i=i: seen.append(i) for i in range(3)]}, CPU, 0.0)
+    assert seen[:4] == [0, 1, 2, 0] and len(seen) >= 8
+    assert sets_for(10, CPU) == 2 and peak_memory(lambda: None, CPU) == 0
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "no GPU that PyTorch sees" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--only", "gain,nonsense"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "'gain,nonsense'" in capsys.readouterr().err
