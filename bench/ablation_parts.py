@@ -80,22 +80,34 @@ class Lagrangian:
                 mask.threshold.zero_()
 
 
-class Fisher:
-    """Squares of the mask gradients of single samples, summed: the diagonal of the empirical Fisher information
-    (Theis et al. 2018), in place of the square of a whole step's gradient. by "token": of single tokens.
-    """
+class OfSteps:
+    """Saliency from the square of a whole step's mask gradient, in place of those of its tokens."""
 
-    def __init__(self, pruner: Pruner, by: str = "sample"):
-        self.by, self.pruner, self.sums, self.fresh = by, pruner, {c: 0.0 for c in pruner.masks}, {}
-        self.hooks = [pruner.layers[c].register_forward_hook(self._hook(c)) for c in self.sums]
+    def __init__(self, pruner: Pruner):
+        self.pruner = pruner
+        pruner._saliency.observe = self.observe
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        squares = {c: mask.logits.grad.square() for c, mask in self.pruner.masks.items()}
+        mean = torch.cat(list(squares.values())).mean()
+        for carrier, mask in self.pruner.masks.items():
+            mask.saliency += squares[carrier] / mean
+
+
+class OfSamples:
+    """Saliency from the squares of the mask gradients of every sample."""
+
+    def __init__(self, pruner: Pruner):
+        self.pruner, self.fresh = pruner, {}
+        self.hooks = [pruner.layers[c].register_forward_hook(self._hook(c)) for c in pruner.masks]
         pruner._saliency.observe = self.observe
 
     def _hook(self, carrier: str):
         mask = self.pruner.masks[carrier]
 
         def backward(y: Tensor, gradient: Tensor) -> None:
-            by_row = (gradient * y).flatten(1, -2)  # [batch, tokens, N]
-            by_row = by_row.sum(1) if self.by == "sample" else by_row.flatten(0, 1)  # dL/dm_b of each, as m_b is 1
+            by_row = (gradient * y).flatten(1, -2).sum(1)  # [batch, N]: dL/dm_b of each sample, as m_b is 1
             group = mask.row_group
             if group is not None:
                 by_row = by_row.new_zeros(len(by_row), mask.logits.numel()).index_add_(1, group, by_row)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from ablation_parts import (
-    Fisher,
     HardConcrete,
     Lagrangian,
+    OfSamples,
+    OfSteps,
     Regathered,
     SharedScale,
     Teacher,
@@ -20,7 +21,7 @@ import prunekern as pk
 
 MEGA = 50
 # What shapes the steps before masks begin to close.
-SHAPES_WARM = ("task", "steps", "batch", "lr", "second_rate", "warmup", "warm", "biases", "single")
+SHAPES_WARM = ("task", "steps", "batch", "lr", "second_rate", "warmup", "warm", "biases", "saliency")
 
 
 def batches_of(rows, size: int, seed: int):
@@ -108,8 +109,8 @@ def train(v: Variant, seed: int, dense, rows, collate, warm_states: WarmStates |
     budget = Lagrangian(pruner) if v.budget == "lagrangian" else None
     teacher = Teacher(pruner, v) if v.distil_logits or v.distil_hidden else None
     again = Regathered(pruner, v.regather, v.learn) if v.regather else None
-    if v.single:
-        Fisher(pruner, v.single)
+    if pruner.warm and v.saliency != "tokens":
+        {"steps": OfSteps, "samples": OfSamples}[v.saliency](pruner)
     flips = []
     done = warm_states.give(v, seed, pruner, optimizer) if warm_states is not None else 0
     model = pruner.model.train()

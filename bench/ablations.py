@@ -22,7 +22,7 @@ import numpy as np
 import report
 import torch
 from ablation_train import WarmStates, train
-from ablation_variants import BASE, VARIANTS, Variant
+from ablation_variants import RECIPE, VARIANTS, Variant
 from datasets import concatenate_datasets, disable_progress_bars
 from rich.console import Console
 from rich.progress import track
@@ -76,7 +76,7 @@ def run(name: str, v: Variant, seed: int, warm_states: WarmStates) -> dict:
         "by_kind": kept["by_kind"],
         "kept": kept["kept"],
         "train_seconds": round(seconds, 1),
-        "changed": {k: a for k, a in asdict(v).items() if a != asdict(BASE)[k]},
+        "changed": {k: a for k, a in asdict(v).items() if a != asdict(RECIPE)[k]},
         **found,
     }
 
@@ -89,7 +89,7 @@ def summarise(out: str) -> None:
     tables = {task: rows_of(found) for task, found in runs.items()}
     for task, rows in tables.items():
         report.table(f"{task}, half of the block parameters removed, held-out texts of the training split", rows)
-    report.write(out, **tables, recipe=asdict(BASE))
+    report.write(out, **tables, recipe=asdict(RECIPE))
 
 
 def rows_of(runs: dict[str, dict[int, dict]]) -> list[dict]:

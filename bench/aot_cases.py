@@ -94,12 +94,12 @@ def _dora(architecture, dtype, ranks, integer) -> Iterator[Case]:
             chosen = launch.pick("dora_fused", architecture, dtype, 128)
             end = f"{label}{', z kept' if keep_z else ''}"
             yield _case(dora_fused_kernel, end, architecture, types, some, chosen, mma)
-        types = typed("dy z p B dz", "gain d_gain d_bias", "T N r dy_stride p_stride b_stride chunk")
+        types = typed("dy z p B dz", "gain bias d_gain d_bias d_probe", "T N r dy_stride p_stride b_stride chunk")
         chosen = launch.by_rank("dora_backward", architecture, dtype, r)
-        want = {"WANT_DZ": True, "WANT_GAIN": True, "WANT_BIAS": True}
-        for add_low in (True, False):
-            some = {**constants, **want, "ADD_LOW": add_low}
-            end = f"{label}{', low rank added' if add_low else ''}"
+        want = {"WANT_DZ": True, "WANT_GAIN": True, "WANT_BIAS": True, "HAS_BIAS": True}
+        for add_low, probe in ((True, False), (True, True), (False, True)):
+            some = {**constants, **want, "ADD_LOW": add_low, "WANT_PROBE": probe}
+            end = f"{label}{', low rank added' if add_low else ''}{', probe' if probe else ''}"
             yield _case(dora_backward_kernel, end, architecture, types, some, chosen, mma and add_low)
         types = typed("V W", "A B gain", "n_rows n_cols r s v_stride a_stride b_stride", "rows cols") | {"s": "fp32"}
         some = {"PRECISION": launch.precision(torch.float32, architecture), "HAS_ROWS": True, "HAS_COLS": True}

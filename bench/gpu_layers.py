@@ -167,7 +167,7 @@ def passes(device, copy_bytes: float, shapes=SHAPES, ranks=RANKS, tokens=8192, d
                 )
 
             def backward(dy=dy, z=z, p=p, B=B, factor=factor):
-                dora_kernels.backward(dy, z, p, B, factor, SCALE, True, True, True, False)
+                dora_kernels.backward(dy, z, p, B, factor, None, SCALE, True, True, True, False, False)
 
             compose()
             close("compose", y, factor * (z.double() + SCALE * p.double() @ B.double().T), 1e-2)

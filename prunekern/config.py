@@ -43,7 +43,7 @@ class PruneConfig:
     seed: int = 0
     warm_steps: int | None = None
     ramp_steps: int = 30
-    spread: float = 2.0
+    spread: float = 4.0
     temperature: float = 1.0
 
     def __post_init__(self):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .families import Table
 from .nn import ChannelMask
@@ -15,51 +14,41 @@ LIMIT = 3.0  # standard deviations: no group is so dear or so cheap that trainin
 
 
 class Saliency:
-    """Squared gradients of the mask values, summed over optimiser steps into the masks' `saliency` buffers.
+    """Squared losses of channel groups by token, summed over optimiser steps into the masks' `saliency` buffers.
 
-    A group's mask value m_b multiplies its channels, so that dL/dm_b is, to first order, what the loss loses with
-    the group (Molchanov et al. 2017); its mean over steps vanishes as the magnitudes are trained too, its square does
-    not. The gradient of a whole optimiser step is squared: micro-batches are summed first, ranks averaged, so that a
-    plan does not depend on how a batch was dealt out.
+    dy * y at one token is, to first order, what the loss loses with that token's channel (Molchanov et al. 2017). Its
+    mean vanishes as the magnitudes are trained too; its square, summed over tokens, is the diagonal of the empirical
+    Fisher information (Theis et al. 2018, by image). Squares of a whole step's gradient, where tokens of a batch
+    cancel, choose worse (docs/learning-to-prune.md). Sums over tokens do not depend on how a batch was dealt out to
+    micro-batches and ranks.
     """
 
     def __init__(self, masks: Mapping[str, ChannelMask]):
         self.masks = masks
-        self._seen: dict[str, Tensor] = {}
-        self._hooks = [
-            mask.logits.register_post_accumulate_grad_hook(lambda p, name=name: self._see(name, p))
-            for name, mask in masks.items()
-        ]
         for mask in masks.values():
-            mask.is_open = True
-
-    def _see(self, name: str, logits: Tensor) -> None:
-        # A copy: trainers zero gradients before they say that a step is over.
-        self._seen[name] = logits.grad.detach().float().clone()
+            mask.open(True)
 
     @torch.no_grad()
     def observe(self) -> None:
-        """After an optimiser step: add the square of its gradient, over its mean, so that steps and loss scales count
-        alike. A step whose gradient is not finite (fp16) is left out.
+        """After an optimiser step: add what the probes got, over its mean, so that steps and loss scales count alike.
+
+        A step that is not finite (fp16) is left out.
         """
-        if self._seen:
-            flat = torch.cat([self._seen.get(n, torch.zeros_like(m.logits)) for n, m in self.masks.items()])
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(flat)
-            square = flat.square()
-            mean = square.mean()
-            if torch.isfinite(mean) and mean > 0:
-                sizes = [m.logits.numel() for m in self.masks.values()]
-                for mask, part in zip(self.masks.values(), (square / mean).split(sizes), strict=True):
-                    mask.saliency += part
-        self._seen = {}
+        masks = self.masks.values()
+        flat = torch.cat([torch.zeros_like(m.probe) if m.probe.grad is None else m.probe.grad for m in masks])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flat)
+        mean = flat.mean()
+        if torch.isfinite(mean) and mean > 0:
+            for mask, part in zip(masks, (flat / mean).split([m.probe.numel() for m in masks]), strict=True):
+                mask.saliency += part
+        for mask in masks:
+            mask.probe.grad = None
 
     def close(self) -> None:
-        """No more: hooks are gone, masks as they were."""
-        for hook in self._hooks:
-            hook.remove()
+        """No more: masks as they were."""
         for mask in self.masks.values():
-            mask.is_open = False
+            mask.open(False)
 
 
 def group_cost(table: Table, carrier: str, what: str) -> float:

@@ -1,10 +1,11 @@
-"""Warm steps: masks all on, saliency the squared gradient of the mask, logits that start from it."""
+"""Warm steps: masks all on, saliency the squared losses by token, logits that start from it."""
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import FFN, HIDDEN, attached, batch, build, logits, names
 
+import prunekern as pk
 from prunekern.saliency import group_cost, starting_logits
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -23,8 +24,8 @@ def run(pruner, seeds, micro=1, scale=1.0):
         pruner.step()
 
 
-def mask_gradients(seed, dtype):
-    """dL/dm_b of every channel by definition: the gradient of the output, times the output, summed over tokens."""
+def squared_losses(seed, dtype):
+    """By definition: the gradient of the output, times the output, squared, summed over tokens."""
     model = build(dtype=dtype)
     pruner = attached(model, warm_steps=0)
     for mask in pruner.masks.values():
@@ -36,20 +37,51 @@ def mask_gradients(seed, dtype):
     loss = model(**batch(seed=seed), labels=LABELS).loss
     outputs = {n: kept[n] for n in pruner.masks}
     for (name, out), grad in zip(outputs.items(), torch.autograd.grad(loss, outputs.values()), strict=True):
-        grads[name] = (out * grad).flatten(0, -2).sum(0).detach()
+        grads[name] = (out * grad).flatten(0, -2).square().sum(0).detach()
     return grads
 
 
-def test_saliency_is_the_squared_gradient_of_the_mask():
+def test_saliency_is_the_squared_loss_by_token():
     pruner = attached(build(dtype=torch.float64), warm_steps=5)
     want = {name: 0.0 for name in pruner.masks}
     for seed in (1, 2):
-        squares = {n: g.square() for n, g in mask_gradients(seed, torch.float64).items()}
+        squares = squared_losses(seed, torch.float64)
         mean = torch.cat(list(squares.values())).mean()
         want = {n: want[n] + s / mean for n, s in squares.items()}
     run(pruner, (1, 2))
     for name, mask in pruner.masks.items():
         torch.testing.assert_close(mask.saliency.double(), want[name].double(), rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_a_group_add_up():
+    mask = pk.nn.ChannelMask(2, torch.tensor([0, 1, 0, 1]))
+    layer = pk.nn.MaskedDoRALinear(torch.randn(4, 3), rank=2, mask=mask).train()
+    assert mask.probe_rows() is None
+    mask.open(True)
+    x, dy = torch.randn(5, 3), torch.randn(5, 4)
+    y = layer(x)
+    y.backward(dy)
+    rows = (y.detach() * dy).square().sum(0)
+    torch.testing.assert_close(mask.probe.grad, torch.stack([rows[0] + rows[2], rows[1] + rows[3]]))
+    assert mask.eval().probe_rows() is None
+    mask.double()
+    assert mask.probe.dtype == torch.float64 and mask.probe.requires_grad and mask.probe.grad is None
+    mask.finalize(torch.tensor([True, False]))
+    assert mask.probe is None and "probe" not in mask.state_dict()
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_saliency_under_compile_and_checkpointing(checkpointed):
+    plain, other = (attached(build(), warm_steps=5) for _ in range(2))
+    if checkpointed:
+        other.model.gradient_checkpointing_enable()
+    else:
+        torch._dynamo.reset()
+        other.model.forward = torch.compile(other.model.forward, backend="aot_eager")
+    for pruner in (plain, other):
+        run(pruner, (1, 2))
+    for a, b in zip(plain.masks.values(), other.masks.values(), strict=True):
+        torch.testing.assert_close(a.saliency, b.saliency, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", [{"micro": 2}, {"scale": 1000.0}])

@@ -105,20 +105,24 @@ def dora_fused_kernel(
 
 @triton.jit
 def dora_backward_kernel(
-    dy, z, p, B, gain, dz, d_gain, d_bias,
+    dy, z, p, B, gain, bias, dz, d_gain, d_bias, d_probe,
     T, N, r, s, dy_stride, p_stride, b_stride, chunk,
     ADD_LOW: tl.constexpr, WANT_DZ: tl.constexpr, WANT_GAIN: tl.constexpr, WANT_BIAS: tl.constexpr,
+    WANT_PROBE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): columns of block i, rows of chunk j. dz = gain * dy; d_gain, d_bias [chunks, N]: its part of the
-    sums of dy * z and dy over rows. ADD_LOW: z lacks the low-rank part (it came from the vendor's GEMM).
+    sums of dy * z and dy over rows; d_probe of (dy * y)^2. ADD_LOW: z lacks the low-rank part (it came from the
+    vendor's GEMM).
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_in = columns < N
     factor = tl.load(gain + columns, mask=column_in, other=0.0)
     of_gain = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     of_bias = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    of_probe = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    shift = tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32) if HAS_BIAS else 0.0 * factor
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, T)
     for t in range(first, last, BLOCK_T):
@@ -128,13 +132,16 @@ def dora_backward_kernel(
         at = rows.to(tl.int64)[:, None] * N + columns[None, :]
         grad_at = dy + rows.to(tl.int64)[:, None] * dy_stride + columns[None, :]
         grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
-        if WANT_GAIN:
+        if WANT_GAIN or WANT_PROBE:
             value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
             if ADD_LOW:
                 low = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
                 value += s * _low_rank(low, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
                                        BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
             of_gain += grad * value
+            if WANT_PROBE:
+                lost = grad * (factor[None, :] * value + shift[None, :])
+                of_probe += lost * lost
         if WANT_BIAS:
             of_bias += grad
         if WANT_DZ:
@@ -144,6 +151,8 @@ def dora_backward_kernel(
         tl.store(d_gain + part, tl.sum(of_gain, 0), mask=column_in)
     if WANT_BIAS:
         tl.store(d_bias + part, tl.sum(of_bias, 0), mask=column_in)
+    if WANT_PROBE:
+        tl.store(d_probe + part, tl.sum(of_probe, 0), mask=column_in)
 
 
 FUSED_BELOW = 256  # rows; see `takes_fused`
@@ -197,10 +206,13 @@ def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Ten
 
 
 def backward(
-    dy: Tensor, z: Tensor, p: Tensor, B: Tensor, gain: Tensor, s: float,
-    add_low: bool, want_dz: bool, want_gain: bool, want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dz [T, N], d_gain [N] and d_bias [N] (fp32); what is not wanted is empty. dy [T, N], z, p and B in one dtype."""
+    dy: Tensor, z: Tensor, p: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float,
+    add_low: bool, want_dz: bool, want_gain: bool, want_bias: bool, want_probe: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dz [T, N]; d_gain, d_bias and d_probe [N], fp32; what is not wanted is empty. dy [T, N], z, p, B in one dtype.
+
+    bias is read for the probe only.
+    """
     (T, N), r = dy.shape, B.shape[1]
     architecture, processors = device_of(dy)
     chosen = by_rank("dora_backward", architecture, dy.dtype, r)
@@ -213,11 +225,13 @@ def backward(
     dz = torch.empty(dy.shape if want_dz else 0, dtype=dy.dtype, device=dy.device)
     d_gain = torch.empty(chunks, N if want_gain else 0, dtype=torch.float32, device=dy.device)
     d_bias = torch.empty(chunks, N if want_bias else 0, dtype=torch.float32, device=dy.device)
+    d_probe = torch.empty(chunks, N if want_probe else 0, dtype=torch.float32, device=dy.device)
+    bias_or = gain if bias is None else bias.contiguous()
     if N:
         wrap_triton(dora_backward_kernel)[(tiles, chunks)](
-            dy, z, p, B, gain, dz, d_gain, d_bias,
+            dy, z, p, B, gain, bias_or, dz, d_gain, d_bias, d_probe,
             T, N, r, s, dy.stride(0), p.stride(0), B.stride(0), chunk,
             ADD_LOW=add_low, WANT_DZ=want_dz, WANT_GAIN=want_gain, WANT_BIAS=want_bias,
-            PRECISION=precision(dy.dtype, architecture), **chosen,
+            WANT_PROBE=want_probe, HAS_BIAS=bias is not None, PRECISION=precision(dy.dtype, architecture), **chosen,
         )  # fmt: skip
-    return dz, d_gain.sum(0), d_bias.sum(0)
+    return dz, d_gain.sum(0), d_bias.sum(0), d_probe.sum(0)

@@ -18,7 +18,8 @@ class ChannelMask(nn.Module):
     `logits > threshold`. Source: Gumbel-Sigmoid (Jang et al. 2017; Maddison et al. 2017).
 
     While `is_open` every group is kept, and the gradient of a logit is that of the mask value itself (times
-    OPEN_SLOPE, whatever the logit): what saliency is made of. `saliency` gathers it, see `observe`.
+    OPEN_SLOPE, whatever the logit). `probe` [groups] is then there for the layer to hand to `dora_linear`: its gradient
+    sums, token by token, the squares of what the loss loses with a group. `saliency` is what has been gathered of it.
 
     groups: number of channel groups. row_group: int64 [N], the group of each output channel, or None where group i
     is channel i. Logits are fp32 and start at 1 (all kept, as `threshold` starts at 0).
@@ -38,6 +39,7 @@ class ChannelMask(nn.Module):
         self.register_buffer("noise", torch.zeros(groups), persistent=False)
         self.register_buffer("row_group", row_group, persistent=False)
         self.is_open = False
+        self.probe: Tensor | None = None
         self._is_final = False  # `final` as a Python bool: forward must not wait for a device
 
     @torch.no_grad()
@@ -45,6 +47,17 @@ class ChannelMask(nn.Module):
         """New logistic noise from `generator` (a CPU generator, so that every device sees the same masks)."""
         uniform = torch.rand(self.noise.shape, generator=generator).clamp_(1e-6, 1 - 1e-6)
         self.noise.copy_(uniform.logit_())
+
+    def open(self, is_open: bool) -> None:
+        """Keep every group in training, and have a probe for saliency; or no longer."""
+        self.is_open = is_open
+        self.probe = torch.zeros_like(self.logits, requires_grad=True) if is_open else None
+
+    def probe_rows(self) -> Tensor | None:
+        """The probe by output channel [N], while there is one; rows of a group add up their squares."""
+        if self.probe is None or not self.training:
+            return None
+        return self.probe if self.row_group is None else self.probe.index_select(0, self.row_group)
 
     @torch.no_grad()
     def kept(self) -> Tensor:
@@ -69,7 +82,8 @@ class ChannelMask(nn.Module):
             logits[low] = torch.nextafter(threshold, threshold.new_tensor(float("inf")))
         self.threshold.copy_(threshold)
         self.final.fill_(True)
-        self._is_final, self.is_open = True, False
+        self._is_final = True
+        self.open(False)
         self.logits.requires_grad_(False)
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,6 +98,11 @@ class ChannelMask(nn.Module):
             groups = (self.logits > self.threshold).to(self.logits.dtype)
         groups = groups.to(dtype)
         return groups if self.row_group is None else groups.index_select(0, self.row_group)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.open(self.is_open)  # on the new device
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)

@@ -113,7 +113,8 @@ class MaskedDoRALinear(nn.Module):
         m_b = self.mask_values()
         bias = self.bias if self.bias is None or m_b is None else m_b * self.bias
         x_lora = self.dropout(x) if self.training and self.dropout.p > 0 else None
-        return ops.dora_linear(x, self.weight, self.A, self.B, self.gain(m_b), bias, self.scale, x_lora)
+        probe = None if m_b is None else self.mask.probe_rows()
+        return ops.dora_linear(x, self.weight, self.A, self.B, self.gain(m_b), bias, self.scale, x_lora, probe)
 
     @torch.no_grad()
     def merged(self, rows: Tensor | None = None, cols: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

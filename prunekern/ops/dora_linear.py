@@ -2,6 +2,9 @@
 
     z = x V^T + s (x_lora A^T) B^T          y = gain * z + bias
 
+With a `probe` [N] the backward pass also sums (dy * y)^2 over tokens, which nothing else can tell without keeping y:
+the square of what the loss loses, to first order, with a channel of one token. `prunekern.saliency` asks for it.
+
 `dora_linear` is what callers see; it is composed of `dora_linear_forward`, which also hands back z and
 p = x_lora A^T for the backward pass. z is kept because the gradient of gain reads it and cannot be had from y where
 gain is zero (a masked channel must still get its mask gradient).
@@ -39,8 +42,9 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("prunekern::dora_linear_forward", mutates_args=())
 def _forward(
-    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, x_lora: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, x_lora: Tensor | None,
+    probe: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y [..., N] in x's dtype, z [T, N] and p [T, r] in the dtype of the products."""
     dtype = _matmul_dtype(x)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)  # [T, K]; -1 is no answer where K is 0
@@ -55,14 +59,14 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, V, A, B, gain, bias, s, x_lora):
+def _(x, V, A, B, gain, bias, s, x_lora, probe):
     T, N, r = math.prod(x.shape[:-1]), V.shape[0], A.shape[0]
     dtype = _matmul_dtype(x)
     return x.new_empty(*x.shape[:-1], N), x.new_empty(T, N, dtype=dtype), x.new_empty(T, r, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    x, V, A, B, gain, bias, s, x_lora = inputs
+    x, V, A, B, gain, bias, s, x_lora, probe = inputs
     _, z, p = output
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
@@ -72,18 +76,19 @@ def _setup_context(ctx, inputs, output):
         A,
         B,
         gain,
-        z if needs[4] else None,
-        p if needs[3] or needs[4] else None,
+        z if needs[4] or needs[8] else None,
+        p if needs[3] or needs[4] or needs[8] else None,
+        bias if needs[8] else None,
     )
     ctx.s, ctx.x_meta, ctx.bias_dtype = s, (x.shape, x.dtype), None if bias is None else bias.dtype
-    ctx.has_x_lora = x_lora is not None
+    ctx.has_x_lora, ctx.probe_dtype = x_lora is not None, None if probe is None else probe.dtype
     ctx.mark_non_differentiable(z, p)
     ctx.set_materialize_grads(False)
     ctx.add_low = None
 
 
 def _backward(ctx, dy, _dz, _dp):
-    grads: list[Tensor | None] = [None] * 8
+    grads: list[Tensor | None] = [None] * 9
     if dy is None:
         return tuple(grads)
     with _checks.without_autocast(dy.device):
@@ -91,7 +96,7 @@ def _backward(ctx, dy, _dz, _dp):
 
 
 def _gradients(ctx, dy, grads):
-    x, x_lora, V, A, B, gain, z, p = ctx.saved_tensors
+    x, x_lora, V, A, B, gain, z, p, bias = ctx.saved_tensors
     needs, s, (x_shape, x_dtype) = ctx.needs_input_grad, ctx.s, ctx.x_meta
     dtype = torch.float32 if dy.device.type == "cpu" and dy.dtype != torch.float64 else dy.dtype
     T = math.prod(dy.shape[:-1])
@@ -101,8 +106,10 @@ def _gradients(ctx, dy, grads):
     if ctx.add_low is not None:
         backward = triton_ops()[1]
         z, low = (dy if t is None else t for t in (z, p))  # not read where d_gain is not wanted
-        sums = backward(dy, z, low, B.to(dtype), gain, s, ctx.add_low, want_dz, needs[4], needs[5])
-        dz, d_gain, d_bias = sums
+        sums = backward(dy, z, low, B.to(dtype), gain, bias, s, ctx.add_low, want_dz, needs[4], needs[5], needs[8])
+        dz, d_gain, d_bias, d_probe = sums
+        if needs[8]:
+            grads[8] = d_probe.to(ctx.probe_dtype)
         if needs[4]:
             grads[4] = d_gain.to(gain.dtype)
         if needs[5]:
@@ -112,6 +119,9 @@ def _gradients(ctx, dy, grads):
             grads[4] = (dy.to(gain.dtype) * z).sum(0).to(gain.dtype)
         if needs[5]:
             grads[5] = dy.sum(0, dtype=ctx.bias_dtype)
+        if needs[8]:
+            y = z * gain if bias is None else torch.addcmul(bias, z, gain)
+            grads[8] = y.mul_(dy).square_().sum(0).to(ctx.probe_dtype)
         dz = (dy * gain).to(dtype) if want_dz else None  # [T, N]
     if want_dz:
         if needs[3]:
@@ -148,7 +158,7 @@ def triton_ops():
 
     def dora_linear_triton(
         x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float,
-        x_lora: Tensor | None, keep_z: bool,
+        x_lora: Tensor | None, probe: Tensor | None, keep_z: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         T = math.prod(x.shape[:-1])
         flat = x.reshape(T, x.shape[-1])
@@ -158,13 +168,13 @@ def triton_ops():
         return y.view(*x.shape[:-1], V.shape[0]), z if keep_z else z.new_empty(0), p
 
     def dora_linear_backward_triton(
-        dy: Tensor, z: Tensor, p: Tensor, B: Tensor, gain: Tensor, s: float, add_low: bool, want_dz: bool,
-        want_gain: bool, want_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return launch.backward(dy, z, p, B, gain, s, add_low, want_dz, want_gain, want_bias)
+        dy: Tensor, z: Tensor, p: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, add_low: bool,
+        want_dz: bool, want_gain: bool, want_bias: bool, want_probe: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        return launch.backward(dy, z, p, B, gain, bias, s, add_low, want_dz, want_gain, want_bias, want_probe)
 
     def setup_context(ctx, inputs, output):
-        _setup_context(ctx, inputs[:8], output)
+        _setup_context(ctx, inputs[:9], output)
         ctx.add_low = not launch.takes_fused(output[2].shape[0])
 
     forward = torch.library.triton_op("prunekern::dora_linear_triton", dora_linear_triton, mutates_args=())
@@ -175,11 +185,14 @@ def triton_ops():
 
 kernels.register_early(triton_ops)
 
-_SCHEMA = "(Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s, Tensor? x_lora=None) -> Tensor"
+_SCHEMA = (
+    "(Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s, Tensor? x_lora=None, "
+    "Tensor? probe=None) -> Tensor"
+)
 torch.library.define("prunekern::dora_linear", _SCHEMA)
 
 
-def _check(x, V, A, B, gain, bias, x_lora) -> None:
+def _check(x, V, A, B, gain, bias, x_lora, probe) -> None:
     op = "dora_linear"
     _checks.shape(op, "V", V, (None, None))
     (N, K), r = V.shape, A.shape[0] if A.dim() else None
@@ -188,23 +201,25 @@ def _check(x, V, A, B, gain, bias, x_lora) -> None:
     _checks.shape(op, "A", A, (r, K))
     _checks.shape(op, "B", B, (N, r))
     _checks.shape(op, "gain", gain, (N,))
-    if bias is not None:
-        _checks.shape(op, "bias", bias, (N,))
+    for name, tensor in (("bias", bias), ("probe", probe)):
+        if tensor is not None:
+            _checks.shape(op, name, tensor, (N,))
     if x_lora is not None:
         _checks.shape(op, "x_lora", x_lora, tuple(x.shape))
-    for name, tensor in (("x", x), ("V", V), ("A", A), ("B", B), ("gain", gain), ("bias", bias), ("x_lora", x_lora)):
+    others = {"V": V, "A": A, "B": B, "gain": gain, "bias": bias, "x_lora": x_lora, "probe": probe}
+    for name, tensor in {"x": x, **others}.items():
         if tensor is not None:
             _checks.floating(op, name, tensor)
-    _checks.same_device(op, "x", x.device, V=V, A=A, B=B, gain=gain, bias=bias, x_lora=x_lora)
+    _checks.same_device(op, "x", x.device, **others)
 
 
 @torch.library.impl("prunekern::dora_linear", "CompositeImplicitAutograd")
-def _dora_linear(x, V, A, B, gain, bias, s, x_lora=None):
-    _check(x, V, A, B, gain, bias, x_lora)
+def _dora_linear(x, V, A, B, gain, bias, s, x_lora=None, probe=None):
+    _check(x, V, A, B, gain, bias, x_lora, probe)
     if kernels.usable(x, V, A, B, gain, bias, x_lora, rank=A.shape[0]):
-        keep_z = torch.is_grad_enabled() and gain.requires_grad
-        return triton_ops()[0](x, V, A, B, gain, bias, s, x_lora, keep_z)[0]
-    return _forward(x, V, A, B, gain, bias, s, x_lora)[0]
+        keep_z = torch.is_grad_enabled() and (gain.requires_grad or (probe is not None and probe.requires_grad))
+        return triton_ops()[0](x, V, A, B, gain, bias, s, x_lora, probe, keep_z)[0]
+    return _forward(x, V, A, B, gain, bias, s, x_lora, probe)[0]
 
 
 def _register_autocast(device: str, key: str) -> None:
@@ -212,12 +227,12 @@ def _register_autocast(device: str, key: str) -> None:
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     @torch.library.impl("prunekern::dora_linear", key)
-    def _(x, V, A, B, gain, bias, s, x_lora=None):
+    def _(x, V, A, B, gain, bias, s, x_lora=None, probe=None):
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(exclude):
             x, V, A, B = (t.to(dtype) if t.dtype != torch.float64 else t for t in (x, V, A, B))
             x_lora = x_lora if x_lora is None or x_lora.dtype == torch.float64 else x_lora.to(dtype)
-            return torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora)
+            return torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora, probe)
 
 
 _register_autocast("cuda", "AutocastCUDA")
@@ -233,13 +248,15 @@ def dora_linear(
     bias: Tensor | None,
     s: float,
     x_lora: Tensor | None = None,
+    probe: Tensor | None = None,
 ) -> Tensor:
     """y = gain * (x V^T + s (x_lora A^T) B^T) + bias.
 
     x [..., K]; V [N, K] frozen; A [r, K]; B [N, r]; gain [N] fp32; bias [N] or None, already multiplied with the
-    mask (m_b * b); x_lora [..., K]: what the low-rank branch reads where dropout makes it differ from x. Returns
-    [..., N] in x's dtype. Gradients to x, A, B, gain, bias and x_lora, by reductions without atomics: bitwise
-    repeatable. float64, float32, bfloat16, float16 (16-bit products on CPU are computed in fp32). ValueError /
-    TypeError on shapes, dtypes or devices that do not fit; RuntimeError when V requires a gradient.
+    mask (m_b * b); x_lora [..., K]: what the low-rank branch reads where dropout makes it differ from x; probe [N]: any
+    values, never read, whose "gradient" is the sum over tokens of (dy * y)^2. Returns [..., N] in x's dtype. Gradients
+    to x, A, B, gain, bias, x_lora and probe, by reductions without atomics: bitwise repeatable. float64, float32,
+    bfloat16, float16 (16-bit products on CPU are computed in fp32). ValueError / TypeError on shapes, dtypes or devices
+    that do not fit; RuntimeError when V requires a gradient.
     """
-    return torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora)
+    return torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora, probe)

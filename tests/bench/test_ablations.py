@@ -4,17 +4,19 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from ablation_parts import Fisher, HardConcrete, Lagrangian, SharedScale, Teacher, shuffled_inside
+from ablation_parts import HardConcrete, Lagrangian, OfSamples, OfSteps, SharedScale, Teacher, shuffled_inside
 from ablation_train import WarmStates, train
-from ablation_variants import BASE, VARIANTS, Variant
+from ablation_variants import BASE, RECIPE, VARIANTS, Variant
 from tiny_models import attached, batch, build, logits
 
+import prunekern as pk
 from prunekern import budget
+from prunekern.trainer import SCHEDULE
 
 
 def test_variants_are_all_different():
     settings = [tuple(asdict(v).items()) for v in VARIANTS.values()]
-    assert len(set(settings)) == len(settings) and VARIANTS["recipe"] == BASE
+    assert len(set(settings)) == len(settings) and VARIANTS["first recipe"] == BASE and VARIANTS["recipe"] == RECIPE
 
 
 def test_hard_concrete_takes_values_between_and_is_binary_when_final():
@@ -123,7 +125,7 @@ def test_one_scale_keeps_the_proportions_of_the_gradients():
 def test_saliency_of_single_samples_is_what_autograd_says():
     pruner = attached(build(), sparsity=0.4, warm_steps=5)
     model, inputs, labels = pruner.model.train(), batch(), torch.tensor([0, 1, 1, 0])
-    Fisher(pruner)
+    OfSamples(pruner)
     model(**inputs, labels=labels).loss.backward()
     pruner.step()
     found = {c: m.saliency.clone() for c, m in pruner.masks.items()}
@@ -138,3 +140,23 @@ def test_saliency_of_single_samples_is_what_autograd_says():
     ratio = torch.cat(list(found.values())).sum() / torch.cat(list(want.values())).sum()
     for c in found:
         torch.testing.assert_close(found[c], want[c] * ratio, rtol=1e-4, atol=1e-6 * float(found[c].max()))
+
+
+def test_saliency_of_steps_is_the_square_of_the_whole_gradient():
+    pruner = attached(build(), sparsity=0.4, warm_steps=5)
+    OfSteps(pruner)
+    pruner.model.train()(**batch(), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+    want = {c: m.logits.grad.square() for c, m in pruner.masks.items()}
+    pruner.step()
+    mean = torch.cat(list(want.values())).mean()
+    for c, mask in pruner.masks.items():
+        torch.testing.assert_close(mask.saliency, want[c] / mean)
+
+
+def test_the_recipe_is_the_products():
+    """Shares of 250 steps in PruneTrainer's SCHEDULE, and PruneConfig's defaults."""
+    boundary = round(RECIPE.steps * SCHEDULE["stage_one"])
+    assert RECIPE.stage_one == boundary and RECIPE.mask_lr == SCHEDULE["mask_learning_rate"]
+    assert abs(RECIPE.warm - boundary * SCHEDULE["warm"]) < 1 and abs(RECIPE.ramp - boundary * SCHEDULE["ramp"]) < 1
+    config = pk.PruneConfig()
+    assert (RECIPE.spread, RECIPE.temperature) == (config.spread, config.temperature)

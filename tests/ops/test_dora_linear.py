@@ -239,12 +239,35 @@ def test_trained_V_is_refused():
 def test_opcheck(bias, x_lora):
     args = inputs(3, 9, 7, 2, x_lora=x_lora)
     args = [a.requires_grad_(i != 1) for i, a in enumerate(args)]
-    arguments = (*args[:5], args[5] if bias else None, SCALE, args[6] if x_lora else None)
+    probe = torch.zeros(9, requires_grad=True)
+    arguments = (*args[:5], args[5] if bias else None, SCALE, args[6] if x_lora else None, probe)
     torch.library.opcheck(torch.ops.prunekern.dora_linear_forward.default, arguments)
     # The outer op is composed of the inner one: no autograd formula of its own to check.
     torch.library.opcheck(
         torch.ops.prunekern.dora_linear.default, arguments, test_utils=("test_schema", "test_aot_dispatch_dynamic")
     )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_probe_gets_the_squares_of_dy_y_by_token(dtype, bias):
+    args = inputs(5, 33, 17, 4, x_lora=False)[:6]
+    x, V, A, B, gain, b = (a.to(dtype) if i < 4 else a.to(max(dtype, torch.float32, key=lambda d: d.itemsize))
+                           for i, a in enumerate(args))  # fmt: skip
+    b, dy = b if bias else None, torch.randn(5, 33).to(dtype)
+    probe = torch.full((33,), float("nan"), requires_grad=True)  # its values are never read
+    for only in (True, False):  # the probe alone, and with what else is trained
+        for t in (x, A, B, gain):
+            t.requires_grad_(not only)
+        y = dora_linear(x, V, A, B, gain, b, SCALE, probe=probe)
+        assert bool(y.isfinite().all())
+        (found,) = torch.autograd.grad(y, probe, dy)
+        exact = gain.double() * (x.double() @ (V.double() + SCALE * B.double() @ A.double()).T)
+        exact = exact if b is None else exact + b.double()
+        want = (dy.double() * exact).square().sum(0).float()
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5 * float(want.max()))
+    y, plain = (dora_linear(x, V, A, B, gain, b, SCALE, probe=p) for p in (probe, None))
+    assert torch.equal(y, plain)
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])

@@ -113,16 +113,26 @@ def test_linear_backward(T, N, r, add_low, dtype, monkeypatch):
     dy, z, p, B = (random(*s, seed=i).to(dtype) for i, s in enumerate(((T, N), (T, N), (T, r), (N, r))))
     gain = random(N, seed=9) * (torch.arange(N) % 4 != 1)
     poisoned_empty(monkeypatch)
-    dz, d_gain, d_bias = linear_kernels.backward(dy, z, p, B, gain, 0.5, add_low, True, True, True)
+    bias = random(N, seed=10)
+    found = linear_kernels.backward(dy, z, p, B, gain, bias, 0.5, add_low, True, True, True, True)
+    dz, d_gain, d_bias, d_probe = found
     whole = z.double() + (0.5 * p.double() @ B.double().T if add_low else 0)
     size = z.double().abs() + (0.5 * p.double().abs() @ B.double().abs().T if add_low else 0)
     within(dz, gain.double() * dy.double(), torch.finfo(dtype).eps * (gain.double() * dy.double()).abs())
     within(d_gain, (dy.double() * whole).sum(0), (T + r + 2) * UNIT * (dy.double().abs() * size).sum(0))
     within(d_bias, dy.double().sum(0), (T + 2) * UNIT * dy.double().abs().sum(0))
-    again = linear_kernels.backward(strided(dy), z, p, strided(B), gain, 0.5, add_low, True, True, True)
-    assert all(torch.equal(a, b) for a, b in zip((dz, d_gain, d_bias), again, strict=True))
-    none = linear_kernels.backward(dy, z, p, B, gain, 0.5, add_low, False, False, False)
-    assert [t.numel() for t in none] == [0, 0, 0]
+    lost, most = (
+        dy.double() * (gain.double() * whole + bias),
+        dy.double().abs() * (gain.double().abs() * size + bias.abs()),
+    )
+    within(d_probe, lost.square().sum(0), (T + 4 * r + 8) * UNIT * most.square().sum(0))
+    again = linear_kernels.backward(strided(dy), z, p, strided(B), gain, bias, 0.5, add_low, True, True, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    none = linear_kernels.backward(dy, z, p, B, gain, None, 0.5, add_low, False, False, False, False)
+    assert [t.numel() for t in none] == [0, 0, 0, 0]
+    alone = linear_kernels.backward(dy, z, p, B, gain, None, 0.5, add_low, False, False, False, True)[3]
+    lost = dy.double() * gain.double() * whole
+    within(alone, lost.square().sum(0), (T + 4 * r + 8) * UNIT * most.square().sum(0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

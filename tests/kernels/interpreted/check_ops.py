@@ -31,7 +31,9 @@ def test_gradients_of_dora_linear(r, fused, monkeypatch):
     x_lora, weights = random(*x.shape, seed=8), random(3, 7, 37, seed=9)
     for own in (None, x_lora):
         leaves = [t.clone().requires_grad_() for t in (x, A, B, gain, bias) + (() if own is None else (own,))]
-        y = linear_ops.triton_ops()[0](leaves[0], V, *leaves[1:5], 0.5, None if own is None else leaves[5], True)[0]
+        y = linear_ops.triton_ops()[0](leaves[0], V, *leaves[1:5], 0.5, None if own is None else leaves[5], None, True)[
+            0
+        ]
         got = torch.autograd.grad((y * weights).sum(), leaves)
         exact = [t.double().clone().requires_grad_() for t in leaves]
         flat = exact[0].reshape(-1, 50)
@@ -49,10 +51,21 @@ def test_a_masked_channel_gets_its_mask_gradient():
     x, V, A, B, gain, bias = case()
     assert bool((gain == 0).any())
     gain = gain.requires_grad_()
-    y, z, _ = linear_ops.triton_ops()[0](x, V, A, B, gain, bias, 0.5, None, True)
+    y, z, _ = linear_ops.triton_ops()[0](x, V, A, B, gain, bias, 0.5, None, None, True)
     y.sum().backward()
     want_z, _ = dora(x.reshape(-1, 50), V, A, B, gain.detach(), bias, 0.5)
     within(gain.grad, want_z.sum(0), 600 * UNIT * want_z.abs().sum(0))
+
+
+def test_a_probe_gets_the_squares_by_token():
+    x, V, A, B, gain, bias = case()
+    probe, weights = torch.zeros(37, requires_grad=True), random(3, 7, 37, seed=9)
+    y = linear_ops.triton_ops()[0](x, V, A, B, gain, bias, 0.5, None, probe, True)[0]
+    (y * weights).sum().backward()
+    _, want = dora(x.reshape(-1, 50), V, A, B, gain, bias, 0.5)
+    torch.testing.assert_close(
+        probe.grad.double(), (want * weights.reshape(-1, 37)).square().sum(0), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_gradients_are_bitwise_repeatable():
@@ -60,7 +73,7 @@ def test_gradients_are_bitwise_repeatable():
     runs = []
     for _ in range(2):
         leaves = [t.clone().requires_grad_() for t in (x, A, B, gain, bias)]
-        y = linear_ops.triton_ops()[0](leaves[0], V, *leaves[1:], 0.5, None, True)[0]
+        y = linear_ops.triton_ops()[0](leaves[0], V, *leaves[1:], 0.5, None, None, True)[0]
         runs.append(torch.autograd.grad(y.square().sum(), leaves))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -70,9 +83,11 @@ def test_gain_stays_fp32_where_products_have_16_bits(dtype):
     x, V, A, B, gain, bias = case()
     near_one = torch.full_like(gain, 1 + 2**-10)  # 1 in bf16
     x, V, A, B = (t.to(dtype) for t in (x, V, A, B))
-    twice = [linear_ops.triton_ops()[0](x, V, A, B, g, None, 0.5, None, False)[0] for g in (near_one, near_one * 2)]
+    twice = [
+        linear_ops.triton_ops()[0](x, V, A, B, g, None, 0.5, None, None, False)[0] for g in (near_one, near_one * 2)
+    ]
     torch.testing.assert_close(twice[0] * 2, twice[1], rtol=0, atol=0)
-    ones = linear_ops.triton_ops()[0](x, V, A, B, torch.ones_like(gain), None, 0.5, None, False)[0]
+    ones = linear_ops.triton_ops()[0](x, V, A, B, torch.ones_like(gain), None, 0.5, None, None, False)[0]
     assert bool((ones != twice[0]).any())
 
 
@@ -97,8 +112,11 @@ def test_opcheck():
     )  # fake tensors: test_tracing.py, as nothing is interpreted there
     calls = [
         (gain_ops.triton_op(), (V, A, B, gain.clone().requires_grad_(), None, 0.5)),
-        (linear_ops.triton_ops()[0], (x, V, A, B, gain.clone().requires_grad_(), bias, 0.5, None, True)),
-        (linear_ops.triton_ops()[1], (random(4, 5), random(4, 5), random(4, 2), B, gain, 0.5, True, True, True, True)),
+        (linear_ops.triton_ops()[0], (x, V, A, B, gain.clone().requires_grad_(), bias, 0.5, None, None, True)),
+        (
+            linear_ops.triton_ops()[1],
+            (random(4, 5), random(4, 5), random(4, 2), B, gain, bias, 0.5, True, True, True, True, True),
+        ),
         (merge_ops.triton_op(), (V, A, B, gain, kept, None, 0.5)),
         (compact_ops.triton_op(), (x, V, bias, None, kept.new_tensor([0, 1, 2, 4, 6]), 7, "gelu", random(4, 7), None)),
         (mlp_ops.triton_op(), (x, V, V, bias, None, None, None, None, "silu")),
