@@ -109,7 +109,6 @@ def rows_of(runs: dict[str, dict[int, dict]]) -> list[dict]:
                 "minus_recipe": None if against is None or name == "recipe" else f"{against:+.2f}",
                 "seeds": len(seeds),
                 "flips": round(float(np.mean(flips))) if flips else None,
-                "seconds": round(float(np.mean([r["train_seconds"] for r in seeds.values()]))),
             }
         )
     return rows

@@ -50,6 +50,9 @@ def build(rank: int) -> dict:
     for layer in unmasked.layers.values():
         layer.mask = None
     built["DoRA, no masks"] = (plain, unmasked.step)
+    warm = copy.deepcopy(base)
+    gathering = pk.attach(warm, pk.PruneConfig(rank=rank, alpha=2 * rank, sparsity=0.25, warm_steps=10**6))
+    built["masked DoRA, warm"] = (warm, gathering.step)
     pruner = pk.attach(base, pk.PruneConfig(rank=rank, alpha=2 * rank, sparsity=0.25, warm_steps=0, ramp_steps=0))
     built["masked DoRA, stage one"] = (base, pruner.step)
     peft_layers = dict(built["PEFT DoRA"][0].base_model.model.named_modules())
