@@ -75,7 +75,8 @@ def examine(case: Case) -> dict:
     if row["spills"] or row["stack"]:
         broken.append("spills")
     wanted = MMA[case.architecture]
-    if case.constants.get("BLOCK_M", 64) < 64:
+    height = next(case.constants[n] for n in ("BLOCK_M", "BLOCK_T", "BLOCK_N") if n in case.constants)
+    if height < 64:
         wanted = SMALL.get(case.architecture, wanted)
     if case.mma and not any(kind in row["mma"].split("+") for kind in wanted):
         broken.append(f"no {'/'.join(wanted)}")

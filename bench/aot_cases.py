@@ -81,23 +81,25 @@ def _dora(architecture, dtype, ranks, integer) -> Iterator[Case]:
         types = typed("V A", "B m m_b partial gain inv_norm", "N K r v_stride a_stride b_stride k_chunk")
         chosen = launch.by_rank("dora_gain", architecture, dtype, r)
         types["B"] = "*fp32" if chosen["ONE_BLOCK"] else pointer
+        types["A"] = "*fp32" if r <= 16 else pointer
         for split in (1, 4) if chosen["ONE_BLOCK"] else (16,):
             some = {**constants, "HAS_MASK": True, "SPLIT": split}
             yield _case(dora_gain_kernel, f"{label} split {split}", architecture, types, some, chosen, mma)
         types = typed("z p B y", "gain bias", "T N r p_stride b_stride")
         chosen = launch.by_rank("dora_compose", architecture, dtype, r)
-        yield _case(dora_compose_kernel, label, architecture, types, {**constants, "HAS_BIAS": True}, chosen, mma)
+        some = {**constants, "HAS_BIAS": True, "ADD_LOW": chosen["ONE_BLOCK"]}
+        yield _case(dora_compose_kernel, label, architecture, types, some, chosen, mma and chosen["ONE_BLOCK"])
         rank = {name: chosen[name] for name in ("BLOCK_R", "ONE_BLOCK")}
         types = typed("x V p B y z", "gain bias", "T N K r x_stride v_stride p_stride b_stride")
         for keep_z in (True, False):
             some = {**constants, **rank, "HAS_BIAS": True, "KEEP_Z": keep_z}
-            chosen = launch.pick("dora_fused", architecture, dtype, 128)
+            chosen = launch.pick("dora_fused", architecture, dtype, 16)
             end = f"{label}{', z kept' if keep_z else ''}"
             yield _case(dora_fused_kernel, end, architecture, types, some, chosen, mma)
         types = typed("dy z p B dz", "gain bias d_gain d_bias d_probe", "T N r dy_stride p_stride b_stride chunk")
         chosen = launch.by_rank("dora_backward", architecture, dtype, r)
         want = {"WANT_DZ": True, "WANT_GAIN": True, "WANT_BIAS": True, "HAS_BIAS": True}
-        for add_low, probe in ((True, False), (True, True), (False, True)):
+        for add_low, probe in ((True, False), (True, True), (False, True))[0 if chosen["ONE_BLOCK"] else 2 :]:
             some = {**constants, **want, "ADD_LOW": add_low, "WANT_PROBE": probe}
             end = f"{label}{', low rank added' if add_low else ''}{', probe' if probe else ''}"
             yield _case(dora_backward_kernel, end, architecture, types, some, chosen, mma and add_low)
@@ -122,11 +124,12 @@ def _compact(architecture, dtype, integer) -> Iterator[Case]:
             ("gather", True, False, False, "none"),
             ("gather, scatter", True, True, False, "silu"),
         ):
-            some = {**constants, **flags, "HAS_SCALE": False, "GATHER": gather, "SCATTER": scatter}
+            some = {**constants, **flags, "HAS_SCALE": False, "GATHER": gather, "SCATTER": scatter, "SEARCH": 12}
             some |= {"HAS_RESIDUAL": residual, "ACTIVATION": activation}
             label = f"{NAMES[dtype]} {what}, {rows} row{'s' if rows > 1 else ''}"
             yield _case(compact_linear_kernel, label, architecture, types, some, chosen, mma)
         some = {**constants, **flags, "HAS_SCALE": True, "GATHER": False, "SCATTER": True, "HAS_RESIDUAL": True}
+        some["SEARCH"] = 12
         label = f"{NAMES[dtype]} int8 weight, {rows} row{'s' if rows > 1 else ''}"
         yield _case(compact_linear_kernel, label, architecture, {**types, "W": "*i8"}, some, chosen, mma)
         chosen = launch.pick("compact_gated", architecture, dtype, rows)

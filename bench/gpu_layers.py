@@ -109,7 +109,7 @@ def _training(device, N, K, r, tokens, dtype) -> dict:
         name: [lambda layer=layer, x=x, dy=dy: _step(layer, x, dy) for x, dy in zip(xs, dys, strict=True)]
         for name, layer in layers.items()
     }
-    seconds = median_seconds(calls, device, 0.6)
+    seconds = median_seconds(calls, device, 0.6, graphed=False)
     memory = {name: peak_memory(some[0], device) for name, some in calls.items()}
     twice = [_gradients(layers["ours"], xs[0], dys[0]) for _ in range(2)]
     return {
@@ -149,36 +149,35 @@ def _check_layer(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
 
 def passes(device, copy_bytes: float, shapes=SHAPES, ranks=RANKS, tokens=8192, dtype=torch.bfloat16) -> list[dict]:
     """The compose kernels by themselves, forward and backward, against copy bandwidth."""
+    return [_passes(device, copy_bytes, N, r, tokens, dtype) for N, _ in shapes for r in ranks]
+
+
+def _passes(device, copy_bytes, N, r, tokens, dtype) -> dict:
     import triton
 
-    rows = []
-    for N, _ in shapes:
-        for r in ranks:
-            z, dy = (torch.randn(tokens, N, device=device, dtype=dtype) for _ in range(2))
-            p, B = torch.randn(tokens, r, device=device, dtype=dtype), torch.randn(N, r, device=device, dtype=dtype)
-            factor, y = torch.rand(N, device=device), torch.empty_like(z)
-            architecture, _ = dora_kernels.device_of(z)
-            chosen = dora_kernels.by_rank("dora_compose", architecture, dtype, r)
-            grid = (triton.cdiv(tokens, chosen["BLOCK_T"]) * triton.cdiv(N, chosen["BLOCK_N"]),)
+    z, dy = (torch.randn(tokens, N, device=device, dtype=dtype) for _ in range(2))
+    p, B = torch.randn(tokens, r, device=device, dtype=dtype), torch.randn(N, r, device=device, dtype=dtype)
+    factor, y = torch.rand(N, device=device), torch.empty_like(z)
+    chosen = dora_kernels.by_rank("dora_compose", dora_kernels.device_of(z)[0], dtype, r)
+    add_low = chosen["ONE_BLOCK"]
+    grid = (triton.cdiv(tokens, chosen["BLOCK_T"]) * triton.cdiv(N, chosen["BLOCK_N"]),)
+    flags = {"ADD_LOW": add_low, "HAS_BIAS": False, "PRECISION": "ieee"}
 
-            def compose(z=z, p=p, B=B, factor=factor, y=y, grid=grid, chosen=chosen, N=N, r=r):
-                dora_kernels.dora_compose_kernel[grid](
-                    z, p, B, factor, factor, y, tokens, N, r, SCALE, r, r, HAS_BIAS=False, PRECISION="ieee", **chosen
-                )
+    def compose():
+        dora_kernels.dora_compose_kernel[grid](z, p, B, factor, factor, y, tokens, N, r, SCALE, r, r, **flags, **chosen)
 
-            def backward(dy=dy, z=z, p=p, B=B, factor=factor):
-                dora_kernels.backward(dy, z, p, B, factor, None, SCALE, True, True, True, False, False)
+    def backward():
+        dora_kernels.backward(dy, z, p, B, factor, None, SCALE, add_low, True, True, False, False)
 
-            compose()
-            close("compose", y, factor * (z.double() + SCALE * p.double() @ B.double().T), 1e-2)
-            seconds = median_seconds({"compose": [compose], "backward": [backward]}, device)
-            moved = {"compose": 2 * z.nbytes, "backward": 3 * z.nbytes}
-            row = {"T x N": f"{tokens} x {N}", "rank": r}
-            for name, time in seconds.items():
-                row[f"{name}_us"] = round(1e6 * time, 1)
-                row[f"{name}_of_copy"] = round((moved[name] + p.nbytes + B.nbytes) / copy_bytes / time, 3)
-            rows.append(row)
-    return rows
+    compose()
+    low = SCALE * p.double() @ B.double().T if add_low else 0
+    close("compose", y, factor * (z.double() + low), 1e-2)
+    seconds = median_seconds({"compose": [compose], "backward": [backward]}, device)
+    row = {"T x N": f"{tokens} x {N}", "rank": r}
+    for name, moved in (("compose", 2 * z.nbytes), ("backward", 3 * z.nbytes)):
+        row[f"{name}_us"] = round(1e6 * seconds[name], 1)
+        row[f"{name}_of_copy"] = round((moved + add_low * (p.nbytes + B.nbytes)) / copy_bytes / seconds[name], 3)
+    return row
 
 
 def routes(device, shape=(4096, 4096), rank=16, rows_tried=(1, 16, 64, 256, 1024, 8192), dtype=torch.bfloat16):

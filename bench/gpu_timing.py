@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch._library.triton import set_wrap_triton_enabled
 
 
 def sets_for(bytes_of_one: int, device: torch.device) -> int:
@@ -16,37 +16,62 @@ def sets_for(bytes_of_one: int, device: torch.device) -> int:
 
 
 def median_seconds(
-    calls: dict[str, Sequence[Callable[[], object]]], device: torch.device, seconds: float = 0.4
+    calls: dict[str, Sequence[Callable[[], object]]], device: torch.device, seconds: float = 0.4, graphed: bool = True
 ) -> dict[str, float]:
     """Median time of a call of each name, in turn with the others. calls: name -> the same call on sets of inputs.
 
-    Launches are queued without waiting in rounds of eight, so that the GPU and not Python is timed where it is slower.
+    On a GPU one pass over the sets is recorded as a CUDA graph and replayed, so that short kernels are timed and not
+    Python's launches; graphed=False where that cannot be (backward passes), long enough to hide them.
     """
-    turns = {name: itertools.cycle(some) for name, some in calls.items()}
-    for name in calls:  # compilation, handles, caches
-        for _ in range(3):
-            next(turns[name])()
+    rounds = {name: _rounds(some, device, graphed) for name, some in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds * len(calls)
     while time.perf_counter() < end or any(len(s) < 5 for s in samples.values()):
-        for name in calls:
-            samples[name].append(_round(turns[name], device))
+        for name, (call, count) in rounds.items():
+            samples[name].append(_time(call, device) / count)
     return {name: sorted(s)[len(s) // 2] for name, s in samples.items()}
 
 
-def _round(turn, device: torch.device, count: int = 8) -> float:
+def _rounds(some: Sequence[Callable[[], object]], device: torch.device, graphed: bool):
+    """(what runs the call on every set, how many calls that is), warmed up."""
+
+    def every():
+        for call in some:
+            call()
+
+    if device.type != "cuda":
+        every()
+        return every, len(some)
+    # Kernels are launched as the op's own implementation does: PyTorch's tracing wrapper costs a millisecond a call.
+    with set_wrap_triton_enabled(False):
+        if not graphed:
+            for _ in range(3):
+                every()
+            return every, len(some)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                every()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            every()
+    return graph.replay, len(some)
+
+
+def _time(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
-        next(turn)()
+        call()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     begin.record()
-    for _ in range(count):
-        next(turn)()
+    call()
     end.record()
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1e3 / count
+    return begin.elapsed_time(end) / 1e3
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:

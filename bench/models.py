@@ -56,10 +56,10 @@ def dense_model(name: str) -> nn.Module:
     return model
 
 
-def ragged(dense: nn.Module, share: float, cost: str = "params") -> tuple[nn.Module, pk.Plan]:
+def ragged(dense: nn.Module, share: float, cost: str = "params", align: int = 1) -> tuple[nn.Module, pk.Plan]:
     """(compact model, its plan) with `share` of the block linears' cost removed; `dense` is left alone."""
     attached = copy.deepcopy(dense)
-    pruner = pk.attach(attached, pk.PruneConfig(sparsity=share, cost=cost))
+    pruner = pk.attach(attached, pk.PruneConfig(sparsity=share, cost=cost, align=align))
     generator = torch.Generator().manual_seed(0)
     for mask in pruner.masks.values():
         level = 0.3 * torch.randn((), generator=generator)

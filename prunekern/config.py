@@ -25,10 +25,14 @@ class PruneConfig:
     norm_grad: "detached" (row norm constant in the backward pass) or "full".
     seed: of adapter initialisation and mask noise.
     warm_steps: optimiser steps with all masks on, in which saliency is gathered; the logits then start from it. 0: they
-        start flat. None: 100, or 0 with preset "paper".
+        start flat. None: 100, or 0 with preset "paper". Of 250 steps, 30 were worse than 98 by 1.8 points, 60 were
+        level; starting flat, by 3.5.
     ramp_steps: optimiser steps, after the warm ones, over which the removed share rises from 0 to `sparsity`.
-    spread: standard deviation of the logits as they start from saliency, in units of the mask noise's scale.
+    spread: standard deviation of the logits as they start from saliency, in units of the mask noise's scale. 1 and 2
+        were worse than 4 by 0.4 points, 8 by 0.1: the noise should question saliency, not drown it.
     temperature: of the Gumbel-Sigmoid's soft gradient.
+
+    The figures are of `docs/learning-to-prune.md`: accuracy with half the block parameters removed.
     """
 
     rank: int = 8

@@ -2,7 +2,8 @@
 
     y = scatter(act(gather(x) W^T + bias)) + residual
 
-Every column of y is written once, removed ones included: each kept column also writes the removed ones before it.
+Every column of y is written once: kept ones by the product's programs, removed ones by programs of the same launch that
+look each column up in out_index.
 """
 
 import torch
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .launch import cdiv, device_of, pick, precision, rows_of
+from .launch import cdiv, device_of, on_device, pick, precision, rows_of
 
 
 @triton.jit
@@ -51,10 +52,16 @@ def compact_linear_kernel(
     x, W, bias, scale, in_index, out_index, residual, y,
     M, N, K, n_out, x_stride, w_stride, residual_stride,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SEARCH: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """x [M, in], W [N, K], y [M, n_out] contiguous. DOT: the dtype of the products."""
+    """x [M, in], W [N, K], y [M, n_out] contiguous. DOT: the dtype of the products. SEARCH: 2^SEARCH > N."""
+    if SCATTER:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        if tl.program_id(0) >= tiles:
+            _fill(tl.program_id(0) - tiles, out_index, residual, y, M, N, n_out, residual_stride,
+                  HAS_RESIDUAL, SEARCH, BLOCK_M, BLOCK_N)  # fmt: skip
+            return
     block_m, block_n = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -106,27 +113,32 @@ def _write(acc, columns, bias, scale, out_index, residual, y, row_in, N, n_out, 
     if HAS_RESIDUAL:
         acc += tl.load(residual + (local[:, None] * residual_stride + place[None, :]), mask=inside, other=0.0)
     tl.store(y + (local[:, None] * n_out + place[None, :]), acc.to(y.dtype.element_ty), mask=inside)
-    if SCATTER:
-        # Removed columns: those between the kept column before and this one; the last one also has those behind it.
-        before = tl.load(out_index + columns - 1, mask=column_in & (columns > 0), other=-1).to(tl.int32)
-        gap = tl.where(column_in, place - before - 1, 0)
-        _fill(place, gap, -1, local, row_in, residual, y, residual_stride, n_out, HAS_RESIDUAL)
-        behind = tl.where(columns == N - 1, n_out - 1 - place, 0)
-        _fill(place, behind, 1, local, row_in, residual, y, residual_stride, n_out, HAS_RESIDUAL)
 
 
 @triton.jit
-def _fill(place, count, step: tl.constexpr, local, row_in, residual, y, residual_stride, n_out,
-          HAS_RESIDUAL: tl.constexpr):  # fmt: skip
-    """The `count` columns beside each of `place`, in direction `step`: the residual's values, or zero."""
-    for away in range(1, tl.max(count, 0) + 1):
-        inside = row_in[:, None] & (away <= count)[None, :]
-        column = (place + step * away)[None, :]
-        if HAS_RESIDUAL:
-            value = tl.load(residual + local[:, None] * residual_stride + column, mask=inside, other=0.0)
-        else:
-            value = tl.zeros(inside.shape, y.dtype.element_ty)
-        tl.store(y + local[:, None] * n_out + column, value, mask=inside)
+def _fill(tile, out_index, residual, y, M, N, n_out, residual_stride, HAS_RESIDUAL: tl.constexpr,
+          SEARCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """A tile of y [M, n_out]: its removed columns get the residual's values, or zero."""
+    tiles_n = tl.cdiv(n_out, BLOCK_N)
+    rows = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    low = tl.zeros((BLOCK_N,), tl.int32)  # entries of out_index below it are less than the column
+    high = low + N
+    for _ in tl.static_range(SEARCH):
+        middle = (low + high) // 2
+        open_ = low < high
+        less = tl.load(out_index + middle, mask=open_, other=0) < columns
+        low = tl.where(open_ & less, middle + 1, low)
+        high = tl.where(open_ & (less == 0), middle, high)
+    kept = tl.load(out_index + low, mask=low < N, other=-1) == columns
+    removed = (kept == 0) & (columns < n_out)
+    inside = (rows < M)[:, None] & removed[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    if HAS_RESIDUAL:
+        value = tl.load(residual + wide * residual_stride + columns[None, :], mask=inside, other=0.0)
+    else:
+        value = tl.zeros((BLOCK_M, BLOCK_N), y.dtype.element_ty)
+    tl.store(y + wide * n_out + columns[None, :], value, mask=inside)
 
 
 def dot_dtype(x: Tensor, *weights: Tensor) -> torch.dtype:
@@ -153,15 +165,19 @@ def compact_linear(
     chosen = pick("compact_linear", architecture, dtype, M)
     x, W = rows_of(x), rows_of(W)
     residual = None if residual is None else rows_of(residual)
-    grid = (cdiv(M, chosen["BLOCK_M"]) * cdiv(N, chosen["BLOCK_N"]),)
+    tiles = cdiv(M, chosen["BLOCK_M"]) * cdiv(N, chosen["BLOCK_N"])
+    if out_index is not None and n_out > N:
+        tiles += cdiv(M, chosen["BLOCK_M"]) * cdiv(n_out, chosen["BLOCK_N"])
     absent = x  # a pointer for what is not there; never read
-    wrap_triton(compact_linear_kernel)[grid](
-        x, W, absent if bias is None else bias.contiguous(), absent if scale is None else scale.contiguous(),
-        absent if in_index is None else in_index.contiguous(), absent if out_index is None else out_index.contiguous(),
-        absent if residual is None else residual, y,
-        M, N, K, n_out, x.stride(0), W.stride(0), 0 if residual is None else residual.stride(0),
-        HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, GATHER=in_index is not None,
-        SCATTER=out_index is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-        DOT=TL_DTYPE[dtype], PRECISION=precision(dtype, architecture), **chosen,
-    )  # fmt: skip
+    with on_device(x):
+        wrap_triton(compact_linear_kernel)[(tiles,)](
+            x, W, absent if bias is None else bias.contiguous(), absent if scale is None else scale.contiguous(),
+            absent if in_index is None else in_index.contiguous(),
+            absent if out_index is None else out_index.contiguous(), absent if residual is None else residual, y,
+            M, N, K, n_out, x.stride(0), W.stride(0), 0 if residual is None else residual.stride(0),
+            HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, GATHER=in_index is not None,
+            SCATTER=out_index is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
+            SEARCH=0 if out_index is None else N.bit_length(), DOT=TL_DTYPE[dtype],
+            PRECISION=precision(dtype, architecture), **chosen,
+        )  # fmt: skip
     return y

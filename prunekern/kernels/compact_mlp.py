@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .compact_linear import TL_DTYPE, _activate, _tile_of, _widen, dot_dtype
-from .launch import cdiv, device_of, pick, precision, rows_of
+from .launch import cdiv, device_of, on_device, pick, precision, rows_of
 
 
 @triton.jit
@@ -66,10 +66,11 @@ def compact_gated(
     x, up, gate = rows_of(x), rows_of(up), rows_of(gate)
     grid = (cdiv(M, chosen["BLOCK_M"]) * cdiv(H, chosen["BLOCK_N"]),)
     optional = (x if t is None else t.contiguous() for t in (up_bias, gate_bias, up_scale, gate_scale, in_index))
-    wrap_triton(compact_gated_kernel)[grid](
-        x, up, gate, *optional, hidden, M, H, K, x.stride(0), up.stride(0), gate.stride(0),
-        HAS_UP_BIAS=up_bias is not None, HAS_GATE_BIAS=gate_bias is not None, HAS_UP_SCALE=up_scale is not None,
-        HAS_GATE_SCALE=gate_scale is not None, GATHER=in_index is not None, ACTIVATION=activation,
-        DOT=TL_DTYPE[dtype], PRECISION=precision(dtype, architecture), **chosen,
-    )  # fmt: skip
+    with on_device(x):
+        wrap_triton(compact_gated_kernel)[grid](
+            x, up, gate, *optional, hidden, M, H, K, x.stride(0), up.stride(0), gate.stride(0),
+            HAS_UP_BIAS=up_bias is not None, HAS_GATE_BIAS=gate_bias is not None, HAS_UP_SCALE=up_scale is not None,
+            HAS_GATE_SCALE=gate_scale is not None, GATHER=in_index is not None, ACTIVATION=activation,
+            DOT=TL_DTYPE[dtype], PRECISION=precision(dtype, architecture), **chosen,
+        )  # fmt: skip
     return hidden

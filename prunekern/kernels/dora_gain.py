@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .launch import by_rank, cdiv, device_of, precision, rows_of
+from .launch import by_rank, cdiv, device_of, on_device, precision, rows_of
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def dora_gain_kernel(
 ):  # fmt: skip
     """Program (i, j): rows of block i, columns of chunk j of SPLIT. Writes partial [SPLIT, N] where SPLIT > 1.
 
-    A [r, K] in V's dtype. ONE_BLOCK: r <= BLOCK_R.
+    ONE_BLOCK: r <= BLOCK_R; otherwise A and B are in V's dtype.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in = rows < N
@@ -44,11 +44,11 @@ def dora_gain_kernel(
         column_in = at < K
         v_at, v_in = v_rows + at[None, :], row_in[:, None] & column_in[None, :]
         low = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        a_at = A + ranks[:, None] * a_stride + at[None, :]
+        a_at = A + ranks.to(tl.int64)[:, None] * a_stride + at[None, :]
         if ONE_BLOCK:
             v = tl.load(v_at, mask=v_in, other=0.0)
             a = tl.load(a_at, mask=(ranks < r)[:, None] & column_in[None, :], other=0.0)
-            low = tl.dot(b, a, low, input_precision=PRECISION)
+            low = tl.dot(b, a.to(V.dtype.element_ty), low, input_precision=PRECISION)
             w = v.to(tl.float32) + s * low
             squares += w * w
         else:
@@ -112,7 +112,9 @@ def dora_gain(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s:
         return gain, inv_norm
     architecture, processors = device_of(V)
     chosen = by_rank("dora_gain", architecture, V.dtype, r)
-    V, A, B = rows_of(V), rows_of(A).to(V.dtype), rows_of(B)
+    V, A, B = rows_of(V), rows_of(A), rows_of(B)
+    if r > 16:  # below, A is small enough to be read as it is; a cast is a launch more
+        A = A.to(V.dtype)
     tiles = cdiv(N, chosen["BLOCK_N"])
     if chosen["ONE_BLOCK"]:
         split = min(cdiv(processors, tiles), cdiv(K, 2 * chosen["BLOCK_K"]))
@@ -123,12 +125,13 @@ def dora_gain(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s:
     split = max(1, cdiv(K, chunk))
     partial = torch.empty(split, N, dtype=torch.float32, device=V.device) if split > 1 else gain
     m, mask = m.contiguous(), m if m_b is None else m_b.contiguous()
-    wrap_triton(dora_gain_kernel)[(tiles, split)](
-        V, A, B, m, mask, partial, gain, inv_norm, N, K, r, s, V.stride(0), A.stride(0), B.stride(0), chunk,
-        HAS_MASK=m_b is not None, SPLIT=split, PRECISION=precision(V.dtype, architecture), **chosen,
-    )  # fmt: skip
-    if split > 1:
-        wrap_triton(dora_gain_finish_kernel)[(cdiv(N, 128),)](
-            partial, m, mask, gain, inv_norm, N, HAS_MASK=m_b is not None, SPLIT=split, BLOCK_N=128, num_warps=4
-        )
+    with on_device(V):
+        wrap_triton(dora_gain_kernel)[(tiles, split)](
+            V, A, B, m, mask, partial, gain, inv_norm, N, K, r, s, V.stride(0), A.stride(0), B.stride(0), chunk,
+            HAS_MASK=m_b is not None, SPLIT=split, PRECISION=precision(V.dtype, architecture), **chosen,
+        )  # fmt: skip
+        if split > 1:
+            wrap_triton(dora_gain_finish_kernel)[(cdiv(N, 128),)](
+                partial, m, mask, gain, inv_norm, N, HAS_MASK=m_b is not None, SPLIT=split, BLOCK_N=128, num_warps=4
+            )
     return gain, inv_norm

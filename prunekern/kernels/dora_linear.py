@@ -2,7 +2,8 @@
 
     z = x V^T + s p B^T  with p = x A^T        y = gain * z + bias
 
-`compose` takes z0 = x V^T from the vendor's GEMM and does the rest in one pass over the output; `fused` is a GEMM
+`compose` takes z0 = x V^T from the vendor's GEMM and does the rest in one pass over the output (above rank 64 the
+vendor adds p B^T too: the pass would recompute it from many small tiles, twice); `fused` is a GEMM
 whose last K blocks are p B^T and whose epilogue is gain and bias. `backward` is one pass over dy: dz = gain * dy, and
 by blocks of rows the sums of dy * z and dy, to be added up in order afterwards: no atomics, bitwise repeatable.
 """
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .launch import by_rank, cdiv, device_of, pick, precision, rows_of
+from .launch import by_rank, cdiv, device_of, on_device, pick, precision, rows_of
 
 
 @triton.jit
@@ -40,10 +41,10 @@ def _low_rank(acc, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride
 def dora_compose_kernel(
     z, p, B, gain, bias, y,
     T, N, r, s, p_stride, b_stride,
-    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADD_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y = gain * (z + s p B^T) + bias, in one pass; z and y [T, N] contiguous."""
+    """y = gain * (z + s p B^T) + bias, in one pass; z and y [T, N] contiguous. ADD_LOW: z lacks s p B^T."""
     # One grid axis, columns fastest: neighbours read on in memory, and only the first axis may be long.
     tiles_n = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) // tiles_n) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -51,12 +52,12 @@ def dora_compose_kernel(
     row_in, column_in = rows < T, columns < N
     inside = row_in[:, None] & column_in[None, :]
     at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    raw = tl.load(z + at, mask=inside, other=0.0)
-    low = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    low = _low_rank(low, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
-                    BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
-    factor = tl.load(gain + columns, mask=column_in, other=0.0)
-    out = factor[None, :] * (raw.to(tl.float32) + s * low)
+    value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD_LOW:
+        low = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        value += s * _low_rank(low, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
+                               BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
+    out = tl.load(gain + columns, mask=column_in, other=0.0)[None, :] * value
     if HAS_BIAS:
         out += tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
@@ -110,7 +111,7 @@ def dora_backward_kernel(
     ADD_LOW: tl.constexpr, WANT_DZ: tl.constexpr, WANT_GAIN: tl.constexpr, WANT_BIAS: tl.constexpr,
     WANT_PROBE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): columns of block i, rows of chunk j. dz = gain * dy; d_gain, d_bias [chunks, N]: its part of the
     sums of dy * z and dy over rows; d_probe of (dy * y)^2. ADD_LOW: z lacks the low-rank part (it came from the
@@ -125,7 +126,8 @@ def dora_backward_kernel(
     shift = tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32) if HAS_BIAS else 0.0 * factor
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, T)
-    for t in range(first, last, BLOCK_T):
+    # num_stages here: dy and z feed no product, and would not be fetched ahead otherwise.
+    for t in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         rows = t + tl.arange(0, BLOCK_T)
         row_in = rows < last
         inside = row_in[:, None] & column_in[None, :]
@@ -155,54 +157,62 @@ def dora_backward_kernel(
         tl.store(d_probe + part, tl.sum(of_probe, 0), mask=column_in)
 
 
-FUSED_BELOW = 256  # rows; see `takes_fused`
+FUSED_BELOW = 33  # rows; see `takes_fused`
 
 
 def takes_fused(T: int) -> bool:
     """Whether one Triton GEMM is taken in place of the vendor's and `compose`.
 
     Few rows leave the GPU waiting for launches and for V: one kernel in place of three then counts more than the
-    vendor's better product. The bound is reasoned, not measured on a GPU: at 256 rows the output is 1/16 of the bytes
-    of a 4096 x 4096 V, so that the pass saved is all but free above it.
+    vendor's better product. The bound is reasoned, not measured on a GPU: with more rows our tiles fill the chip less
+    well than the vendor's split products. `bench/gpu.py` times both routes.
     """
     return T < FUSED_BELOW
+
+
+def adds_low(x: Tensor, T: int, r: int) -> bool:
+    """Whether z comes from the vendor without s p B^T, which compose and backward then add as they go."""
+    return not takes_fused(T) and by_rank("dora_compose", device_of(x)[0], x.dtype, r)["ONE_BLOCK"]
 
 
 def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Tensor, Tensor, Tensor, bool]:
     """y [T, N], z [T, N], p [T, r], and whether z lacks the low-rank part. x and x_lora [T, K]; all in one dtype
     but gain and bias.
 
-    z is y's memory where keep_z is False: it is not to be read then.
+    z is not to be read where keep_z is False.
     """
     (T, K), (N, r) = x.shape, B.shape
     architecture, _ = device_of(x)
-    B = rows_of(B)
+    B, gain = rows_of(B), gain.contiguous()
     p = (x if x_lora is None else x_lora) @ A.T
-    bias_or = gain if bias is None else bias.contiguous()
+    absent = gain  # a pointer for what is not there; never read or written
+    bias_or = absent if bias is None else bias.contiguous()
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     common = {"HAS_BIAS": bias is not None, "PRECISION": precision(x.dtype, architecture)}
+    composed = by_rank("dora_compose", architecture, x.dtype, r)
     if takes_fused(T):
         x, V = rows_of(x), rows_of(V)
-        z = torch.empty_like(y) if keep_z else y
+        z = torch.empty_like(y) if keep_z else absent
         chosen = pick("dora_fused", architecture, x.dtype, T)
-        rank = {
-            n: v for n, v in by_rank("dora_compose", architecture, x.dtype, r).items() if n in ("BLOCK_R", "ONE_BLOCK")
-        }
+        rank = {name: composed[name] for name in ("BLOCK_R", "ONE_BLOCK")}
         grid = (cdiv(T, chosen["BLOCK_T"]) * cdiv(N, chosen["BLOCK_N"]),)
         if T and N:
-            wrap_triton(dora_fused_kernel)[grid](
-                x, V, p, B, gain, bias_or, y, z, T, N, K, r, s, x.stride(0), V.stride(0), p.stride(0), B.stride(0),
-                KEEP_Z=keep_z, **common, **rank, **chosen,
-            )  # fmt: skip
+            with on_device(x):
+                wrap_triton(dora_fused_kernel)[grid](
+                    x, V, p, B, gain, bias_or, y, z, T, N, K, r, s, x.stride(0), V.stride(0), p.stride(0), B.stride(0),
+                    KEEP_Z=keep_z, **common, **rank, **chosen,
+                )  # fmt: skip
         return y, z, p, False
-    z = x @ V.T
-    chosen = by_rank("dora_compose", architecture, x.dtype, r)
-    grid = (cdiv(T, chosen["BLOCK_T"]) * cdiv(N, chosen["BLOCK_N"]),)
+    z, add_low = x @ V.T, adds_low(x, T, r)
+    if not add_low:
+        z.addmm_(p, B.T, alpha=s)
+    grid = (cdiv(T, composed["BLOCK_T"]) * cdiv(N, composed["BLOCK_N"]),)
     if N:
-        wrap_triton(dora_compose_kernel)[grid](
-            z, p, B, gain, bias_or, y, T, N, r, s, p.stride(0), B.stride(0), **common, **chosen
-        )
-    return y, z, p, True
+        with on_device(x):
+            wrap_triton(dora_compose_kernel)[grid](
+                z, p, B, gain, bias_or, y, T, N, r, s, p.stride(0), B.stride(0), ADD_LOW=add_low, **common, **composed
+            )
+    return y, z, p, add_low
 
 
 def backward(
@@ -216,10 +226,11 @@ def backward(
     (T, N), r = dy.shape, B.shape[1]
     architecture, processors = device_of(dy)
     chosen = by_rank("dora_backward", architecture, dy.dtype, r)
-    dy, B = rows_of(dy), rows_of(B)
+    dy, B, gain = rows_of(dy), rows_of(B), gain.contiguous()
     tiles = cdiv(N, chosen["BLOCK_N"])
-    # A few waves of programs; every chunk more is a row of partial sums to write and read again.
-    chunks = max(1, min(cdiv(4 * processors, max(1, tiles)), cdiv(T, chosen["BLOCK_T"])))
+    # Many waves of programs, so that the last one costs little; but at least four tiles each, as every chunk more is a
+    # row of partial sums to write and read again.
+    chunks = max(1, min(cdiv(16 * processors, max(1, tiles)), cdiv(T, 4 * chosen["BLOCK_T"])))
     chunk = max(1, cdiv(cdiv(T, chunks), chosen["BLOCK_T"])) * chosen["BLOCK_T"]
     chunks = max(1, cdiv(T, chunk))
     dz = torch.empty(dy.shape if want_dz else 0, dtype=dy.dtype, device=dy.device)
@@ -228,10 +239,11 @@ def backward(
     d_probe = torch.empty(chunks, N if want_probe else 0, dtype=torch.float32, device=dy.device)
     bias_or = gain if bias is None else bias.contiguous()
     if N:
-        wrap_triton(dora_backward_kernel)[(tiles, chunks)](
-            dy, z, p, B, gain, bias_or, dz, d_gain, d_bias, d_probe,
-            T, N, r, s, dy.stride(0), p.stride(0), B.stride(0), chunk,
-            ADD_LOW=add_low, WANT_DZ=want_dz, WANT_GAIN=want_gain, WANT_BIAS=want_bias,
-            WANT_PROBE=want_probe, HAS_BIAS=bias is not None, PRECISION=precision(dy.dtype, architecture), **chosen,
-        )  # fmt: skip
+        with on_device(dy):
+            wrap_triton(dora_backward_kernel)[(tiles, chunks)](
+                dy, z, p, B, gain, bias_or, dz, d_gain, d_bias, d_probe,
+                T, N, r, s, dy.stride(0), p.stride(0), B.stride(0), chunk,
+                ADD_LOW=add_low, WANT_DZ=want_dz, WANT_GAIN=want_gain, WANT_BIAS=want_bias, WANT_PROBE=want_probe,
+                HAS_BIAS=bias is not None, PRECISION=precision(dy.dtype, architecture), **chosen,
+            )  # fmt: skip
     return dz, d_gain.sum(0), d_bias.sum(0), d_probe.sum(0)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .launch import by_rank, cdiv, device_of, precision, rows_of
+from .launch import by_rank, cdiv, device_of, on_device, precision, rows_of
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def dora_merge_kernel(
     low = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     ranks = tl.arange(0, BLOCK_R)
     b_at = B + n[:, None] * b_stride + ranks[None, :]
-    a_at = A + ranks[:, None] * a_stride + k[None, :]
+    a_at = A + ranks.to(tl.int64)[:, None] * a_stride + k[None, :]
     if ONE_BLOCK:
         b = tl.load(b_at, mask=row_in[:, None] & (ranks < r)[None, :], other=0.0)
         a = tl.load(a_at, mask=(ranks < r)[:, None] & col_in[None, :], other=0.0)
@@ -59,9 +59,10 @@ def dora_merge(
     V, A, B = rows_of(V), rows_of(A).float(), rows_of(B).float()
     chosen = by_rank("dora_merge", architecture, A.dtype, A.shape[0])
     grid = (cdiv(N, chosen["BLOCK_N"]) * cdiv(K, chosen["BLOCK_K"]),)
-    wrap_triton(dora_merge_kernel)[grid](
-        V, A, B, gain.float().contiguous(), V if rows is None else rows.contiguous(),
-        V if cols is None else cols.contiguous(), W, N, K, A.shape[0], s, V.stride(0), A.stride(0), B.stride(0),
-        HAS_ROWS=rows is not None, HAS_COLS=cols is not None, PRECISION=precision(A.dtype, architecture), **chosen,
-    )  # fmt: skip
+    with on_device(V):
+        wrap_triton(dora_merge_kernel)[grid](
+            V, A, B, gain.float().contiguous(), V if rows is None else rows.contiguous(),
+            V if cols is None else cols.contiguous(), W, N, K, A.shape[0], s, V.stride(0), A.stride(0), B.stride(0),
+            HAS_ROWS=rows is not None, HAS_COLS=cols is not None, PRECISION=precision(A.dtype, architecture), **chosen,
+        )  # fmt: skip
     return W

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -82,7 +83,14 @@ def precision(dtype: torch.dtype, architecture: str) -> str:
     """How `tl.dot` multiplies: fp32 in three tf32 products, which keep its accuracy, unless PyTorch may use one."""
     if dtype != torch.float32 or architecture.startswith("gfx"):
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    matmul = torch.backends.cuda.matmul  # reading allow_tf32 raises once the newer switch was used
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "tf32x3"
+
+
+def on_device(tensor: Tensor):
+    """Context for a launch: Triton takes the current GPU, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def compact_linear_reference(
     z = x.to(dtype)  # [..., in]; bf16 never meets a matmul
     if in_index is not None:
         z = z.index_select(-1, in_index)  # [..., K]
-    z = F.linear(z, widened(weight, scale, dtype), None if bias is None else bias.to(dtype))
+    with _checks.without_autocast(x.device):
+        z = F.linear(z, widened(weight, scale, dtype), None if bias is None else bias.to(dtype))
     y = activate(z, activation)  # [..., N]
     if out_index is not None:
         y = y.new_zeros(*y.shape[:-1], n_out).index_copy(-1, out_index, y)  # [..., n_out]
@@ -256,7 +257,8 @@ def _forward(x, packed, bias, in_index, out_index, n_out, activation, residual, 
 def run_triton(x, weight, bias, in_index, out_index, n_out, activation, residual, scale) -> Tensor:
     """The Triton kernel, or the vendor's product where there is nothing to fuse. Checked arguments, on a GPU."""
     if in_index is None and out_index is None and activation == "none" and weight.dtype == x.dtype:
-        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        with _checks.without_autocast(x.device):
+            y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return y if residual is None else y.add_(residual)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(math.prod(x.shape[:-1]), 0)
     added = None if residual is None else residual.reshape(rows.shape[0], n_out)

@@ -175,7 +175,7 @@ def triton_ops():
 
     def setup_context(ctx, inputs, output):
         _setup_context(ctx, inputs[:9], output)
-        ctx.add_low = not launch.takes_fused(output[2].shape[0])
+        ctx.add_low = launch.adds_low(inputs[0], *output[2].shape)
 
     forward = torch.library.triton_op("prunekern::dora_linear_triton", dora_linear_triton, mutates_args=())
     forward.register_autograd(lambda ctx, *grads: (*_backward(ctx, *grads), None), setup_context=setup_context)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent / "interpreted"
@@ -12,10 +13,13 @@ CHECKS = sorted(path.name for path in HERE.glob("check_*.py"))
 
 def run(name: str, **environment: str) -> None:
     """Fails unless all checks of the file pass, and there are some."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
+    if "TRITON_INTERPRET" not in environment and find_spec("xdist"):
+        command += ["-n", "8"]  # on a GPU nearly all the time is compilation
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [*command, str(HERE / name)],
-        env={**os.environ, **environment, "PYTHONPATH": str(HERE)},
+        env={**os.environ, **environment, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         cwd=HERE.parents[2],
