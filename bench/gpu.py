@@ -5,8 +5,8 @@
     python bench/gpu.py --device cpu     # a rehearsal without a GPU, small, through the references; nothing is written
 
 No network, no pip and no build (the GPU path needs no C++); runs on PyTorch 2.11 with Triton 3.6 and newer. Answers
-come first: a part whose kernel is off by more than the rounding of its dtype gives no figures. The JSON is written after
-every part. The tests come last, as most of their time is compilation.
+come first: a part whose kernel is off by more than the rounding of its dtype gives no figures. The JSON is written
+after every part. The tests come last, as most of their time is compilation.
 """
 
 from __future__ import annotations

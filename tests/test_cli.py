@@ -55,7 +55,7 @@ def test_train_eval_bench(files, tmp_path):
     result = invoke("train", "--model", files / "dense", *data(files), "--out", out, "--max-steps", 120, *common)
     assert result.exit_code == 0, result.output
     report = json.loads((out / "report.json").read_text())
-    assert 0.3 <= report["trained"]["sparsity"] < 0.302
+    assert 0.3 <= report["trained"]["sparsity"] < 0.3 + 66 / 16832  # met from above, within the dearest group
     assert report["score"]["masked"] == report["score"]["compact"]
     assert report["score"]["compact"]["accuracy"] > 0.9  # a word decides: anything that learns gets this right
     assert {p.name for p in (out / "compact").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}

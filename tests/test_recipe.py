@@ -21,9 +21,11 @@ def test_a_seed_fixes_head_masks_and_weights(files, tmp_path):  # noqa: F811
     torch.set_num_threads(1)
     runs = [train(files, tmp_path / str(i), seed) for i, seed in enumerate((3, 3, 4))]
     assert torch.equal(runs[0][0], runs[1][0]) and not torch.equal(runs[0][0], runs[2][0])
-    first, second = (run[1].model.state_dict() for run in runs[:2])
+    first, second, other = (run[1].model.state_dict() for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert runs[0][1].plan() == runs[1][1].plan() != runs[2][1].plan()
+    assert runs[0][1].plan() == runs[1][1].plan()
+    logits = [name for name in first if name.endswith("mask.logits")]  # plans of so small a model may well agree
+    assert logits and not any(torch.equal(first[name], other[name]) for name in logits)
 
 
 def test_resume_without_a_checkpoint_starts_again(files, tmp_path):  # noqa: F811

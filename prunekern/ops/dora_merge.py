@@ -92,6 +92,13 @@ def _(V, A, B, gain, rows, cols, s=1.0):
     return _empty(V, A, B, gain, rows, cols, s)
 
 
+def _backward(ctx, *grads):
+    raise RuntimeError("dora_merge: has no gradient; train through dora_linear")
+
+
+torch.library.register_autograd("prunekern::dora_merge", _backward)
+
+
 def dora_merge(
     V: Tensor,
     A: Tensor,
@@ -105,6 +112,6 @@ def dora_merge(
 
     V [N, K], A [r, K], B [N, r], gain [N] (it holds the norm of the *full* row, so removing columns does not
     change it); rows, cols: sorted int64 kept indices or None (all). Returns [len(rows), len(cols)] in V's dtype,
-    computed in fp32 (float64 for float64). Not differentiable. ValueError / TypeError on what does not fit.
+    computed in fp32 (float64 for float64). Not differentiable: RuntimeError in a backward pass. ValueError / TypeError on what does not fit.
     """
     return torch.ops.prunekern.dora_merge(V, A, B, gain, rows, cols, s)

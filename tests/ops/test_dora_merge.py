@@ -140,3 +140,9 @@ def test_refusals(change, error, message):
     args = {"V": V, "A": A, "B": B, "gain": gain, "rows": None, "cols": None} | change
     with pytest.raises(error, match="dora_merge: " + message):
         dora_merge(*args.values())
+
+
+def test_a_backward_pass_is_refused():
+    V, A, B, gain = torch.randn(4, 3), torch.randn(2, 3), torch.randn(4, 2), torch.rand(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="dora_merge: has no gradient"):
+        dora_merge(V, A, B, gain).sum().backward()
