@@ -112,6 +112,7 @@ def dora_merge(
 
     V [N, K], A [r, K], B [N, r], gain [N] (it holds the norm of the *full* row, so removing columns does not
     change it); rows, cols: sorted int64 kept indices or None (all). Returns [len(rows), len(cols)] in V's dtype,
-    computed in fp32 (float64 for float64). Not differentiable: RuntimeError in a backward pass. ValueError / TypeError on what does not fit.
+    computed in fp32 (float64 for float64). ValueError / TypeError on what does not fit; not differentiable: a backward
+    pass raises RuntimeError.
     """
     return torch.ops.prunekern.dora_merge(V, A, B, gain, rows, cols, s)
