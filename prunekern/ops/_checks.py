@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +66,29 @@ def kept_index(op: str, name: str, index: torch.Tensor, size: int | None) -> Non
         at = int(bad.nonzero()[0])
         limit = "not negative" if size is None else f"< {size}"
         raise ValueError(f"{op}: {name} must be sorted and {limit} (got {int(index[at])} at position {at})")
+
+
+def kept_index_anywhere(op: str, name: str, index: torch.Tensor, size: int) -> None:
+    """`kept_index` that never waits for a device: on a GPU the device itself stops, later."""
+    if index.device.type == "cpu":
+        kept_index(op, name, index, size)
+    elif index.numel() and not _is_checked(index, size):  # no synchronisation
+        good = (index[0] >= 0) & (index[-1] < size) & (index[1:] > index[:-1]).all()
+        torch._assert_async(good, f"{op}: {name} must be sorted and < {size}")
+
+
+_CHECKED = WeakTensorKeyDictionary()  # index on a device -> (version, size) it was checked with
+
+
+def _is_checked(index: torch.Tensor, size: int) -> bool:
+    """Whether this very index passed before: the check is six launches, more than the product of a few rows."""
+    if torch.compiler.is_compiling() or type(index) is not torch.Tensor or index.is_inference():
+        return False
+    now = (index._version, size)
+    if _CHECKED.get(index) == now:
+        return True
+    _CHECKED[index] = now
+    return False
 
 
 def without_autocast(device: torch.device):

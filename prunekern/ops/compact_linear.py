@@ -8,7 +8,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunekern import _native, kernels
 
@@ -160,30 +159,7 @@ def _check_plain(x, weight, bias, in_index, out_index, n_out, activation, residu
     _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
         if index is not None:
-            check_index(OP, name, index, size)
-
-
-def check_index(op: str, name: str, index: Tensor, size: int) -> None:
-    """Raises unless `index` is strictly ascending within [0, size); on a GPU the device itself stops later."""
-    if index.device.type == "cpu":
-        _checks.kept_index(op, name, index, size)
-    elif index.numel() and not _is_checked(index, size):  # no synchronisation
-        good = (index[0] >= 0) & (index[-1] < size) & (index[1:] > index[:-1]).all()
-        torch._assert_async(good, f"{op}: {name} must be sorted and < {size}")
-
-
-_CHECKED = WeakTensorKeyDictionary()  # index on a device -> (version, size) it was checked with
-
-
-def _is_checked(index: Tensor, size: int) -> bool:
-    """Whether this very index passed before: the check is six launches, more than the product of a few rows."""
-    if torch.compiler.is_compiling() or type(index) is not Tensor or index.is_inference():
-        return False
-    now = (index._version, size)
-    if _CHECKED.get(index) == now:
-        return True
-    _CHECKED[index] = now
-    return False
+            _checks.kept_index_anywhere(OP, name, index, size)
 
 
 def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunekern import _native, kernels
 
 from . import _calls, _checks
-from .compact_linear import ACTIVATIONS, NUMBER, check_index, compact_linear, compact_linear_reference
+from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, is_unchanged
 
 OP = "compact_mlp"
@@ -215,7 +215,7 @@ def _run_triton(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down
                          gate_scale, in_index, out_index, n_hidden, n_out, activation, residual)  # fmt: skip
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if in_index is not None:
-        check_index(OP, "in_index", in_index, x.shape[-1])
+        _checks.kept_index_anywhere(OP, "in_index", in_index, x.shape[-1])
     hidden = triton_op()(rows, up, gate, up_bias, gate_bias, up_scale, gate_scale, in_index, activation)
     hidden = hidden.view(*x.shape[:-1], n_hidden)
     return compact_linear(hidden, down, down_bias, None, out_index, n_out, "none", residual, down_scale)

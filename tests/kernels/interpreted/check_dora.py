@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from definitions import UNIT, dora, random, strided, within
+from definitions import UNIT, dora, poisoned_empty, random, strided, within
 
 from prunekern.kernels import dora_gain as gain_kernels
 from prunekern.kernels import dora_linear as linear_kernels
@@ -94,17 +94,6 @@ def test_linear_forward(T, N, K, r, dtype, route, monkeypatch):
             whole = z.double() + (0.5 * p.double() @ B.double().T if add_low else 0)
             within(whole, want_z, bound)
         assert y.dtype == dtype and p.shape == (T, r)
-
-
-def poisoned_empty(monkeypatch):
-    """Memory that nobody wrote shows: it is NaN."""
-    real = torch.empty
-
-    def empty(*args, **kwargs):
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", empty)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,3 +33,14 @@ def dora(x, V, A, B, gain, bias, s):
     z = x @ (V + s * B @ A).T
     y = gain * z
     return z, y if bias is None else y + bias.double()
+
+
+def poisoned_empty(monkeypatch):
+    """Memory that nobody wrote shows: it is NaN."""
+    real = torch.empty
+
+    def empty(*args, **kwargs):
+        made = real(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", empty)
