@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--method", action="append", choices=list(METHODS), help="these only")
+    parser.add_argument("--task", action="append", choices=list(SHAPES), help="run and report these only")
     parser.add_argument("--only-report", action="store_true")
     parser.add_argument("--out", default="accuracy")
     args = parser.parse_args()
@@ -174,7 +175,11 @@ def main() -> None:
     console = Console()
     RUNS.mkdir(parents=True, exist_ok=True)
     shard, shards = map(int, args.shard.split("/"))
-    runs = [r for r in wanted(args.seeds, args.more_seeds) if not args.method or r[1] in args.method][shard::shards]
+    runs = [
+        r
+        for r in wanted(args.seeds, args.more_seeds)
+        if (not args.method or r[1] in args.method) and (not args.task or r[0] in args.task)
+    ][shard::shards]
     for i, one in enumerate(runs):
         path, label = path_of(*one), "{} {} {:.0%} seed {}".format(*one)
         if path.exists() or args.only_report:
@@ -185,7 +190,7 @@ def main() -> None:
         path.with_suffix(".part").replace(path)
         console.print(f"{label}: {100 * result['accuracy']:.2f} ({result['train_seconds']} s)", highlight=False)
     if shards == 1:
-        summarise(args.out)
+        summarise(args.out, args.task)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,13 @@ COLOURS = dict(
 Runs = dict[tuple[str, float], dict[str, dict[int, dict]]]  # (method, share) -> task -> seed -> run
 
 
-def load_runs(folder: Path = RUNS) -> Runs:
+def load_runs(folder: Path = RUNS, tasks: list[str] | None = None) -> Runs:
+    """tasks: of these only; None: of all."""
     runs: Runs = {}
     for path in sorted(folder.glob("*.json")):
         one = json.loads(path.read_text())
+        if tasks and one["task"] not in tasks:
+            continue
         runs.setdefault((one["method"], one["share"]), {}).setdefault(one["task"], {})[one["seed"]] = one
     return runs
 
@@ -122,8 +125,8 @@ def rows_of(runs: Runs) -> list[dict]:
     return rows
 
 
-def summarise(out: str) -> None:
-    runs = load_runs()
+def summarise(out: str, only: list[str] | None = None) -> None:
+    runs = load_runs(tasks=only)
     rows = rows_of(runs)
     group = next(iter(runs.values()))
     some = next(iter(next(iter(group.values())).values()))

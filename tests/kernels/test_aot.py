@@ -1,5 +1,7 @@
 """Kernels compiled ahead of time without a GPU, a representative part: bench/aot.py does all of them."""
 
+import re
+
 import pytest
 import torch
 from aot import build, examine
@@ -22,6 +24,13 @@ def test_no_spills_and_matrix_units(case):
 
 @pytest.mark.parametrize("case", WIDE, ids=lambda c: c.name)
 def test_sizes_over_two_to_the_31_compile(case):
-    """Strides and sizes as 64-bit integers: rows are then reached by 64-bit products, never 32-bit ones."""
-    made = build(case)
-    assert "mul.wide" in made.asm["ptx"] or "mul.lo.s64" in made.asm["ptx"] or "mad.lo.s64" in made.asm["ptx"]
+    assert ".param .u64" in build(case).asm["ptx"]
+
+
+NARROW = [c for c in cases(("sm_90",), BF16, ranks=(16,)) if "finish" not in c.name]
+
+
+@pytest.mark.parametrize("case", NARROW, ids=lambda c: c.name)
+def test_rows_are_reached_by_64_bit_products(case):
+    """Sizes and strides fit 32 bits here, their product need not."""
+    assert re.search(r"arith\.muli .*tensor<\d+x1xi64>|arith\.muli .*tensor<1x\d+xi64>", build(case).asm["ttir"])
