@@ -18,7 +18,7 @@ def attach(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
     """Replace the targeted linears of `model` by `MaskedDoRALinear`s, in place, and return their `Pruner`.
 
     Everything is frozen but adapters, magnitudes, mask logits and the task head (what lies outside the base model,
-    and its pooler; weights tied to the embeddings stay frozen). ValueError: an architecture without a family,
+    and its pooler; input and output embeddings stay frozen). ValueError: an architecture without a family,
     targets that match nothing, a sparsity the targets cannot reach, an activation that is not zero at zero, a model
     that is attached or compact already. RuntimeError: under bf16 autocast on a CPU whose bf16 products crash.
     """
@@ -116,11 +116,14 @@ def _row_group(table: Table, name: str) -> torch.Tensor | None:
 
 
 def _task_head(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters outside the base model, and of its pooler, that are not shared with the base model."""
+    """Parameters outside the base model, and of its pooler, but for those shared with it and for output embeddings."""
     base = getattr(model, "base_model", model)
+    words = getattr(model, "get_output_embeddings", lambda: None)()
     pooler = getattr(base, "pooler", None)
     pooled = {id(p) for p in pooler.parameters()} if pooler is not None else set()
     inside = {id(p) for p in base.parameters()} - (pooled if base is not model else set())
+    if words is not None:
+        inside.add(id(words.weight))
     return [p for p in model.parameters() if id(p) not in inside]
 
 

@@ -182,6 +182,7 @@ def check(plan: Plan, table: Table) -> None:
         alive = torch.zeros(table.layers[carrier].rows, dtype=torch.bool)
         alive[plan.layers[carrier].rows] = True
         kept[carrier] = alive[group.rows].all(1)
+        _refuse_split(carrier, group.rows, alive)
     for name, (rows, cols) in table.indices(kept).items():
         p = plan.layers[name]
         for side, want, got in (("rows", rows, p.rows), ("cols", cols, p.cols)):
@@ -190,3 +191,15 @@ def check(plan: Plan, table: Table) -> None:
                     f"plan: {side} of layer {name!r} do not match the channel groups they fall with "
                     f"(expected {want.numel()} kept, got {got.numel()})"
                 )
+
+
+def _refuse_split(carrier: str, rows: Tensor, alive: Tensor) -> None:
+    """Rotary pairs, and the same pair in all query heads of a key/value head, go together or not at all."""
+    some = alive[rows].any(1) & ~alive[rows].all(1)
+    if some.any():
+        group = rows[int(some.nonzero()[0])]
+        kept, gone = int(group[alive[group]][0]), int(group[~alive[group]][0])
+        raise ValueError(
+            f"plan: rows of layer {carrier!r} split a channel group: row {kept} is kept, row {gone} is not "
+            f"(rows {group.tolist()} belong together)"
+        )

@@ -148,15 +148,19 @@ def keep_only(pruner, kept):
     return pruner
 
 
-def reference(masked):
+def reference(masked, on=None, attention=None):
     """The masked model as a stock transformers model in float64: every adapted linear merged by the definition.
 
     W = m_b m (V + s B A) / ||V + s B A|| and m_b b, with m_b = logit > threshold: neither ops nor plan are used.
+    on: m_b [N] of a layer, where its groups are not its rows. attention: another implementation than the model's.
     """
+    on = row_on if on is None else on
     dense = (
         type(masked)
         ._from_config(
-            copy.deepcopy(masked.config), attn_implementation=masked.config._attn_implementation, dtype=torch.float64
+            copy.deepcopy(masked.config),
+            attn_implementation=attention or masked.config._attn_implementation,
+            dtype=torch.float64,
         )
         .double()
     )
@@ -179,7 +183,7 @@ def reference(masked):
     return dense.eval()
 
 
-def on(layer):
+def row_on(layer):
     if layer.mask is None:
         return torch.ones(layer.out_features, dtype=torch.float64)
     return (layer.mask.logits > layer.mask.threshold).double()

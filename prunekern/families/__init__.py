@@ -13,9 +13,9 @@ from .table import Group, Layer, Table
 
 
 def _families() -> tuple[ModuleType, ...]:
-    from . import bert, distilbert
+    from . import bert, distilbert, llama
 
-    return distilbert, bert
+    return distilbert, bert, llama
 
 
 def of(model: nn.Module) -> ModuleType:

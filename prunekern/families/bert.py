@@ -9,14 +9,8 @@ from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
 from .blocks import CompactSelfAttention, add_residual, is_hooked, run_ffn
-from .encoder import (
-    Block,
-    Make,
-    activation_name,
-    compact_attention_linears,
-    compact_ffn_linears,
-    encoder_table,
-)
+from .encoder import Block, compact_attention_linears, compact_ffn_linears, encoder_table
+from .linears import Make, activation_name
 from .table import Table
 
 MODEL_TYPES = ("bert", "roberta")

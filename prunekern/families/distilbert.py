@@ -6,14 +6,8 @@ from torch import nn
 from transformers.models.distilbert import modeling_distilbert as hf
 
 from .blocks import CompactSelfAttention, run_ffn
-from .encoder import (
-    Block,
-    Make,
-    activation_name,
-    compact_attention_linears,
-    compact_ffn_linears,
-    encoder_table,
-)
+from .encoder import Block, compact_attention_linears, compact_ffn_linears, encoder_table
+from .linears import Make, activation_name
 from .table import Table
 
 MODEL_TYPES = ("distilbert",)

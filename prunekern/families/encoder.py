@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import CompactLinear
+from .linears import Make, dense_layer, full_or
 from .table import Group, Layer, Table, channels
-
-# Activations with act(0) = 0, by transformers' names: a pruned FFN channel must contribute exactly nothing.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-
-def activation_name(hidden_act) -> str:
-    """Our name of a transformers activation. ValueError for one whose value at zero is not known to be zero."""
-    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
-        known = ", ".join(sorted(ACTIVATIONS))
-        raise ValueError(
-            f"activation must be zero at zero for a pruned channel to vanish; accepted: {known} (got {hidden_act!r})"
-        )
-    return ACTIVATIONS[hidden_act]
 
 
 @dataclass(frozen=True)
@@ -51,15 +29,9 @@ def encoder_table(model: nn.Module, blocks: Iterable[Block], heads: int) -> Tabl
     layers: dict[str, Layer] = {}
     groups: dict[str, Group] = {}
 
-    def size(name: str) -> tuple[int, int]:
-        module = model.get_submodule(name)
-        N, K = getattr(module, "dense_shape", module.weight.shape)  # of a shrunk layer: what it was
-        return N, K
-
     for b in blocks:
         for name in (b.q, b.k, b.v, b.o, b.up, b.down):
-            N, K = size(name)
-            layers[name] = Layer(name, N, K, model.get_submodule(name).bias is not None)
+            layers[name] = dense_layer(model, name)
         width, hidden, ffn = layers[b.q].rows, layers[b.o].rows, layers[b.up].rows
         head = torch.arange(width) // (width // heads)
         every = channels(width)
@@ -104,15 +76,6 @@ def head_layout(query_rows: Tensor, value_rows: Tensor, head_dim: int) -> HeadLa
 
     qk_first, v_first = ((0, *c.cumsum(0).tolist()) for c in (query_counts, value_counts))
     return HeadLayout(alive.numel(), width, positions(query_rows), positions(value_rows), qk_first, v_first)
-
-
-def full_or(index: Tensor, size: int) -> Tensor | None:
-    """None where `index` is all of [0, size): a contiguous call needs no index."""
-    return None if index.numel() == size else index
-
-
-# make(name, in_index, out_index, out_features, activation) -> the CompactLinear of that layer
-Make = Callable[[str, Tensor | None, Tensor | None, int, str], CompactLinear]
 
 
 def compact_attention_linears(make: Make, plan, block: Block, head_dim: int):

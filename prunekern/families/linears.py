@@ -1,0 +1,48 @@
+"""What every family needs to describe its linears and to make them compact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..nn import CompactLinear
+from .table import Layer
+
+# Activations with act(0) = 0, by transformers' names: a pruned FFN channel must contribute exactly nothing.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation_name(hidden_act) -> str:
+    """Our name of a transformers activation. ValueError for one whose value at zero is not known to be zero."""
+    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(
+            f"activation must be zero at zero for a pruned channel to vanish; accepted: {known} (got {hidden_act!r})"
+        )
+    return ACTIVATIONS[hidden_act]
+
+
+def dense_layer(model: nn.Module, name: str) -> Layer:
+    """The linear of that module name, of the size it had before anything was pruned."""
+    module = model.get_submodule(name)
+    N, K = getattr(module, "dense_shape", module.weight.shape)  # of a shrunk layer: what it was
+    return Layer(name, N, K, module.bias is not None)
+
+
+def full_or(index: Tensor, size: int) -> Tensor | None:
+    """None where `index` is all of [0, size): a contiguous call needs no index."""
+    return None if index.numel() == size else index
+
+
+# make(name, in_index, out_index, out_features, activation) -> the CompactLinear of that layer
+Make = Callable[[str, Tensor | None, Tensor | None, int, str], CompactLinear]
