@@ -32,7 +32,7 @@ from gpu_timing import ceilings
 
 from prunekern import kernels
 
-PARTS = ("gain", "training", "passes", "routes", "compact", "models")
+PARTS = ("gain", "training", "passes", "routes", "compact", "models", "decoders")
 LIMIT = 570  # seconds in all
 # What is promised of an H200: table, figure, rows it is about, bound (at least; at most where negative).
 PROMISES = (
@@ -97,7 +97,7 @@ def plot(found: dict, name: str, path: Path) -> None:
         (axes[1], "gain", {"PEFT_us": "PEFT", "us": "prunekern"}, "norm and gain, us"),
         (axes[2], "models", {"dense_ms": "dense", "compact_ms": "prunekern, compact"}, "whole models, ms"),
     ):
-        rows = found.get(part, [])
+        rows = found.get(part, []) + (found.get("decoders", []) if part == "models" else [])
         for i, (key, label) in enumerate(bars.items()):
             at = [n + 0.27 * i for n in range(len(rows))]
             axis.bar(at, [r[key] for r in rows], 0.25, label=label)
@@ -119,6 +119,7 @@ def small(device: torch.device) -> dict:
         "training": functools.partial(layers.training, device, shapes, ranks, 32, fp32),
         "compact": functools.partial(layers.compact, device, shapes, (1, 16), 0.25, fp32),
         "models": functools.partial(models, device, rehearsal=True),
+        "decoders": functools.partial(decoders, device, rehearsal=True),
     }
 
 
@@ -157,6 +158,7 @@ def main() -> None:
         "routes": lambda: layers.routes(device),
         "compact": lambda: layers.compact(device),
         "models": lambda: models(device),
+        "decoders": lambda: decoders(device),
     }
     found: dict = {}
     for name in (n for n in parts if n in only):
@@ -185,6 +187,12 @@ def _write(path: Path, facts: dict, found: dict, start: float) -> None:
 
 def models(device, **options) -> list[dict]:
     from gpu_models import models as run  # transformers may be missing or another one
+
+    return run(device, **options)
+
+
+def decoders(device, **options) -> list[dict]:
+    from gpu_models import decoders as run
 
     return run(device, **options)
 

@@ -45,7 +45,8 @@ def masked(dense: nn.Module, plan) -> nn.Module:
         gone[layer.rows] = False
         with torch.no_grad():
             linear.weight[gone] = 0
-            linear.bias[gone] = 0
+            if linear.bias is not None:
+                linear.bias[gone] = 0
     return model
 
 

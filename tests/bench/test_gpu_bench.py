@@ -4,6 +4,7 @@ import gpu
 import gpu_layers as layers
 import pytest
 import torch
+from gpu_models import decoders
 from gpu_timing import median_seconds, peak_memory, sets_for
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -16,6 +17,12 @@ def test_layers_are_checked_and_timed():
     assert row["bitwise_repeatable"] is True and row["x_LoRA"] > 0
     (row,) = layers.compact(CPU, ((24, 20),), (5,), 0.25, FP32)
     assert row["vendor, us"] > 0 and row["gather, of vendor"] > 0
+
+
+def test_decoders_are_checked_and_timed():
+    prefill, decode = decoders(CPU, rehearsal=True)
+    assert prefill["batch x tokens"] == "1 x 8, prefill" and decode["batch x tokens"] == "1 x 1 after 8"
+    assert all(row["removed_%"] >= 24.4 and row["compact_ms"] > 0 for row in (prefill, decode))
 
 
 def test_peft_layers_compute_what_ours_does():
