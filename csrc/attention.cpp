@@ -50,7 +50,7 @@ struct Workspace {
   }
 };
 
-// One item of work: some queries of one head of one sequence.
+// One item of work: some queries of one key/value head of one sequence, in all query heads that share it.
 struct Item {
   std::int64_t sequence, head;
   Range queries;
@@ -66,8 +66,8 @@ class Ahead {
     parts_[0] = {call.k + s * call.k_batch_stride + qk, call.k_stride, call.keys, line_count(qk_floats)};
     parts_[1] = {call.v + s * call.v_batch_stride + v, call.v_stride, call.keys,
                  line_count(call.v_first[item.head + 1] - v)};
-    parts_[2] = {call.q + s * call.q_batch_stride + qk + item.queries.begin * call.q_stride, call.q_stride,
-                 item.queries.size(), line_count(qk_floats)};
+    parts_[2] = {call.q + s * call.q_batch_stride + call.shared_by * qk + item.queries.begin * call.q_stride,
+                 call.q_stride, item.queries.size(), line_count(call.shared_by * qk_floats)};
     part_ = row_ = 0;
     std::int64_t lines = 0;
     for (const Part& part : parts_) lines += part.rows * part.lines;
@@ -101,22 +101,26 @@ class Ahead {
 
 // Queries x all allowed keys of one head.
 struct Head {
-  const AttentionCall& call;
   const Kernels& kernel;
-  std::int64_t n, qk, v;  // allowed keys, channels
-  const float* q;         // at query 0
+  std::int64_t keys_there, qk, v;  // allowed keys, channels
+  const std::int64_t* seen;        // [queries]: how many of the allowed keys each may read; null: all
+  const float* q;                  // at query 0
+  std::int64_t q_stride;
   float* y;
-  const float* present;  // see SoftmaxArgs: of the last panel of all
-  const float* all;      // ones: of every other block's last panel
+  std::int64_t y_stride;
 
   // One tile of queries.
   void run(Range rows, const Workspace& work, Ahead& ahead) const {
     const std::int64_t width = kernel.width, count = rows.size();
+    // Those that see the most come last.
+    const std::int64_t n = seen == nullptr ? keys_there : seen[rows.end - 1];
     alignas(64) float max[kMaxLanes], sum[kMaxLanes] = {}, decay[kMaxLanes], after[kMaxLanes];
-    alignas(64) float acc[kMaxRows * kMaxWidth];
+    alignas(64) float acc[kMaxRows * kMaxWidth], present[kMaxWidth], all[kMaxWidth];
     std::fill_n(max, kMaxLanes, std::numeric_limits<float>::lowest());
-    const float* a = q + rows.begin * call.q_stride;
-    std::int64_t a_stride = call.q_stride;
+    std::fill_n(all, kMaxWidth, 1.0f);
+    for (std::int64_t i = 0; i < kMaxWidth; ++i) present[i] = i < (n - 1) % width + 1 ? 1.0f : 0.0f;
+    const float* a = q + rows.begin * q_stride;
+    std::int64_t a_stride = q_stride;
     if (a_stride * 4 % 4096 == 0) {  // whole pages: the rows of a tile would meet in one set of L1
       for (std::int64_t r = 0; r < count; ++r)
         std::memcpy(work.q + r * work.q_stride, a + r * a_stride, static_cast<std::size_t>(qk) * 4);
@@ -136,6 +140,7 @@ struct Head {
         tile(keys - p * width)[count](args);
         ahead.step();
       }
+      if (seen != nullptr) forbid(rows, {first, first + keys}, work.scores);
       kernel.attention.softmax(
           {work.scores, count, keys, last ? present : all, work.p, work.p_stride, max, sum, decay});
       for (std::int64_t r = 0; r < count; ++r) after[r] = last ? 1.0f / sum[r] : 1.0f;
@@ -144,18 +149,29 @@ struct Head {
         TileArgs args{};
         args.a = work.p;
         args.a_stride = work.p_stride;
-        args.panel = work.values + c * n + first * width;
+        args.panel = work.values + c * keys_there + first * width;
         args.k = keys;
         args.acc = acc;
-        args.y = reinterpret_cast<const char*>(y + rows.begin * call.y_stride + c);
-        args.y_step = call.y_stride * 4;
+        args.y = reinterpret_cast<const char*>(y + rows.begin * y_stride + c);
+        args.y_step = y_stride * 4;
         args.row_lines = ceil_div(columns * 4, kLine) + 1;
         tile(columns)[count](args);
         ahead.step();
         kernel.attention.combine({acc, count, columns, first == 0 ? nullptr : decay, after,
-                                  y + rows.begin * call.y_stride + c, call.y_stride});
+                                  y + rows.begin * y_stride + c, y_stride});
       }
     }
+    if (seen != nullptr)
+      for (std::int64_t r = rows.begin; r < rows.end && seen[r] == 0; ++r)
+        std::fill_n(y + r * y_stride, v, 0.0f);
+  }
+
+  // Scores of keys that a row does not see: only the blocks on the diagonal have any.
+  void forbid(Range rows, Range keys, float* scores) const {
+    const std::int64_t width = kernel.width, count = rows.size();
+    for (std::int64_t r = 0; r < count; ++r)
+      for (std::int64_t i = std::max(seen[rows.begin + r], keys.begin) - keys.begin; i < keys.size(); ++i)
+        scores[(i / width * count + r) * width + i % width] = -std::numeric_limits<float>::infinity();
   }
 
   const TileFn* tile(std::int64_t columns) const {
@@ -171,20 +187,29 @@ void allowed_keys(const AttentionCall& call, std::int64_t sequence, std::vector<
     if (mask == nullptr || mask[i]) keys.push_back(i);
 }
 
+// How many of the allowed keys each query may read.
+void count_seen(const AttentionCall& call, const std::vector<std::int64_t>& keys,
+                std::vector<std::int64_t>& seen) {
+  seen.resize(call.queries);
+  for (std::int64_t i = 0; i < call.queries; ++i)
+    seen[i] = std::upper_bound(keys.begin(), keys.end(), call.keys - call.queries + i) - keys.begin();
+}
+
 // next: what this thread will probably do after it, or null.
 void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item, const Item* next) {
   static thread_local Scratch scratch;
-  static thread_local std::vector<std::int64_t> keys, row;
-  const std::int64_t sequence = item.sequence, head = item.head;
-  const Range queries = item.queries;
+  static thread_local std::vector<std::int64_t> keys, row, seen;
+  const std::int64_t sequence = item.sequence, head = item.head, shared = call.shared_by;
   const std::int64_t qk_first = call.qk_first[head], v_first = call.v_first[head];
   const std::int64_t qk = call.qk_first[head + 1] - qk_first, v = call.v_first[head + 1] - v_first;
   if (v == 0) return;
-  float* y = call.y + sequence * call.y_batch_stride + v_first;
+  const float* q = call.q + sequence * call.q_batch_stride + shared * qk_first;
+  float* y = call.y + sequence * call.y_batch_stride + shared * v_first;
   allowed_keys(call, sequence, keys);
   const std::int64_t n = static_cast<std::int64_t>(keys.size());
   if (n == 0) {
-    for (std::int64_t r = queries.begin; r < queries.end; ++r) std::fill_n(y + r * call.y_stride, v, 0.0f);
+    for (std::int64_t r = item.queries.begin; r < item.queries.end; ++r)
+      std::fill_n(y + r * call.y_stride, shared * v, 0.0f);
     return;
   }
 
@@ -197,19 +222,30 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
   kernel.attention.pack_values(
       {call.v + sequence * call.v_batch_stride + v_first, row.data(), n, v, work.values});
 
-  const std::int64_t in_last = (n - 1) % kernel.width + 1;
-  alignas(64) float present[kMaxWidth], all[kMaxWidth];
-  std::fill_n(all, kMaxWidth, 1.0f);
-  for (std::int64_t i = 0; i < kMaxWidth; ++i) present[i] = i < in_last ? 1.0f : 0.0f;
-  const Head one{call, kernel, n, qk, v, call.q + sequence * call.q_batch_stride + qk_first, y, present, all};
-  const std::int64_t tiles = ceil_div(queries.size(), kernel.rows);
+  // A lone query sees all keys, in every head that shares them: the heads are the rows of its tile.
+  const bool is_lone = call.queries == 1;
+  if (call.causal && !is_lone) count_seen(call, keys, seen);
+  const Range queries = is_lone ? Range{0, shared} : item.queries;
+  const std::int64_t passes = is_lone ? 1 : shared, tiles = ceil_div(queries.size(), kernel.rows);
   Ahead ahead;
   if (next != nullptr)
-    ahead.start(call, *next,
-                tiles * (ceil_div(n, kernel.width) + ceil_div(n, kKeyBlock) * ceil_div(v, kernel.width)));
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    const Range tile = share(queries.size(), t, tiles);
-    one.run({queries.begin + tile.begin, queries.begin + tile.end}, work, ahead);
+    ahead.start(
+        call, *next,
+        passes * tiles * (ceil_div(n, kernel.width) + ceil_div(n, kKeyBlock) * ceil_div(v, kernel.width)));
+  for (std::int64_t i = 0; i < passes; ++i) {
+    const Head one{kernel,
+                   n,
+                   qk,
+                   v,
+                   call.causal && !is_lone ? seen.data() : nullptr,
+                   q + i * qk,
+                   is_lone ? qk : call.q_stride,
+                   y + i * v,
+                   is_lone ? v : call.y_stride};
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const Range tile = share(queries.size(), t, tiles);
+      one.run({queries.begin + tile.begin, queries.begin + tile.end}, work, ahead);
+    }
   }
 }
 
@@ -230,7 +266,9 @@ void check(const AttentionCall& call) {
           "sizes must not be negative");
   check_first("qk_first", call.qk_first, call.heads);
   check_first("v_first", call.v_first, call.heads);
-  require(call.y_stride >= call.v_first[call.heads], "bad row stride of y");
+  require(call.shared_by >= 1, "shared_by must be at least 1 (got " + std::to_string(call.shared_by) + ")");
+  require(!call.causal || call.queries <= call.keys, "queries must be at most keys where causal");
+  require(call.y_stride >= call.shared_by * call.v_first[call.heads], "bad row stride of y");
   require(call.threads >= 1, "threads must be at least 1 (got " + std::to_string(call.threads) + ")");
 }
 
@@ -251,8 +289,8 @@ void compact_attention(Isa isa, const AttentionCall& call) {
   auto item = [&](std::int64_t i) {
     return Item{i / parts / call.heads, i / parts % call.heads, share(call.queries, i % parts, parts)};
   };
-  const std::int64_t floats =
-      (call.queries + call.keys) * call.qk_first[call.heads] + call.keys * call.v_first[call.heads];
+  const std::int64_t floats = (call.shared_by * call.queries + call.keys) * call.qk_first[call.heads] +
+                              call.keys * call.v_first[call.heads];
   const bool is_large = call.batch * floats * 4 > l2_bytes();
   std::atomic<std::int64_t> taken{0};
   parallel(threads, [&](int, int count) {

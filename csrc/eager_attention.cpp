@@ -9,29 +9,6 @@
 namespace prunekern {
 namespace {
 
-// A tuple of ints from 0 to `last`; that they do not descend is for the core to say.
-bool read_firsts(PyObject* object, std::int64_t last, std::vector<std::int64_t>& firsts) {
-  if (!PyTuple_CheckExact(object)) return false;
-  const Py_ssize_t count = PyTuple_GET_SIZE(object);
-  firsts.resize(count);
-  for (Py_ssize_t i = 0; i < count; ++i)
-    if (!eager::to_int(PyTuple_GET_ITEM(object, i), firsts[i])) return false;
-  return count > 0 && firsts.front() == 0 && firsts.back() == last;
-}
-
-// [batch, tokens, channels] in fp32 with contiguous channels.
-bool read_tokens(PyObject* object, dlpack::Tensor& tensor, const float*& data, std::int64_t& batch_stride,
-                 std::int64_t& stride) {
-  Element element;
-  if (!eager::view_input(object, tensor, element) || element != Element::fp32 || tensor.ndim != 3)
-    return false;
-  if (tensor.shape[2] > 1 && tensor.strides[2] != 1) return false;
-  data = static_cast<const float*>(tensor.data);
-  batch_stride = tensor.strides[0];
-  stride = tensor.strides[1];
-  return true;
-}
-
 bool read_mask(PyObject* object, AttentionCall& call) {
   if (object == Py_None) return true;
   dlpack::Tensor mask;
@@ -47,30 +24,34 @@ bool read_mask(PyObject* object, AttentionCall& call) {
 bool read_arguments(PyObject* const* args, AttentionCall& call, dlpack::Tensor& q,
                     std::vector<std::int64_t>& qk_first, std::vector<std::int64_t>& v_first) {
   dlpack::Tensor k, v;
-  if (!eager::ready() || !read_tokens(args[0], q, call.q, call.q_batch_stride, call.q_stride) ||
-      !read_tokens(args[1], k, call.k, call.k_batch_stride, call.k_stride) ||
-      !read_tokens(args[2], v, call.v, call.v_batch_stride, call.v_stride))
+  if (!eager::ready() || !eager::view_tokens(args[0], q, call.q, call.q_batch_stride, call.q_stride) ||
+      !eager::view_tokens(args[1], k, call.k, call.k_batch_stride, call.k_stride) ||
+      !eager::view_tokens(args[2], v, call.v, call.v_batch_stride, call.v_stride))
     return false;
   call.batch = q.shape[0];
   call.queries = q.shape[1];
   call.keys = k.shape[1];
-  if (k.shape[0] != call.batch || k.shape[2] != q.shape[2]) return false;
+  if (!eager::to_int(args[7], call.shared_by) || call.shared_by < 1 || !PyBool_Check(args[8])) return false;
+  call.causal = args[8] == Py_True;
+  if (k.shape[0] != call.batch || call.shared_by * k.shape[2] != q.shape[2]) return false;
+  if (call.causal && call.queries > call.keys) return false;
   if (v.shape[0] != call.batch || v.shape[1] != call.keys) return false;
-  if (!read_firsts(args[3], q.shape[2], qk_first) || !read_firsts(args[4], v.shape[2], v_first)) return false;
+  if (!eager::read_firsts(args[3], k.shape[2], qk_first) || !eager::read_firsts(args[4], v.shape[2], v_first))
+    return false;
   if (qk_first.size() != v_first.size() || call.batch * call.queries * v_first.back() == 0) return false;
   call.heads = static_cast<std::int64_t>(qk_first.size()) - 1;
   call.qk_first = qk_first.data();
   call.v_first = v_first.data();
   if (!read_mask(args[5], call) || !PyFloat_CheckExact(args[6])) return false;
   call.scale = static_cast<float>(PyFloat_AS_DOUBLE(args[6]));
-  return eager::read_threads(args[7], call.threads);
+  return eager::read_threads(args[9], call.threads);
 }
 
 }  // namespace
 
 PyObject* eager_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8) {
-    PyErr_Format(PyExc_TypeError, "call_attention takes 8 arguments (got %zd)", count);
+  if (count != 10) {
+    PyErr_Format(PyExc_TypeError, "call_attention takes 10 arguments (got %zd)", count);
     return nullptr;
   }
   AttentionCall call;
@@ -78,10 +59,11 @@ PyObject* eager_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::vector<std::int64_t> qk_first, v_first;
   if (!read_arguments(args, call, q, qk_first, v_first)) Py_RETURN_NONE;
   void* data = nullptr;
-  PyObject* y = eager::allocate(args[0], q, v_first.back(), data);
+  const std::int64_t channels = call.shared_by * v_first.back();
+  PyObject* y = eager::allocate(args[0], q, channels, data);
   if (y == nullptr || y == Py_None) return y;
   call.y = static_cast<float*>(data);
-  call.y_stride = v_first.back();
+  call.y_stride = channels;
   call.y_batch_stride = call.queries * call.y_stride;
   return eager::finish(
       y, [](const void* c) { compact_attention(*static_cast<const AttentionCall*>(c)); }, &call);

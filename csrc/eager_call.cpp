@@ -63,8 +63,10 @@ PyMethodDef methods[] = {
      "call_mlp(x, up, down, gate, 3 biases, 3 scales, in_index, out_index, n_hidden, n_out, activation, "
      "residual, threads) -> y, or None: the same for compact_mlp."},
     {"call_attention", fast(eager_attention), METH_FASTCALL,
-     "call_attention(q, k, v, qk_first, v_first, key_mask, scale, threads) -> y, or None: the same for "
-     "compact_attention."},
+     "call_attention(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, threads) -> y, or None: "
+     "the same for compact_attention."},
+    {"call_rotary", fast(eager_rotary), METH_FASTCALL,
+     "call_rotary(x, cos, sin, angle, first, shared_by, threads) -> y, or None: the same for rotate_pairs."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -135,6 +135,26 @@ bool read_weight(PyObject* packed, PyObject* scale, PyObject* bias, std::int64_t
   return true;
 }
 
+bool view_tokens(PyObject* object, dlpack::Tensor& tensor, const float*& data, std::int64_t& batch_stride,
+                 std::int64_t& stride) {
+  Element element;
+  if (!view_input(object, tensor, element) || element != Element::fp32 || tensor.ndim != 3) return false;
+  if (tensor.shape[2] > 1 && tensor.strides[2] != 1) return false;
+  data = static_cast<const float*>(tensor.data);
+  batch_stride = tensor.strides[0];
+  stride = tensor.strides[1];
+  return true;
+}
+
+bool read_firsts(PyObject* object, std::int64_t last, std::vector<std::int64_t>& firsts) {
+  if (!PyTuple_CheckExact(object)) return false;
+  const Py_ssize_t count = PyTuple_GET_SIZE(object);
+  firsts.resize(count);
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (!to_int(PyTuple_GET_ITEM(object, i), firsts[i])) return false;
+  return count > 0 && firsts.front() == 0 && firsts.back() == last;
+}
+
 bool to_int(PyObject* object, std::int64_t& value) {
   if (!PyLong_CheckExact(object)) return false;
   value = PyLong_AsLongLong(object);

@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "dlpack_abi.h"
 #include "prunekern/linear.h"
@@ -25,6 +26,13 @@ bool view_index(PyObject* object, const std::int64_t*& index, std::int64_t& leng
 
 // The same for x and residual: fp32 or bf16, without a minus sign that torch keeps aside (x.conj().imag).
 bool view_input(PyObject* object, dlpack::Tensor& tensor, Element& element);
+
+// [batch, tokens, channels] in fp32 with contiguous channels.
+bool view_tokens(PyObject* object, dlpack::Tensor& tensor, const float*& data, std::int64_t& batch_stride,
+                 std::int64_t& stride);
+
+// A tuple of ints from 0 to `last`; that they do not descend is for the core to say.
+bool read_firsts(PyObject* object, std::int64_t last, std::vector<std::int64_t>& firsts);
 
 // [..., n] as rows of one stride, `count` in all; false where no single stride describes them.
 bool rows(const dlpack::Tensor& tensor, std::int64_t count, std::int64_t& stride);

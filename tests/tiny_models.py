@@ -4,6 +4,7 @@ Weights, biases and LayerNorms are all random: a dropped bias or a skipped Layer
 """
 
 import copy
+import sys
 
 import numpy as np
 import torch
@@ -212,3 +213,25 @@ def unchanged(model, before):
     now = dict((*model.named_parameters(), *model.named_buffers()))
     assert now.keys() == before.keys()
     assert all(torch.equal(now[n], t) for n, t in before.items())
+
+
+def watch(monkeypatch) -> list[str]:
+    """Names of the ops that compact models call, in order; those with weights count when these are packed."""
+    calls = []
+
+    def spy(module, name):
+        real = getattr(module, name)
+
+        def call(x, weight, *args, **kwargs):
+            if name == "compact_attention" or weight.dim() == 3:
+                calls.append(name)
+            return real(x, weight, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module in ("compact_linear", "compact_attention", "compact_mlp"):
+        nn_module = sys.modules[f"prunekern.nn.{module}"]
+        spy(nn_module, module)
+        if module == "compact_attention":
+            spy(nn_module, "compact_linear")
+    return calls

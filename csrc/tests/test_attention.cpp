@@ -20,6 +20,8 @@ struct Case {
   int threads = 1;
   float size = 1.0f;  // of q: large ones make large logits
   float scale = 0.3f;
+  std::int64_t shared_by = 1;
+  bool causal = false;
 };
 
 std::vector<std::int64_t> firsts(const std::vector<std::int64_t>& widths) {
@@ -47,11 +49,16 @@ bool is_allowed(Mask mask, std::int64_t b, std::int64_t key, std::int64_t keys) 
   return mask == Mask::none || (mask == Mask::nothing_allowed && b % 2 == 1);
 }
 
+bool is_seen(const Case& c, std::int64_t b, std::int64_t query, std::int64_t key) {
+  return is_allowed(c.mask, b, key, c.keys) && (!c.causal || key <= c.keys - c.queries + query);
+}
+
 void run(Isa isa, const Case& c) {
   const std::vector<std::int64_t> qk = firsts(c.qk), v = firsts(c.v);
   const std::int64_t heads = static_cast<std::int64_t>(c.qk.size());
-  Strided q(c.batch, c.queries, qk.back(), 1), k(c.batch, c.keys, qk.back(), 2),
-      value(c.batch, c.keys, v.back(), 3), y(c.batch, c.queries, v.back(), 4);
+  const std::int64_t shared = c.shared_by;
+  Strided q(c.batch, c.queries, shared * qk.back(), 1), k(c.batch, c.keys, qk.back(), 2),
+      value(c.batch, c.keys, v.back(), 3), y(c.batch, c.queries, shared * v.back(), 4);
   for (float& x : q.data) x *= c.size;
   std::fill(y.data.begin(), y.data.end(), kPoison);
   const std::int64_t mask_stride = c.keys + 5;
@@ -87,22 +94,26 @@ void run(Isa isa, const Case& c) {
   call.key_mask_stride = mask_stride;
   call.scale = c.scale;
   call.threads = c.threads;
+  call.shared_by = shared;
+  call.causal = c.causal;
   compact_attention(isa, call);
 
   const double eps = 0x1p-24;
   std::vector<double> logit(c.keys);
   for (std::int64_t b = 0; b < c.batch; ++b)
-    for (std::int64_t h = 0; h < heads; ++h)
+    for (std::int64_t each = 0; each < heads * shared; ++each)
       for (std::int64_t t = 0; t < c.queries; ++t) {
-        const std::int64_t d = c.qk[h];
+        const std::int64_t h = each / shared, d = c.qk[h];
+        const std::int64_t q_at = shared * qk[h] + each % shared * d;  // of this query head
+        const std::int64_t y_at = shared * v[h] + each % shared * c.v[h];
         double largest = -std::numeric_limits<double>::infinity(), error = 0.0, sum = 0.0;
         std::int64_t allowed = 0;
         for (std::int64_t s = 0; s < c.keys; ++s) {
-          if (!is_allowed(c.mask, b, s, c.keys)) continue;
+          if (!is_seen(c, b, t, s)) continue;
           double size = 0.0;
           logit[s] = 0.0;
           for (std::int64_t i = qk[h]; i < qk[h + 1]; ++i) {
-            const double product = double(c.scale) * q.at(b, t, i) * k.at(b, s, i);
+            const double product = double(c.scale) * q.at(b, t, q_at + i - qk[h]) * k.at(b, s, i);
             logit[s] += product;
             size += std::fabs(product);
           }
@@ -111,11 +122,11 @@ void run(Isa isa, const Case& c) {
           ++allowed;
         }
         for (std::int64_t s = 0; s < c.keys; ++s)
-          if (is_allowed(c.mask, b, s, c.keys)) sum += std::exp(logit[s] - largest);
+          if (is_seen(c, b, t, s)) sum += std::exp(logit[s] - largest);
         for (std::int64_t i = v[h]; i < v[h + 1]; ++i) {
           double want = 0.0, size = 0.0;
           for (std::int64_t s = 0; s < c.keys; ++s) {
-            if (!is_allowed(c.mask, b, s, c.keys)) continue;
+            if (!is_seen(c, b, t, s)) continue;
             const double part = std::exp(logit[s] - largest) / sum * value.at(b, s, i);
             want += part;
             size += std::fabs(part);
@@ -123,17 +134,18 @@ void run(Isa isa, const Case& c) {
           // Every weight is off by a factor of exp(+-2 error) (its own logit and the largest) and by that of
           // 2^x (2e-7), numerator and denominator alike; then one rounding for every key.
           const double off = std::expm1(2 * error) + 4e-7 + double(allowed + 4) * eps;
-          const double got = y.at(b, t, i), bound = 2 * off * size + 1e-30;
+          const double got = y.at(b, t, y_at + i - v[h]), bound = 2 * off * size + 1e-30;
           CHECK(std::fabs(got - want) <= bound,
-                "%s b=%ld q=%ld k=%ld qk=%ld v=%ld mask %d: sequence %ld head %ld query %ld channel %ld: %g, "
+                "%s b=%ld q=%ld k=%ld qk=%ld v=%ld mask %d shared by %ld causal %d: sequence %ld head %ld "
+                "query %ld channel %ld: %g, "
                 "want %g within %g",
                 name(isa), long(c.batch), long(c.queries), long(c.keys), long(d), long(c.v[h]), int(c.mask),
-                long(b), long(h), long(t), long(i - v[h]), got, want, bound);
+                long(shared), int(c.causal), long(b), long(each), long(t), long(i - v[h]), got, want, bound);
         }
       }
   for (std::int64_t b = 0; b < c.batch; ++b)
     for (std::int64_t at = 0; at < y.batch_stride; ++at)
-      if (at >= c.queries * y.stride || at % y.stride >= v.back())
+      if (at >= c.queries * y.stride || at % y.stride >= shared * v.back())
         CHECK(y.data[b * y.batch_stride + at] == kPoison, "%s: wrote between the rows", name(isa));
 }
 
@@ -171,7 +183,8 @@ void run_strange_rows(Isa isa) {
     }
 }
 
-std::string refusal(std::vector<std::int64_t> qk, std::vector<std::int64_t> v, int threads) {
+std::string refusal(std::vector<std::int64_t> qk, std::vector<std::int64_t> v, int threads,
+                    std::int64_t shared_by = 1, std::int64_t queries = 1) {
   AttentionCall call;
   call.batch = call.queries = call.keys = 1;
   call.heads = static_cast<std::int64_t>(qk.size()) - 1;
@@ -179,6 +192,9 @@ std::string refusal(std::vector<std::int64_t> qk, std::vector<std::int64_t> v, i
   call.v_first = v.data();
   call.y_stride = v.back();
   call.threads = threads;
+  call.shared_by = shared_by;
+  call.queries = queries;
+  call.causal = true;
   return message_of([&] { compact_attention(Isa::generic, call); });
 }
 
@@ -210,11 +226,24 @@ int main() {
     run(isa, {1, 5, 5, {}, {}});
     run(isa, {1, 5, 5, {3, 4}, {0, 0}});
     run_strange_rows(isa);
+    // Decoders: grouped queries, the last tokens of all, one token, several blocks of keys, padding on both
+    // sides.
+    for (std::int64_t shared : {1, 3, 17})
+      for (std::int64_t queries : {1, 2, 15, 33})
+        for (Mask mask : {Mask::none, Mask::padding, Mask::holes, Mask::nothing_allowed})
+          run(isa,
+              {2, queries, 33, ragged_qk, ragged_v, mask, int(1 + queries % 3), 1.0f, 0.3f, shared, true});
+    run(isa, {1, 300, 300, {20, 0}, {33, 8}, Mask::none, 2, 1.0f, 0.3f, 2, true});
+    run(isa, {1, 40, 600, {20}, {33}, Mask::holes, 1, 1.0f, 0.3f, 2, true});
+    run(isa, {1, 20, 600, {16}, {16}, Mask::none, 1, 1e4f, 0.3f, 1, true});
+    run(isa, {2, 7, 9, ragged_qk, ragged_v, Mask::none, 2, 1.0f, 0.3f, 4, false});
   }
   const std::string start = "compact_attention: ";
   CHECK(refusal({0, 4, 3}, {0, 4, 8}, 1) == start + "qk_first must not descend (got 3 after 4 at position 2)",
         "qk");
   CHECK(refusal({0, 4}, {1, 4}, 1) == start + "v_first must start with 0", "v");
   CHECK(refusal({0, 4}, {0, 4}, 0) == start + "threads must be at least 1 (got 0)", "threads");
+  CHECK(refusal({0, 4}, {0, 4}, 1, 0) == start + "shared_by must be at least 1 (got 0)", "shared_by");
+  CHECK(refusal({0, 4}, {0, 4}, 1, 1, 2) == start + "queries must be at most keys where causal", "causal");
   return 0;
 }

@@ -19,35 +19,12 @@ from .encoder import HeadLayout
 _bool = torch.bool
 
 
-class CompactSelfAttention:
-    """Attention on the kept channels: to be mixed into transformers' self-attention of a family, which it overrides.
-
-    `attend` returns the kept value channels side by side. With "sdpa" attention (the default), on the CPU and where
-    nothing wants a gradient, q, k and v are one product and the heads are never padded. Gradients, dropout, other
-    devices and dtypes, masks that forbid more than keys, and "eager" (whose attention weights may be asked for) take
-    transformers' attention on heads padded to the widest one.
+class PacksTogether:
+    """Queries, keys and values as one product: to be mixed into an attention module that has them under `names`, and
+    a `CompactAttention` under `ragged`.
     """
 
     names: tuple[str, str, str]  # of q, k and v in the module
-    eager: Callable  # transformers' own attention for "eager"
-
-    def make_compact(self, linears, layout: HeadLayout) -> None:
-        """Take q, k and v of a block, in place of the dense ones."""
-        for name, linear in zip(self.names, linears, strict=True):
-            setattr(self, name, linear)
-        self.padded = (layout.heads, layout.width)
-        self.ragged = CompactAttention(layout.qk_first, layout.v_first, self.scaling)
-
-    def attend(self, x: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """x: [batch, tokens, hidden] -> [batch, tokens, kept value channels], and attention weights or None."""
-        if self.padded[0] == 0:  # no value channel is left in the layer: o adds its bias to the residual
-            return x.new_zeros(*x.shape[:-1], 0), None
-        layers = self._layers()
-        if self._is_plain() and not is_shrunk(*layers) and not is_hooked(*layers) and self.ragged.fuses(x, layers):
-            forbids_keys_only, key_mask = key_mask_of(mask)
-            if forbids_keys_only:
-                return self.ragged(x, layers, key_mask), None
-        return self._attend_padded(x, layers, mask, **kwargs)
 
     def pack(self) -> None:
         """Pack q, k and v as one where they will be used so."""
@@ -62,7 +39,7 @@ class CompactSelfAttention:
             return ()
         weights = [layer.weight for layer in layers]
         alike = all(is_packable(w) and w.dtype is weights[0].dtype for w in weights)
-        return layers if alike and self.padded[0] > 0 and self._is_plain() else ()
+        return layers if alike and self.ragged.v_first[-1] > 0 and self._is_plain() else ()
 
     def _layers(self) -> tuple[CompactLinear, CompactLinear, CompactLinear]:
         q, k, v = self.names
@@ -70,7 +47,43 @@ class CompactSelfAttention:
         return modules[q], modules[k], modules[v]
 
     def _is_plain(self) -> bool:
-        return self.config._attn_implementation == "sdpa" and not (self.training and self.dropout.p > 0)
+        return self.config._attn_implementation == "sdpa" and not (self.training and self._dropout_rate() > 0)
+
+    def _runs_ragged(self, x: Tensor, layers) -> bool:
+        return self._is_plain() and not is_shrunk(*layers) and not is_hooked(*layers) and self.ragged.fuses(x, layers)
+
+
+class CompactSelfAttention(PacksTogether):
+    """Attention on the kept channels: to be mixed into transformers' self-attention of a family, which it overrides.
+
+    `attend` returns the kept value channels side by side. With "sdpa" attention (the default), on the CPU and where
+    nothing wants a gradient, q, k and v are one product and the heads are never padded. Gradients, dropout, other
+    devices and dtypes, masks that forbid more than keys, and "eager" (whose attention weights may be asked for) take
+    transformers' attention on heads padded to the widest one.
+    """
+
+    eager: Callable  # transformers' own attention for "eager"
+
+    def make_compact(self, linears, layout: HeadLayout) -> None:
+        """Take q, k and v of a block, in place of the dense ones."""
+        for name, linear in zip(self.names, linears, strict=True):
+            setattr(self, name, linear)
+        self.padded = (layout.heads, layout.width)
+        self.ragged = CompactAttention(layout.qk_first, layout.v_first, self.scaling)
+
+    def attend(self, x: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """x: [batch, tokens, hidden] -> [batch, tokens, kept value channels], and attention weights or None."""
+        if self.padded[0] == 0:  # no value channel is left in the layer: o adds its bias to the residual
+            return x.new_zeros(*x.shape[:-1], 0), None
+        layers = self._layers()
+        if self._runs_ragged(x, layers):
+            forbids_keys_only, key_mask = key_mask_of(mask)
+            if forbids_keys_only:
+                return self.ragged(x, layers, key_mask), None
+        return self._attend_padded(x, layers, mask, **kwargs)
+
+    def _dropout_rate(self) -> float:
+        return self.dropout.p
 
     def _attend_padded(self, x: Tensor, layers, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Padding is zero in q, k and v: it changes no logit, and its outputs are dropped. The softmax scale stays
@@ -97,29 +110,56 @@ def key_mask_of(mask: Tensor | None) -> tuple[bool, Tensor | None]:
         return True, None
     if mask.dim() != 4 or mask.dtype is not _bool or mask.shape[1] != 1:
         return False, None
-    if mask.shape[2] != 1 and mask.stride(2) != 0:
-        if torch.compiler.is_compiling() or not _repeats_rows(mask):
-            return False, None
+    if mask.shape[2] != 1 and mask.stride(2) != 0 and not _answer(_repeats_rows, mask):
+        return False, None
     return True, mask[:, 0, 0]
 
 
+def causal_key_mask_of(mask: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Whether a mask of transformers forbids whole keys and what follows a query only, and the keys allowed.
+
+    As `key_mask_of`; the queries are the last tokens: the last of them sees every key that is allowed at all.
+    """
+    if mask is None:
+        return True, None
+    if mask.dim() != 4 or mask.dtype is not _bool or mask.shape[1] != 1 or mask.shape[2] > mask.shape[3]:
+        return False, None
+    if mask.shape[2] != 1 and not _answer(_is_causal, mask):
+        return False, None
+    return True, mask[:, 0, -1]
+
+
 class _Last(threading.local):
-    """The mask compared last by this thread: a reference that does not keep it, its version, the answer."""
+    """The mask asked about last by this thread: a reference that does not keep it, its version, question, answer."""
 
     mask: Callable = staticmethod(lambda: None)
     version = 0
+    question: Callable | None = None
     answer = False
 
 
 _last = _Last()
 
 
-def _repeats_rows(mask: Tensor) -> bool:
+def _answer(question: Callable[[Tensor], bool], mask: Tensor) -> bool:
+    """question(mask), asked once of a mask that all blocks get; no where a graph cannot ask."""
+    if torch.compiler.is_compiling():
+        return False
     version = version_of(mask)
-    if _last.mask() is not mask or _last.version != version or version < 0:
-        _last.answer = torch.equal(mask, mask[:, :, :1].expand_as(mask))
-        _last.mask, _last.version = weakref.ref(mask), version
+    if _last.mask() is not mask or _last.version != version or version < 0 or _last.question is not question:
+        _last.answer = question(mask)
+        _last.mask, _last.version, _last.question = weakref.ref(mask), version, question
     return _last.answer
+
+
+def _repeats_rows(mask: Tensor) -> bool:
+    return torch.equal(mask, mask[:, :, :1].expand_as(mask))
+
+
+def _is_causal(mask: Tensor) -> bool:
+    queries, keys = mask.shape[2:]
+    seen = torch.ones(queries, keys, dtype=_bool, device=mask.device).tril(keys - queries)
+    return torch.equal(mask, mask[:, :, -1:] & seen)
 
 
 def is_hooked(*layers: nn.Module) -> bool:

@@ -103,8 +103,9 @@ class HeadLayout:
     `kv` key/value heads are left, each read by `shared_by` query heads, padded to `width` (even): first halves of
     rotary pairs from the head's start, second halves from its middle, values from its start. `query`, `key`, `value`
     are the sorted positions of kept channels when padded, `context` those of what the output projection reads.
-    `turn` int64 [kv * width]: the channel of the model's cos and sin that turns each padded key channel.
-    `key_first`, `value_first`: kv + 1 ints, key/value head h has channels first[h] to first[h + 1] side by side.
+    `turn` int64 [kv * width]: the channel of the model's cos and sin that turns each padded key channel; `angle` int64
+    [key_first[-1] / 2]: the same for each kept pair. `key_first`, `value_first`: kv + 1 ints, key/value head h has
+    channels first[h] to first[h + 1] side by side.
     """
 
     kv: int
@@ -115,6 +116,7 @@ class HeadLayout:
     value: Tensor
     context: Tensor
     turn: Tensor
+    angle: Tensor
     key_first: tuple[int, ...]
     value_first: tuple[int, ...]
 
@@ -148,6 +150,7 @@ def head_layout(key_rows: Tensor, value_rows: Tensor, heads: Heads) -> HeadLayou
         value,
         _for_queries(value, width, shared),
         turn,
+        pairs % d,
         (0, *(2 * pair_counts).cumsum(0).tolist()),
         (0, *value_counts.cumsum(0).tolist()),
     )

@@ -8,25 +8,34 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..nn import mlp_call, pick_channels, place_channels
-from .blocks import is_hooked, is_shrunk
+from ..nn import CompactAttention, mlp_call, pick_channels, place_channels
+from ..ops import rotate_pairs
+from .blocks import PacksTogether, causal_key_mask_of, is_hooked, is_shrunk
 from .decoder import HeadLayout
 
 
-class CompactCausalAttention:
+class CompactCausalAttention(PacksTogether):
     """Grouped-query attention on the kept channels: to be mixed into transformers' attention of a family.
+
+    With "sdpa" attention (the default), on the CPU and where nothing wants a gradient, q, k and v are one product and
+    heads are never padded. Everything else (see `CompactSelfAttention`) takes transformers' attention on heads padded
+    to the widest one.
 
     `forward` returns the kept channels of every query head side by side; the block adds o's product to the residual.
     The cache holds keys [batch, 1, tokens, kept key channels] and values [batch, 1, tokens, kept value channels], heads
     side by side: it is as much smaller as k and v are. Any cache of transformers takes them.
     """
 
+    names = ("q_proj", "k_proj", "v_proj")
     eager: Callable  # transformers' own attention for "eager"
 
     def make_compact(self, linears, layout: HeadLayout) -> None:
         """Take q, k, v and o of a block, in place of the dense ones."""
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = linears
         self.layout = layout
+        self.ragged = CompactAttention(
+            layout.key_first, layout.value_first, self.scaling, layout.shared_by, causal=True
+        )
         self._indices: dict[torch.device, tuple] = {}
 
     def forward(
@@ -38,25 +47,41 @@ class CompactCausalAttention:
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [batch, tokens, hidden] -> [batch, tokens, kept context], and attention weights or None."""
-        at = self.layout
-        shape = hidden_states.shape[:-1]
-        if at.kv == 0:  # no value channel is left in the layer: o adds its bias to the residual
-            nothing = hidden_states.new_zeros(*shape, 0)
+        if self.layout.kv == 0:  # no value channel is left in the layer: o adds its bias to the residual
+            nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
             self._cached(nothing, nothing, past_key_values)
             return nothing, None
-        turn, key_at, value_at, context_at = self._on(hidden_states.device)
-        query = self.q_proj(hidden_states).view(*shape, at.kv, at.shared_by, at.width)
-        key = self.k_proj(hidden_states).view(*shape, at.kv, at.width)
-        value = self.v_proj(hidden_states).view(*shape, at.kv, at.width)
+        if self._runs_ragged(hidden_states, self._layers()):
+            is_plain, key_mask = causal_key_mask_of(attention_mask)
+            if is_plain:
+                return self._attend_ragged(hidden_states, position_embeddings, key_mask, past_key_values), None
+        return self._attend_padded(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+    def _attend_ragged(self, x: Tensor, position_embeddings, key_mask: Tensor | None, past) -> Tensor:
+        at, ragged = self.layout, self.ragged
+        query, key, value = ragged.project(x, self._layers())
         query, key = self.normed(query, key)
+        cos, sin = position_embeddings
+        query = rotate_pairs(query, cos, sin, at.angle, at.key_first, at.shared_by)
+        key = rotate_pairs(key, cos, sin, at.angle, at.key_first)
+        return ragged.attend(query, *self._cached(key, value, past), key_mask)
+
+    def _attend_padded(self, x: Tensor, position_embeddings, mask, past, **kwargs) -> tuple[Tensor, Tensor | None]:
+        at = self.layout
+        shape = x.shape[:-1]
+        turn, key_at, value_at, context_at = self._on(x.device)
+        query, key, value = (layer(x) for layer in self._layers())
+        query, key = self.normed(query, key)
+        query = query.view(*shape, at.kv, at.shared_by, at.width)
+        key, value = (t.view(*shape, at.kv, at.width) for t in (key, value))
         cos, sin = (
             c.index_select(-1, turn).view(*c.shape[:2], at.kv, at.width).to(key.dtype) for c in position_embeddings
         )
         query = _rotated(query, cos.unsqueeze(3), sin.unsqueeze(3)).flatten(2, 3)
         key = _rotated(key, cos, sin)
-        if past_key_values is not None:
+        if past is not None:
             flat = (_side_by_side(t, index) for t, index in ((key, key_at), (value, value_at)))
-            key, value = self._cached(*flat, past_key_values)
+            key, value = self._cached(*flat, past)
             key, value = (self._padded(t, index) for t, index in ((key, key_at), (value, value_at)))
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
         dropout = self.attention_dropout if self.training else 0.0
@@ -64,13 +89,16 @@ class CompactCausalAttention:
         if window is not None:
             kwargs["sliding_window"] = window
         heads = (t.transpose(1, 2) for t in (query, key, value))
-        out, weights = interface(self, *heads, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        out, weights = interface(self, *heads, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out = out.reshape(*shape, at.kv * at.shared_by * at.width)
         return out.contiguous() if context_at is None else pick_channels(out, context_at), weights
 
     def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """What a family does to queries and keys before they are turned: nothing."""
+        """What a family does to queries and keys [batch, tokens, channels] before they are turned: nothing."""
         return query, key
+
+    def _dropout_rate(self) -> float:
+        return self.attention_dropout
 
     def window(self) -> int | None:
         """Keys a query sees, where that is limited."""

@@ -54,7 +54,8 @@ class CompactQwen3Attention(CompactCausalAttention, modeling_qwen3.Qwen3Attentio
     eager = staticmethod(modeling_qwen3.eager_attention_forward)
 
     def normed(self, query, key):
-        return self.q_norm(query), self.k_norm(key)
+        query, key = (t.unflatten(-1, (-1, self.head_dim)) for t in (query, key))
+        return self.q_norm(query).flatten(-2), self.k_norm(key).flatten(-2)
 
     def window(self) -> int | None:
         return self.sliding_window

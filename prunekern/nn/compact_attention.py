@@ -26,6 +26,8 @@ class CompactAttention(nn.Module):
             qk_first[h + 1].
         v_first: heads + 1 ints, ascending from 0: the same for values.
         scale: of the logits.
+        shared_by: query heads of each key/value head; qk_first then is that of keys.
+        causal: the queries are the last tokens, and see none after their own.
 
     It has no parameters: `forward` is given the three projections, which stay where a model keeps them, and uses
     their kept channels only (their `out_index`, if any, serves other readers). Where the C++ kernels run, the three
@@ -34,30 +36,42 @@ class CompactAttention(nn.Module):
     torch.compile) runs the three one after the other.
     """
 
-    def __init__(self, qk_first: Sequence[int], v_first: Sequence[int], scale: float):
+    def __init__(
+        self,
+        qk_first: Sequence[int],
+        v_first: Sequence[int],
+        scale: float,
+        shared_by: int = 1,
+        causal: bool = False,
+    ):
         super().__init__()
         self.qk_first, self.v_first, self.scale = tuple(qk_first), tuple(v_first), float(scale)
+        self.shared_by, self.causal = shared_by, causal
         self._packed: Packed | None = None
         self._layers: Layers | None = None  # of which it is; a tuple, so that they are no children
 
     def forward(self, x: Tensor, layers: Layers, key_mask: Tensor | None = None) -> Tensor:
-        """x: [batch, tokens, in] -> [batch, tokens, v_first[-1]].
+        """x: [batch, tokens, in] -> [batch, tokens, shared_by v_first[-1]].
 
         layers: (q, k, v). key_mask: bool [batch, tokens], True where a key may be read, or None.
         """
-        q, k, v = self.project(x, layers)
-        return compact_attention(q, k, v, self.qk_first, self.v_first, key_mask, self.scale)
+        return self.attend(*self.project(x, layers), key_mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Of queries, and of keys and values of these and earlier tokens."""
+        return compact_attention(
+            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, self.causal
+        )  # fmt: skip
 
     def project(self, x: Tensor, layers: Layers) -> Sequence[Tensor]:
         """q, k and v of x, kept channels only: three tensors, or three parts of one."""
         packed = self.packed_for(x, layers)
         if packed is None:
             return [layer.run(x, None, layer.activation, scatter=False) for layer in layers]
-        qk, values = self.qk_first[-1], self.v_first[-1]
-        y = compact_linear(
-            x, packed.weight, packed.bias, None, None, 2 * qk + values, "none", None, packed.scale
-        )  # [batch, tokens, 2 qk + values]
-        return y.split_with_sizes((qk, qk, values), -1)
+        keys, values = self.qk_first[-1], self.v_first[-1]
+        sizes = (self.shared_by * keys, keys, values)
+        y = compact_linear(x, packed.weight, packed.bias, None, None, sum(sizes), "none", None, packed.scale)
+        return y.split_with_sizes(sizes, -1)
 
     def fuses(self, x: Tensor, layers: Layers) -> bool:
         """Whether the kernels can run x: float32, or 16 bits like the weights, on the CPU, nothing wants a gradient."""
@@ -88,7 +102,8 @@ class CompactAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Heads and their channels."""
-        return f"heads={len(self.v_first) - 1}, query_key={self.qk_first[-1]}, value={self.v_first[-1]}"
+        text = f"heads={len(self.v_first) - 1}, query_key={self.qk_first[-1]}, value={self.v_first[-1]}"
+        return text if self.shared_by == 1 else f"{text}, shared_by={self.shared_by}"
 
     def _drop(self) -> None:
         self._packed, self._layers = None, None

@@ -7,6 +7,7 @@ from .dora_gain import dora_gain, row_sqnorm
 from .dora_linear import dora_linear
 from .dora_merge import dora_merge
 from .packing import dequantize_weight, pack_weight, quantize_weight, unpack_weight
+from .rotate_pairs import rotate_pairs
 
 __all__ = [
     "compact_attention",
@@ -18,6 +19,7 @@ __all__ = [
     "dora_merge",
     "pack_weight",
     "quantize_weight",
+    "rotate_pairs",
     "row_sqnorm",
     "unpack_weight",
 ]

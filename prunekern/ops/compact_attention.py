@@ -1,4 +1,4 @@
-"""compact_attention: attention of an encoder whose heads have different widths, none of them padded."""
+"""compact_attention: attention whose heads have different widths, none of them padded; of encoders and decoders."""
 
 from __future__ import annotations
 
@@ -26,32 +26,38 @@ def compact_attention(
     v_first: Sequence[int],
     key_mask: Tensor | None = None,
     scale: float = 1.0,
+    shared_by: int = 1,
+    causal: bool = False,
 ) -> Tensor:
     """y_h = softmax(scale q_h k_h^T) v_h for every sequence and head h, over the keys that key_mask allows.
 
     Schema: `prunekern::compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first,
-    Tensor? key_mask, float scale) -> Tensor`.
+    Tensor? key_mask, float scale, int shared_by, bool causal) -> Tensor`.
 
     Args:
-        q: [batch, queries, C], any strides; float64 computes in float64, float32, bfloat16 and float16 in float32.
+        q: [batch, queries, shared_by C], any strides; float64 computes in float64, float32, bfloat16 and float16 in
+            float32.
         k: [batch, keys, C].
         v: [batch, keys, D].
-        qk_first: heads + 1 ints, ascending from 0 to C: head h has query and key channels qk_first[h] to
+        qk_first: heads + 1 ints, ascending from 0 to C: key/value head h has key channels qk_first[h] to
             qk_first[h + 1]. A head without any averages its values over the allowed keys.
-        v_first: heads + 1 ints, ascending from 0 to D: the same for values and for y.
+        v_first: heads + 1 ints, ascending from 0 to D: the same for values.
         key_mask: bool [batch, keys], True where a key may be read, or None: all may. What a forbidden key and its
-            value hold does not matter, not even NaN. A sequence without any allowed key gives zeros.
+            value hold does not matter, not even NaN. A query without any allowed key gives zeros.
         scale: of the logits.
+        shared_by: query heads of each key/value head (grouped queries); in q and y they stand side by side, from
+            shared_by qk_first[h] and shared_by v_first[h] on.
+        causal: the queries are the last of the tokens that k and v hold: query i sees keys 0 to keys - queries + i.
 
-    Returns y [batch, queries, D] in the dtype of q. On the CPU, in float32 (and in 16 bits, by way of it) and where no
-    gradient is needed, the C++ kernel runs; anything else runs the PyTorch reference. Differentiable in q, k and v.
-    Raises ValueError (shapes, devices) or TypeError (dtypes), naming the argument.
+    Returns y [batch, queries, shared_by D] in the dtype of q. On the CPU, in float32 (and in 16 bits, by way of it) and
+    where no gradient is needed, the C++ kernel runs; anything else runs the PyTorch reference. Differentiable in q, k
+    and v. Raises ValueError (shapes, devices) or TypeError (dtypes), naming the argument.
     """
     if _EAGER and _calls.unwatched() and not _calls.needs_grad(q, k, v):
-        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, _calls.threads())
+        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, _calls.threads())
         if y is not None:
             return y
-    return torch.ops.prunekern.compact_attention(q, k, v, qk_first, v_first, key_mask, scale)
+    return torch.ops.prunekern.compact_attention(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
 
 
 def compact_attention_reference(
@@ -62,22 +68,28 @@ def compact_attention_reference(
     v_first: Sequence[int],
     key_mask: Tensor | None = None,
     scale: float = 1.0,
+    shared_by: int = 1,
+    causal: bool = False,
 ) -> Tensor:
     """The same in plain PyTorch, head by head; differentiable; never calls the C++ core."""
     dtype = _checks.compute_dtype(q, k, v)  # 16 bits never meet a matmul
     q, k, v, key_mask, out = *_readable(q, k, v, key_mask, dtype), q.dtype
+    may_read = _may_read(q, k, key_mask, causal)
     with _checks.without_autocast(q.device):
         parts = [
-            _weights(q[..., a:b], k[..., a:b], key_mask, scale) @ v[..., c:d]  # [batch, queries, d - c]
-            for a, b, c, d in _heads(qk_first, v_first)
+            _weights(q[..., a], k[..., b], may_read, scale) @ v[..., c]  # [batch, queries, d]
+            for a, b, c in _heads(qk_first, v_first, shared_by)
         ]
     y = torch.cat(parts, -1) if parts else q.new_zeros(*q.shape[:-1], 0)
     return y.to(out)
 
 
-def _heads(qk_first: Sequence[int], v_first: Sequence[int]):
-    """(first query/key channel, its end, first value channel, its end) of every head."""
-    return zip(qk_first, qk_first[1:], v_first, v_first[1:], strict=False)
+def _heads(qk_first: Sequence[int], v_first: Sequence[int], shared_by: int):
+    """(query, key, value channels) of every query head, as slices."""
+    for a, b, c, d in zip(qk_first, qk_first[1:], v_first, v_first[1:], strict=False):
+        for i in range(shared_by):
+            first = shared_by * a + i * (b - a)
+            yield slice(first, first + b - a), slice(a, b), slice(c, d)
 
 
 def _readable(q, k, v, key_mask, dtype):
@@ -89,23 +101,39 @@ def _readable(q, k, v, key_mask, dtype):
     return q, k.masked_fill(forbidden, 0.0), v.masked_fill(forbidden, 0.0), key_mask.unsqueeze(1)
 
 
-def _weights(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    """Attention weights of one head, [batch, queries, keys]; all zero where no key is allowed."""
+def _may_read(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor | None:
+    """bool [batch or 1, queries or 1, keys], or None: everyone reads everything. key_mask: [batch, 1, keys]."""
+    queries, keys = q.shape[1], k.shape[1]
+    if not causal or queries == 1:
+        return key_mask
+    before = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries).unsqueeze(0)
+    return before if key_mask is None else before & key_mask
+
+
+def _weights(q: Tensor, k: Tensor, may_read: Tensor | None, scale: float) -> Tensor:
+    """Attention weights of one head, [batch, queries, keys]; all zero where no key may be read."""
     logits = scale * (q @ k.transpose(1, 2))
-    if key_mask is None:
+    if may_read is None:
         return logits.softmax(-1)
     lowest = torch.finfo(logits.dtype).min  # finite: a row of nothing else has a softmax, and a gradient
-    return logits.masked_fill(~key_mask, lowest).softmax(-1) * key_mask
+    return logits.masked_fill(~may_read, lowest).softmax(-1) * may_read
 
 
 # --- checks and the C++ path ------------------------------------------------------------------------------------
 
 
-def _check(q, k, v, qk_first, v_first, key_mask) -> None:
+def _check(q, k, v, qk_first, v_first, key_mask, shared_by=1, causal=False) -> None:
     _checks.shape(OP, "q", q, (None, None, None))
-    batch, _, channels = q.shape
+    if shared_by < 1:
+        raise ValueError(f"{OP}: shared_by must be at least 1 (got {shared_by})")
+    batch, queries, channels = q.shape
+    if channels % shared_by:
+        raise ValueError(f"{OP}: q must have a multiple of shared_by, {shared_by}, channels (got {channels})")
+    channels //= shared_by
     _checks.shape(OP, "k", k, (batch, None, channels))
     _checks.shape(OP, "v", v, (batch, k.shape[1], None))
+    if causal and queries > k.shape[1]:
+        raise ValueError(f"{OP}: causal needs as many keys as queries at least (got {k.shape[1]} and {queries})")
     _checks.floating(OP, "q", q)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
@@ -129,10 +157,10 @@ def _check(q, k, v, qk_first, v_first, key_mask) -> None:
         _checks.shape(OP, "key_mask", key_mask, (batch, k.shape[1]))
 
 
-def _run(q, k, v, qk_first, v_first, key_mask, scale) -> Tensor:
+def _run(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal) -> Tensor:
     """The C++ kernel on float32 tensors of the CPU."""
     q, k, v = (t if t.stride(2) == 1 and not t.is_neg() else t.resolve_neg().contiguous() for t in (q, k, v))
-    (batch, queries, _), keys, width = q.shape, k.shape[1], v_first[-1]
+    (batch, queries, _), keys, width = q.shape, k.shape[1], shared_by * v_first[-1]
     y = q.new_empty(batch, queries, width)
     mask_address = mask_stride = 0
     if key_mask is not None:
@@ -141,7 +169,7 @@ def _run(q, k, v, qk_first, v_first, key_mask, scale) -> Tensor:
     _RUN(
         batch, queries, keys, qk_first, v_first, q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2],
         v.data_ptr(), v.stride()[:2], y.data_ptr(), (queries * width, width), mask_address, mask_stride, scale,
-        _calls.threads(),
+        _calls.threads(), shared_by, causal,
     )  # fmt: skip
     return y
 
@@ -150,51 +178,51 @@ def _run(q, k, v, qk_first, v_first, key_mask, scale) -> Tensor:
 
 _LIB = torch.library.Library("prunekern", "FRAGMENT")
 _LIB.define(
-    "compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first, Tensor? key_mask, float scale) "
-    "-> Tensor",
+    "compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first, Tensor? key_mask, float scale, "
+    "int shared_by=1, bool causal=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _forward(q, k, v, qk_first, v_first, key_mask, scale) -> Tensor:
-    _check(q, k, v, qk_first, v_first, key_mask)
+def _forward(q, k, v, qk_first, v_first, key_mask, scale, shared_by=1, causal=False) -> Tensor:
+    _check(q, k, v, qk_first, v_first, key_mask, shared_by, causal)
+    rest = (qk_first, v_first, key_mask, scale, shared_by, causal)
     if not q.is_cpu or q.dtype == torch.float64 or _RUN is None:
-        return compact_attention_reference(q, k, v, qk_first, v_first, key_mask, scale)
+        return compact_attention_reference(q, k, v, *rest)
     if q.dtype is _f32:
-        return _run(q, k, v, qk_first, v_first, key_mask, scale)
-    return _run(q.float(), k.float(), v.float(), qk_first, v_first, key_mask, scale).to(q.dtype)
+        return _run(q, k, v, *rest)
+    return _run(q.float(), k.float(), v.float(), *rest).to(q.dtype)
 
 
-def _fake(q, k, v, qk_first, v_first, key_mask, scale) -> Tensor:
-    _check(q, k, v, qk_first, v_first, key_mask)
-    return q.new_empty(*q.shape[:-1], v.shape[2])
+def _fake(q, k, v, qk_first, v_first, key_mask, scale, shared_by=1, causal=False) -> Tensor:
+    _check(q, k, v, qk_first, v_first, key_mask, shared_by, causal)
+    return q.new_empty(*q.shape[:-1], shared_by * v.shape[2])
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, ctx.qk_first, ctx.v_first, key_mask, ctx.scale = inputs
+    q, k, v, ctx.qk_first, ctx.v_first, key_mask, ctx.scale, ctx.shared_by, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, key_mask)
 
 
 def _backward(ctx, grad):
-    """grad: [batch, queries, D]. Weights are computed again instead of kept."""
+    """grad: [batch, queries, shared_by D]. Weights are computed again instead of kept."""
     q, k, v, key_mask = ctx.saved_tensors
     dtypes, dtype = (q.dtype, k.dtype, v.dtype), _checks.compute_dtype(q, k, v)
     grad = grad.to(dtype)
     q, k, v, key_mask = _readable(q, k, v, key_mask, dtype)
-    grads = ([], [], [])
+    may_read, at = _may_read(q, k, key_mask, ctx.causal), 0
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with _checks.without_autocast(q.device):
-        for a, b, c, d in _heads(ctx.qk_first, ctx.v_first):
-            p, g = _weights(q[..., a:b], k[..., a:b], key_mask, ctx.scale), grad[..., c:d]
-            d_p = g @ v[..., c:d].transpose(1, 2)  # [batch, queries, keys]
+        for a, b, c in _heads(ctx.qk_first, ctx.v_first, ctx.shared_by):
+            p, g = _weights(q[..., a], k[..., b], may_read, ctx.scale), grad[..., at : at + c.stop - c.start]
+            at += c.stop - c.start
+            d_p = g @ v[..., c].transpose(1, 2)  # [batch, queries, keys]
             d_logits = ctx.scale * p * (d_p - (d_p * p).sum(-1, keepdim=True))
-            parts = (d_logits @ k[..., a:b], d_logits.transpose(1, 2) @ q[..., a:b], p.transpose(1, 2) @ g)
-            for all_parts, part in zip(grads, parts, strict=True):
-                all_parts.append(part)
-    joined = (
-        torch.cat(parts, -1).to(dtype) if parts else torch.zeros_like(t, dtype=dtype)
-        for parts, t, dtype in zip(grads, (q, k, v), dtypes, strict=True)
-    )
-    return (*joined, None, None, None, None)
+            d_q[..., a] = d_logits @ k[..., b]
+            d_k[..., b] += d_logits.transpose(1, 2) @ q[..., a]
+            d_v[..., c] += p.transpose(1, 2) @ g
+    grads = (t.to(dtype) for t, dtype in zip((d_q, d_k, d_v), dtypes, strict=True))
+    return (*grads, None, None, None, None, None, None)
 
 
 _LIB.impl("compact_attention", _forward, "CompositeExplicitAutograd")

@@ -6,10 +6,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_decoders import FAMILIES, FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, batch, build, names, reference
-from tiny_models import attached, difference, keep_only, prune, state, unchanged
+from tiny_models import attached, difference, keep_only, prune, state, unchanged, watch
 from transformers import DynamicCache
 
 import prunekern as pk
+from prunekern import _native
+from prunekern.families.blocks import causal_key_mask_of, key_mask_of
 from prunekern.nn import CompactLinear
 
 F64, F32 = 1e-10, 1e-4  # the promise: max |difference| of logits relative to max |logit|
@@ -53,6 +55,36 @@ def test_compact_equals_masked(family, attention, share):
             if padded and attention == "eager" and dtype == torch.float64:
                 continue  # transformers' eager attention gives NaN for padding there
             check(model, batch(size, padded=padded), tolerance, small)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_runs_on_the_kernels(family, monkeypatch):
+    """Prompts, left-padded ones too, and single tokens after them: nothing is padded, everything is packed."""
+    assert _native.available(), _native.why_not()
+    model = build(family)
+    prune(attached(model), 0.3)
+    small, inputs = pk.compact(model), batch(2)
+    calls = watch(monkeypatch)
+    one = ["compact_linear", "compact_attention", "compact_linear", "compact_mlp"] * LAYERS
+    logits(small, inputs)
+    assert calls == one
+    generated(small, inputs, 3)
+    assert calls == one * 4
+
+
+def test_which_masks_are_causal_with_whole_keys_forbidden():
+    seen = torch.ones(1, 1, 4, 6, dtype=torch.bool).tril(2)
+    assert causal_key_mask_of(None) == (True, None)
+    assert causal_key_mask_of(seen)[1].tolist() == [[True] * 6]
+    padded = seen.clone()
+    padded[..., :2] = False
+    assert causal_key_mask_of(padded)[1].tolist() == [[False, False, True, True, True, True]]
+    window = seen & ~torch.ones_like(seen).tril(0)
+    for other in (window, seen.float(), seen.expand(1, 2, 4, 6), seen[0], seen.mT):
+        assert causal_key_mask_of(other) == (False, None)
+    assert causal_key_mask_of(window[:, :, -1:])[1].tolist() == window[0, 0, -1:].tolist()  # one query: any keys
+    assert key_mask_of(seen) == (False, None)  # the question counts, not the mask alone
+    assert causal_key_mask_of(seen)[0]
 
 
 @pytest.mark.parametrize("share", (0.3, 0.8, 1.0))

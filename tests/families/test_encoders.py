@@ -1,7 +1,6 @@
 """Compact output equals masked output, and both equal a stock model whose weights are merged by the definition."""
 
 import itertools
-import sys
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from tiny_models import (
     reference,
     state,
     unchanged,
+    watch,
 )
 
 import prunekern as pk
@@ -80,28 +80,6 @@ def test_fp32_runs_on_the_kernels(family, attention, monkeypatch):
     else:
         one = ["compact_linear"] * 4 + ["compact_mlp"]
     assert calls == one * LAYERS
-
-
-def watch(monkeypatch) -> list[str]:
-    """Names of the ops that compact models call, in order; those with weights count when these are packed."""
-    calls = []
-
-    def spy(module, name):
-        real = getattr(module, name)
-
-        def call(x, weight, *args, **kwargs):
-            if name == "compact_attention" or weight.dim() == 3:
-                calls.append(name)
-            return real(x, weight, *args, **kwargs)
-
-        monkeypatch.setattr(module, name, call)
-
-    for module in ("compact_linear", "compact_attention", "compact_mlp"):
-        nn_module = sys.modules[f"prunekern.nn.{module}"]
-        spy(nn_module, module)
-        if module == "compact_attention":
-            spy(nn_module, "compact_linear")
-    return calls
 
 
 @pytest.mark.parametrize("family", FAMILIES)

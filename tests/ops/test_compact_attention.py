@@ -18,9 +18,9 @@ QK = (0, 20, 20, 21, 24, 72)  # heads of 20, 0, 1, 3 and 48 channels
 V = (0, 3, 51, 52, 52, 85)  # of 3, 48, 1, 0 and 33
 
 
-def inputs(batch, queries, keys, qk=QK, v=V, dtype=torch.float32, size=1.0):
+def inputs(batch, queries, keys, qk=QK, v=V, dtype=torch.float32, size=1.0, shared_by=1):
     torch.manual_seed(queries + keys)
-    shapes = (batch, queries, qk[-1]), (batch, keys, qk[-1]), (batch, keys, v[-1])
+    shapes = (batch, queries, shared_by * qk[-1]), (batch, keys, qk[-1]), (batch, keys, v[-1])
     q, k, v = (torch.randn(*shape, dtype=dtype) for shape in shapes)
     return q * size, k, v
 
@@ -36,9 +36,11 @@ def mask_of(kind: str, batch: int, keys: int) -> Tensor | None:
     return (row % 2 == 1).expand(batch, keys)  # "nothing": some sequences may read no key at all
 
 
-def naive(q, k, v, qk_first, v_first, key_mask, scale) -> tuple[Tensor, Tensor]:
+def naive(q, k, v, qk_first, v_first, key_mask, scale, shared_by=1, causal=False) -> tuple[Tensor, Tensor]:
     """Written out query by query in float64, allowed keys only: (y, bound on the error of an fp32 result)."""
     q, k, v = q.double(), k.double(), v.double()
+    if causal or shared_by > 1:
+        return naive_decoder(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
     y = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64)
     bound = torch.zeros_like(y)
     for s in range(q.shape[0]):
@@ -57,6 +59,25 @@ def naive(q, k, v, qk_first, v_first, key_mask, scale) -> tuple[Tensor, Tensor]:
             # Each weight is off by exp(2 rounding) (its logit and the largest) and by 2^x (2e-7), above and below.
             off = torch.expm1(2 * rounding) + 4e-7 + (len(keys) + 4) * EPS
             bound[s, :, c:d] = 2 * off * (p @ values[:, c:d].abs()) + 1e-30
+    return y, bound
+
+
+def naive_decoder(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal):
+    """One query of one query head at a time, as a call of `naive` on the keys it sees."""
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    y = torch.zeros(batch, queries, shared_by * v.shape[-1], dtype=torch.float64)
+    bound = torch.zeros_like(y)
+    key_mask = torch.ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask
+    for a, b, c, d in zip(qk_first, qk_first[1:], v_first, v_first[1:], strict=False):
+        for i in range(shared_by):
+            own = slice(shared_by * a + i * (b - a), shared_by * a + (i + 1) * (b - a))
+            out = slice(shared_by * c + i * (d - c), shared_by * c + (i + 1) * (d - c))
+            for t in range(queries):
+                end = keys - queries + t + 1 if causal else keys
+                y[:, t : t + 1, out], bound[:, t : t + 1, out] = naive(
+                    q[:, t : t + 1, own], k[:, :end, a:b], v[:, :end, c:d], (0, b - a), (0, d - c), key_mask[:, :end],
+                    scale,
+                )  # fmt: skip
     return y, bound
 
 
@@ -88,6 +109,32 @@ def test_more_keys_than_queries_and_several_blocks_of_keys():
     for kind in ("none", "holes"):
         args = (q, k, v, QK, V, mask_of(kind, 1, 600), 0.2)
         assert_close(compact_attention(*args), *naive(*args))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shared_by", [1, 3])
+@pytest.mark.parametrize("kind", ["none", "padding", "holes", "nothing"])
+@pytest.mark.parametrize("queries,keys", [(1, 40), (7, 7), (17, 40)])
+def test_grouped_and_causal_against_float64(queries, keys, kind, shared_by, causal):
+    q, k, v = inputs(2, queries, keys, shared_by=shared_by)
+    mask = mask_of(kind, 2, keys)
+    if mask is not None:
+        k[~mask], v[~mask] = float("nan"), float("nan")
+    args = (q, k, v, QK, V, mask, 0.3, shared_by, causal)
+    expected = naive(*args)
+    assert_close(compact_attention(*args), *expected)
+    assert_close(compact_attention(q, k, v, list(QK), list(V), *args[5:]), *expected)  # not the short way
+    assert_close(compact_attention_reference(*args), *expected)
+    exact = compact_attention(q.double(), k.double(), v.double(), *args[3:])
+    torch.testing.assert_close(exact, expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_query_that_sees_no_key_gives_zeros():
+    q, k, v = inputs(1, 5, 5)
+    mask = torch.tensor([[False, False, True, True, True]])
+    for op in (compact_attention, compact_attention_reference):
+        y = op(q, k, v, QK, V, mask, 0.3, 1, True)
+        assert bool((y[:, :2] == 0).all()) and bool((y[:, 2:] != 0).any(-1).all())
 
 
 def test_large_logits():
@@ -153,6 +200,14 @@ def test_gradcheck(kind):
     torch.autograd.gradcheck(lambda *t: compact_attention(*t, qk, v_first, mask, 0.7), tensors)
 
 
+@pytest.mark.parametrize("kind", ["none", "padding"])
+def test_gradcheck_of_grouped_and_causal(kind):
+    qk, v_first = (0, 3, 3, 4), (0, 2, 4, 5)
+    tensors = [t.requires_grad_() for t in inputs(2, 3, 4, qk, v_first, torch.float64, shared_by=2)]
+    mask = mask_of(kind, 2, 4)
+    torch.autograd.gradcheck(lambda *t: compact_attention(*t, qk, v_first, mask, 0.7, 2, True), tensors)
+
+
 def test_fp32_gradients_are_the_references():
     tensors = inputs(2, 9, 9)
     mask, grads = mask_of("padding", 2, 9), []
@@ -174,13 +229,20 @@ def test_opcheck(dtype, kind, grad):
     )
 
 
+def test_opcheck_of_grouped_and_causal():
+    tensors = [t.requires_grad_() for t in inputs(2, 5, 7, shared_by=2)]
+    op = torch.ops.prunekern.compact_attention.default
+    torch.library.opcheck(op, (*tensors, list(QK), list(V), mask_of("padding", 2, 7), 0.3, 2, True))
+
+
 @pytest.mark.parametrize("grad", [False, True])
-def test_compiles_into_one_graph(grad):
-    tensors = [t.requires_grad_(grad) for t in inputs(2, 9, 9)]
+@pytest.mark.parametrize("rest", [(1, False), (2, True)])
+def test_compiles_into_one_graph(grad, rest):
+    tensors = [t.requires_grad_(grad) for t in inputs(2, 9, 9, shared_by=rest[0])]
     mask = mask_of("padding", 2, 9)
 
     def f(q, k, v, mask):
-        return compact_attention(q * 2, k, v, QK, V, mask, 0.3) + 1
+        return compact_attention(q * 2, k, v, QK, V, mask, 0.3, *rest) + 1
 
     torch.compiler.reset()
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(*tensors, mask)
@@ -217,6 +279,10 @@ def test_under_autocast_it_stays_fp32():
         ({"qk_first": (1, 20, 20, 21, 24, 72)}, ValueError, "qk_first must ascend from 0 to 72, the channels there"),
         ({"qk_first": (0, 20, 19, 21, 24, 72)}, ValueError, "qk_first must "),
         ({"v_first": (0, 3, 51, 52, 52, 84)}, ValueError, "v_first must ascend from 0 to 85"),
+        ({"shared_by": 0}, ValueError, "shared_by must be at least 1 (got 0)"),
+        ({"shared_by": 5}, ValueError, "q must have a multiple of shared_by, 5, channels (got 72)"),
+        ({"shared_by": 2}, ValueError, "k must have shape [2, *, 36] (got [2, 5, 72])"),
+        ({"q": torch.zeros(2, 6, 72), "causal": True}, ValueError, "causal needs as many keys as queries at least"),
         ({"key_mask": torch.ones(2, 5)}, TypeError, "key_mask must be bool (got torch.float32)"),
         ({"key_mask": torch.ones(2, 4).bool()}, ValueError, "key_mask must have shape [2, 5] (got [2, 4])"),
     ],

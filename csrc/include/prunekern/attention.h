@@ -1,4 +1,4 @@
-// Attention of an encoder whose heads have different widths: nothing is padded.
+// Attention of an encoder or a decoder whose heads have different widths: nothing is padded.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,20 @@ namespace prunekern {
 // For each sequence and head h: y_h = softmax(scale q_h k_h^T) v_h over the keys that key_mask allows.
 // A head without query/key channels averages its values over those keys; a sequence without any allowed key
 // gives zeros. All fp32.
+//
+// Grouped queries: every key/value head h is read by `shared_by` query heads; in q and y these stand side by
+// side, at shared_by times where the key/value head stands.
+// Causal: the queries are those of the last tokens; query i sees keys 0 .. keys - queries + i.
 struct AttentionCall {
   std::int64_t batch = 0, queries = 0, keys = 0, heads = 0;
+  std::int64_t shared_by = 1;
+  bool causal = false;
   const std::int64_t* qk_first = nullptr;  // [heads + 1]: head h has channels qk_first[h] .. qk_first[h + 1]
-  const std::int64_t* v_first = nullptr;   // [heads + 1]: the same for values and for y
-  const float* q = nullptr;                // [batch, queries, qk_first[heads]]
+  const std::int64_t* v_first = nullptr;   // [heads + 1]: the same for values
+  const float* q = nullptr;                // [batch, queries, shared_by * qk_first[heads]]
   const float* k = nullptr;                // [batch, keys, qk_first[heads]]
   const float* v = nullptr;                // [batch, keys, v_first[heads]]
-  float* y = nullptr;                      // [batch, queries, v_first[heads]]
+  float* y = nullptr;                      // [batch, queries, shared_by * v_first[heads]]
   // Of one sequence, and of one token; channels are contiguous.
   std::int64_t q_batch_stride = 0, q_stride = 0, k_batch_stride = 0, k_stride = 0;
   std::int64_t v_batch_stride = 0, v_stride = 0, y_batch_stride = 0, y_stride = 0;

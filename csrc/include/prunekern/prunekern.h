@@ -5,3 +5,4 @@
 #include "prunekern/isa.h"
 #include "prunekern/linear.h"
 #include "prunekern/mlp.h"
+#include "prunekern/rotary.h"

@@ -1,0 +1,145 @@
+"""rotate_pairs: rotary positions on heads that keep rotary pairs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunekern import _native
+
+from . import _calls, _checks
+
+OP = "rotate_pairs"
+_RUN = _native.core().rotate_pairs if _native.available() else None
+_EAGER = _native.core().call_rotary if _calls.EAGER else None  # csrc/eager_rotary.cpp
+_f32 = torch.float32
+
+
+def rotate_pairs(
+    x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[int], shared_by: int = 1
+) -> Tensor:
+    """y = every rotary pair (a, b) of x turned by its angle: (a cos - b sin, b cos + a sin).
+
+    Schema: `prunekern::rotate_pairs(Tensor x, Tensor cos, Tensor sin, Tensor angle, int[] first, int shared_by) ->
+    Tensor`. Source: rotary position embedding (Su et al. 2021), pairs half a head apart as in LLaMA.
+
+    Args:
+        x: [batch, tokens, shared_by C], any strides; float64 computes in float64, float32, bfloat16 and float16 in
+            float32.
+        cos, sin: [batch or 1, tokens, angles], any floating dtype.
+        angle: int64 [C / 2], in 0..angles - 1: which angle turns each pair, head by head.
+        first: heads + 1 even ints, ascending from 0 to C: head h has channels first[h] to first[h + 1], first halves
+            of its pairs before second halves.
+        shared_by: query heads of each key/value head, which are turned alike; they stand side by side, from
+            shared_by first[h] on. 1 for keys.
+
+    Returns y, contiguous, of x's shape and dtype. On the CPU, in float32 and where no gradient is needed, the C++ loop
+    runs; anything else runs the PyTorch reference. Differentiable in x. Raises ValueError (shapes, devices) or
+    TypeError (dtypes), naming the argument.
+    """
+    if _EAGER and _calls.unwatched() and not _calls.needs_grad(x):
+        y = _EAGER(x, cos, sin, angle, first, shared_by, _calls.threads())
+        if y is not None:
+            return y
+    return torch.ops.prunekern.rotate_pairs(x, cos, sin, angle, first, shared_by)
+
+
+def rotate_pairs_reference(
+    x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[int], shared_by: int = 1
+) -> Tensor:
+    """The same in plain PyTorch, head by head; differentiable; never calls the C++ core."""
+    dtype = _checks.compute_dtype(x)
+    out, x = x.dtype, x.to(dtype)
+    cos, sin = (t.to(dtype).index_select(-1, angle) for t in (cos, sin))  # [batch or 1, tokens, C / 2]
+    parts = []
+    for begin, end in zip(first, first[1:], strict=False):
+        half, own = (end - begin) // 2, slice(begin // 2, end // 2)
+        for i in range(shared_by):
+            a, b = x.narrow(-1, shared_by * begin + 2 * i * half, 2 * half).chunk(2, -1) if half else (x[..., :0],) * 2
+            c, s = cos[..., own], sin[..., own]
+            parts += [a * c - b * s, b * c + a * s]
+    return (torch.cat(parts, -1) if parts else x.new_zeros(x.shape)).to(out)
+
+
+# --- checks and the C++ path ------------------------------------------------------------------------------------
+
+
+def _check(x, cos, sin, angle, first, shared_by) -> None:
+    _checks.shape(OP, "x", x, (None, None, None))
+    _checks.floating(OP, "x", x)
+    batch, tokens, channels = x.shape
+    if shared_by < 1 or channels % shared_by:
+        raise ValueError(f"{OP}: shared_by must divide the {channels} channels of x (got {shared_by})")
+    channels //= shared_by
+    for name, table in (("cos", cos), ("sin", sin)):
+        _checks.floating(OP, name, table)
+        _checks.shape(OP, name, table, (None, tokens, cos.shape[-1]))
+        if table.shape[0] not in (1, batch):
+            raise ValueError(f"{OP}: {name} must have 1 or {batch} sequences like x (got {table.shape[0]})")
+    _checks.same_device(OP, "x", x.device, cos=cos, sin=sin, angle=angle)
+    steps = [b - a for a, b in zip(first, first[1:], strict=False)]
+    if not first or first[0] != 0 or first[-1] != channels or any(n < 0 or n % 2 for n in steps):
+        raise ValueError(
+            f"{OP}: first must ascend from 0 to {channels}, the channels there are, in even steps (got {list(first)})"
+        )
+    if angle.dtype != torch.int64:
+        raise TypeError(f"{OP}: angle must be int64 (got {angle.dtype})")
+    _checks.shape(OP, "angle", angle, (channels // 2,))
+
+
+def _check_values(angle: Tensor, angles: int) -> None:
+    if angle.numel() and not (0 <= int(angle.min()) and int(angle.max()) < angles):
+        raise ValueError(f"{OP}: angle must be in 0..{angles - 1} (got {int(angle.min())} to {int(angle.max())})")
+
+
+def _run(x, cos, sin, angle, first, shared_by) -> Tensor:
+    """The C++ loop on float32 tensors of the CPU."""
+    x, cos, sin = (t if t.stride(2) == 1 and not t.is_neg() else t.resolve_neg().contiguous() for t in (x, cos, sin))
+    angle, y = angle.contiguous(), x.new_empty(x.shape)
+    tables = [(t.data_ptr(), (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))) for t in (cos, sin)]
+    _RUN(
+        x.shape[0], x.shape[1], first, shared_by, x.data_ptr(), x.stride()[:2], *tables[0], *tables[1], cos.shape[2],
+        angle.data_ptr(), y.data_ptr(), _calls.threads(),
+    )  # fmt: skip
+    return y
+
+
+# --- registration -----------------------------------------------------------------------------------------------
+
+_LIB = torch.library.Library("prunekern", "FRAGMENT")
+_LIB.define(
+    "rotate_pairs(Tensor x, Tensor cos, Tensor sin, Tensor angle, int[] first, int shared_by) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _forward(x, cos, sin, angle, first, shared_by) -> Tensor:
+    _check(x, cos, sin, angle, first, shared_by)
+    if x.is_cpu:
+        _check_values(angle, cos.shape[-1])  # on a GPU, index_select says so
+    if not x.is_cpu or x.dtype is not _f32 or _RUN is None:
+        return rotate_pairs_reference(x, cos, sin, angle, first, shared_by).contiguous()
+    return _run(x, cos.float(), sin.float(), angle, first, shared_by)
+
+
+def _fake(x, cos, sin, angle, first, shared_by) -> Tensor:
+    _check(x, cos, sin, angle, first, shared_by)
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, cos, sin, angle, ctx.first, ctx.shared_by = inputs
+    ctx.save_for_backward(cos, sin, angle)
+
+
+def _backward(ctx, grad):
+    cos, sin, angle = ctx.saved_tensors
+    turned_back = torch.ops.prunekern.rotate_pairs(grad, cos, -sin, angle, ctx.first, ctx.shared_by)
+    return turned_back, None, None, None, None, None
+
+
+_LIB.impl("rotate_pairs", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("prunekern::rotate_pairs", _fake, lib=_LIB)
+torch.library.register_autograd("prunekern::rotate_pairs", _backward, setup_context=_setup_context, lib=_LIB)
