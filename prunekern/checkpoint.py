@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .folders import replacing
+from .head import plain_head, set_head_weights, word_head
 from .nn import CompactLinear
 from .nn.packed import pack_all
 from .ops.packing import WEIGHTS
@@ -33,15 +34,16 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB")
     """
     if not any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
-    with replacing(Path(path), _is_model_file) as folder:
+    with replacing(Path(path), _is_model_file) as folder, plain_head(model):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
     """The compact model in the folder `path`, of the class that config.json names, in eval mode.
 
-    weights: how block weights are held, fp32, bf16 (half the memory) or int8 (a quarter, one scale a channel); all
-    else (embeddings, LayerNorms, biases, the head) is fp32, and so are activations. How near each comes to float64 is
+    weights: how block weights are held, fp32, bf16 (half the memory) or int8 (a quarter, one scale a channel), and the
+    head of a causal language model, which is read at every token too; all else (embeddings, norms, biases, other
+    heads) is fp32, and so are activations. How near each comes to float64 is
     in `prunekern.ops.compact_linear`. Weights are packed for this machine at once.
 
     FileNotFoundError where there is no such folder; ValueError for what is not a compact model, or is truncated,
@@ -80,16 +82,19 @@ def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
 
 
 def set_weights(model: nn.Module, weights: str) -> nn.Module:
-    """Hold the block weights of a compact model as fp32, bf16 or int8 (see `load`), and pack them; returns the model.
+    """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16 or int8 (see
+    `load`), and pack them; returns the model. A head that is tied to the embeddings is rounded from them anew.
 
     ValueError for another kind, and for bf16 and int8 where the model is not compact.
     """
     _known(weights)
-    layers = [module for module in model.modules() if isinstance(module, CompactLinear)]
+    head = word_head(model)
+    layers = [module for module in model.modules() if isinstance(module, CompactLinear) and module is not head]
     if not layers and weights != "fp32":
         raise ValueError(f"load: weights {weights!r} needs a compact model (got {type(model).__name__} without plan)")
     for layer in layers:
         layer.set_weights(weights)
+    set_head_weights(model, weights)
     pack_all(model)
     return model
 

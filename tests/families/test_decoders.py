@@ -10,7 +10,7 @@ from tiny_models import attached, difference, keep_only, prune, state, unchanged
 from transformers import DynamicCache
 
 import prunekern as pk
-from prunekern import _native
+from prunekern import _native, checkpoint
 from prunekern.families.blocks import causal_key_mask_of, key_mask_of
 from prunekern.nn import CompactLinear
 
@@ -343,13 +343,31 @@ def test_round_trip(family, tmp_path):
     assert pk.plan(pk.load(tmp_path / "b")) == pk.plan(model)
 
 
+@pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("kind", ("bf16", "int8"))
-def test_smaller_weights(kind, tmp_path):
-    model = build()
+def test_smaller_weights_of_blocks_and_head(kind, tied, tmp_path):
+    model = build(tie_word_embeddings=tied)
     prune(attached(model), 0.5, seed=10)
-    pk.save(pk.compact(model), tmp_path)
-    exact, inputs = logits(pk.load(tmp_path), batch(3)), batch(3)
-    assert difference(logits(pk.load(tmp_path, weights=kind), inputs), exact) <= 0.1
+    pk.save(pk.compact(model), tmp_path / "a")
+    exact, inputs = logits(pk.load(tmp_path / "a"), batch(3)), batch(3)
+    small = pk.load(tmp_path / "a", weights=kind)
+    assert isinstance(small.lm_head, CompactLinear) and small.lm_head.weights == kind
+    assert small.model.embed_tokens.weight.dtype == torch.float32
+    got = logits(small, inputs)
+    assert 0 < difference(got, exact) <= 0.1
+    assert generated(small, inputs, 4).shape == (3, 13)
+    # On disk it is as if it had never been rounded where it is tied, and in every case it comes back.
+    pk.save(small, tmp_path / "b")
+    assert small.lm_head.weights == kind and torch.equal(logits(small, inputs), got)
+    again = pk.load(tmp_path / "b")
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+    if tied:
+        assert torch.equal(again.lm_head.weight, pk.load(tmp_path / "a").lm_head.weight)
+    small.save_pretrained(tmp_path / "c")  # transformers' own way
+    assert difference(logits(pk.load(tmp_path / "c"), inputs), exact) <= 0.1
+    checkpoint.set_weights(small, "fp32")
+    assert isinstance(small.lm_head, torch.nn.Linear) is tied
+    assert difference(logits(small, inputs), exact) <= 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
