@@ -124,5 +124,7 @@ def _cut(linear: nn.Linear, rows: Tensor, cols: Tensor) -> nn.Linear:
     weight = torch.where((rows >= 0)[:, None] & (cols >= 0)[None, :], weight, zero)
     small = nn.Linear(cols.numel(), rows.numel(), device="meta")
     small.weight = nn.Parameter(weight.detach().contiguous())
-    small.bias = nn.Parameter(torch.where(rows >= 0, linear.bias[rows.clamp(min=0)], zero).detach())
+    small.bias = None
+    if linear.bias is not None:
+        small.bias = nn.Parameter(torch.where(rows >= 0, linear.bias[rows.clamp(min=0)], zero).detach())
     return small
