@@ -20,9 +20,8 @@ constexpr std::int64_t kBlockRows = 140;  // ten full AVX-512 tiles
 constexpr std::int64_t kDepth = 1536;     // inputs of a chunk: 140 rows of it take a bit under half of L2
 constexpr std::int64_t kSumsBytes = 256 * 1024;    // of a group of panels, kept from chunk to chunk
 constexpr std::int64_t kWidenedBytes = 24 * 1024;  // of one tile's widened chunk: half of L1
-constexpr std::int64_t kMaxRowLines = 8;     // of y, prefetched for a row: a panel and its gaps, seldom more
-constexpr std::int64_t kStreamRows = 24;     // up to here bf16 and int8 weights are widened on their way
-constexpr std::int64_t kStreamAhead = 8192;  // bytes prefetched ahead where a panel has one tile only
+constexpr std::int64_t kMaxRowLines = 8;  // of y, prefetched for a row: a panel and its gaps, seldom more
+constexpr std::int64_t kStreamRows = 24;  // up to here bf16 and int8 weights are widened on their way
 
 // Memory of one thread, kept between calls.
 struct Workspace {
@@ -109,7 +108,7 @@ class Loops {
       args.a = x_.data + tile.begin * x_.stride + chunk.begin;
       args.acc = sums + tile.begin * width_;
       if (tiles_ == 1) {
-        args.next_weights = here + kStreamAhead;
+        args.next_weights = here + stream_ahead(rows_.size() <= 2);
         args.next_lines = ceil_div(4 * row_bytes_, kLine);
       } else if (next != nullptr) {
         args.next_weights = next + share(chunk.size() * row_bytes_, t, tiles_).begin;
@@ -128,7 +127,7 @@ class Loops {
     args.panel = stored(p, 0);
     args.k = weight_.k;
     args.acc = sums_;
-    args.ahead = kStreamAhead;
+    args.ahead = stream_ahead(rows_.size() == 1 && weight_.type == WeightType::bf16);
     for (std::int64_t t = 0; t < tiles_; ++t) {
       const Range tile = share(rows_.size(), t, tiles_);
       args.a = x_.data + tile.begin * x_.stride;

@@ -79,7 +79,7 @@ class CompactSelfAttention(PacksTogether):
         if self._runs_ragged(x, layers):
             forbids_keys_only, key_mask = key_mask_of(mask)
             if forbids_keys_only:
-                return self.ragged(x, layers, key_mask), None
+                return self.ragged(x, layers, key_mask, fuses=True), None
         return self._attend_padded(x, layers, mask, **kwargs)
 
     def _dropout_rate(self) -> float:

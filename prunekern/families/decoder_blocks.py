@@ -59,7 +59,7 @@ class CompactCausalAttention(PacksTogether):
 
     def _attend_ragged(self, x: Tensor, position_embeddings, key_mask: Tensor | None, past) -> Tensor:
         at, ragged = self.layout, self.ragged
-        query, key, value = ragged.project(x, self._layers())
+        query, key, value = ragged.project(x, self._layers(), fuses=True)
         query, key = self.normed(query, key)
         cos, sin = position_embeddings
         query = rotate_pairs(query, cos, sin, at.angle, at.key_first, at.shared_by)

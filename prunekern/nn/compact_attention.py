@@ -50,12 +50,14 @@ class CompactAttention(nn.Module):
         self._packed: Packed | None = None
         self._layers: Layers | None = None  # of which it is; a tuple, so that they are no children
 
-    def forward(self, x: Tensor, layers: Layers, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layers: Layers, key_mask: Tensor | None = None, fuses: bool | None = None
+    ) -> Tensor:  # fmt: skip
         """x: [batch, tokens, in] -> [batch, tokens, shared_by v_first[-1]].
 
-        layers: (q, k, v). key_mask: bool [batch, tokens], True where a key may be read, or None.
+        layers: (q, k, v). key_mask: bool [batch, tokens], True where a key may be read, or None. fuses: as `project`.
         """
-        return self.attend(*self.project(x, layers), key_mask)
+        return self.attend(*self.project(x, layers, fuses), key_mask)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Of queries, and of keys and values of these and earlier tokens."""
@@ -63,9 +65,9 @@ class CompactAttention(nn.Module):
             q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, self.causal
         )  # fmt: skip
 
-    def project(self, x: Tensor, layers: Layers) -> Sequence[Tensor]:
-        """q, k and v of x, kept channels only: three tensors, or three parts of one."""
-        packed = self.packed_for(x, layers)
+    def project(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Sequence[Tensor]:
+        """q, k and v of x, kept channels only: three tensors, or three parts of one. fuses: the answer, if known."""
+        packed = self.packed_for(x, layers, fuses)
         if packed is None:
             return [layer.run(x, None, layer.activation, scatter=False) for layer in layers]
         keys, values = self.qk_first[-1], self.v_first[-1]
@@ -86,9 +88,9 @@ class CompactAttention(nn.Module):
                 return False
         return packs(x, None, *weights, *(layer._parameters["bias"] for layer in layers))
 
-    def packed_for(self, x: Tensor, layers: Layers) -> Packed | None:
+    def packed_for(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Packed | None:
         """The three weights packed as one, up to date; None where x must go through the layers one by one."""
-        if torch.compiler.is_compiling() or not self.fuses(x, layers):
+        if torch.compiler.is_compiling() or not (self.fuses(x, layers) if fuses is None else fuses):
             return None
         packed = self._packed
         if packed is not None and self._layers == layers and packed.is_fresh():

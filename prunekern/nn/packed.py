@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prunekern.ops.packing import KIND, is_packable, pack_weight, version_of
+from prunekern.ops.packing import KIND, is_packable, pack_weight, side_by_side, version_of
 
 
 class Packed:
@@ -82,6 +82,7 @@ def pack_all(model: nn.Module) -> None:
     """
     together = [layer for m in model.modules() if hasattr(m, "packs_together") for layer in m.packs_together()]
     done = {id(layer) for layer in together}
-    for module in model.modules():
-        if hasattr(module, "pack") and id(module) not in done:
-            module.pack()
+    with side_by_side():
+        for module in model.modules():
+            if hasattr(module, "pack") and id(module) not in done:
+                module.pack()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ _AVAILABLE = _native.available()
 ELEMENT = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # what the kernels read and write besides weights
 
 _PAGE = 2**21  # bytes of a huge page
+_CHUNK = 16 * _PAGE
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,14 +160,58 @@ def check_scale(op: str, name: str, weight: Tensor, n: int, scale: Tensor | None
     _checks.same_device(op, "the weight", weight.device, **{name: scale})
 
 
+class _Arena(threading.local):
+    """Memory on huge pages that `side_by_side` is filling, and how much of it is taken; None outside."""
+
+    memory: Tensor | None = None
+    used = 0
+    depth = 0
+
+
+_arena = _Arena()
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Weights packed inside lie one after the other on shared huge pages, as long as one of them lives.
+
+    Most of a model's weights are smaller than a huge page, and could have none of their own. At one row of a
+    [1228, 576] bf16 weight that is read from memory, 4 KiB pages leave 19 of 26 GB/s: every page is a TLB miss.
+    """
+    _arena.depth += 1
+    try:
+        yield
+    finally:
+        _arena.depth -= 1
+        if not _arena.depth:
+            _arena.memory = None
+
+
 def _empty_panels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Where they fill a huge page (2 MiB) they start on one, and ask for such pages: csrc/huge_pages.h says why."""
-    size = math.prod(shape)
-    page = _PAGE // dtype.itemsize
-    if size < page:
+    """Where they fill a huge page (2 MiB), or in `side_by_side`, they lie on such pages: csrc/huge_pages.h says why."""
+    size = math.prod(shape) * dtype.itemsize
+    if _arena.depth and size <= _CHUNK // 2:
+        if _arena.memory is None or _arena.used + size > _arena.memory.numel():
+            _arena.memory, _arena.used = _huge(_CHUNK), 0
+        memory = _arena.memory[_arena.used : _arena.used + size]
+        _arena.used += -(-size // 64) * 64
+    elif size < _PAGE:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    memory = torch.empty(size + page, dtype=dtype, device="cpu")  # what is never touched costs nothing
-    start = -(memory.data_ptr() // dtype.itemsize) % page
-    panels = memory[start : start + size]
-    _native.core().prefer_huge_pages(panels.data_ptr(), size * dtype.itemsize)
-    return panels.view(shape)
+    else:
+        memory = _huge(size)
+    return memory.view(dtype).view(shape)
+
+
+def _huge(size: int) -> Tensor:
+    """uint8 [size] from the start of a huge page; what is never touched costs nothing.
+
+    Mapped anew: memory that malloc hands out again has small pages already, and keeps them.
+    """
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        mapped = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(mapped, dtype=torch.uint8)
+    else:
+        memory = torch.empty(size + _PAGE, dtype=torch.uint8, device="cpu")
+    memory = memory[-memory.data_ptr() % _PAGE :][:size]
+    _native.core().prefer_huge_pages(memory.data_ptr(), size)
+    return memory
