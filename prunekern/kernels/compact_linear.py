@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .launch import cdiv, device_of, on_device, pick, precision, rows_of
+from .launch import cdiv, device_of, launchable, on_device, pick, precision, rows_of
 
 
 @triton.jit
@@ -170,7 +169,7 @@ def compact_linear(
         tiles += cdiv(M, chosen["BLOCK_M"]) * cdiv(n_out, chosen["BLOCK_N"])
     absent = x  # a pointer for what is not there; never read
     with on_device(x):
-        wrap_triton(compact_linear_kernel)[(tiles,)](
+        launchable(compact_linear_kernel)[(tiles,)](
             x, W, absent if bias is None else bias.contiguous(), absent if scale is None else scale.contiguous(),
             absent if in_index is None else in_index.contiguous(),
             absent if out_index is None else out_index.contiguous(), absent if residual is None else residual, y,

@@ -4,10 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .compact_linear import TL_DTYPE, _activate, _tile_of, _widen, dot_dtype
-from .launch import cdiv, device_of, on_device, pick, precision, rows_of
+from .launch import cdiv, device_of, launchable, on_device, pick, precision, rows_of
 
 
 @triton.jit
@@ -67,7 +66,7 @@ def compact_gated(
     grid = (cdiv(M, chosen["BLOCK_M"]) * cdiv(H, chosen["BLOCK_N"]),)
     optional = (x if t is None else t.contiguous() for t in (up_bias, gate_bias, up_scale, gate_scale, in_index))
     with on_device(x):
-        wrap_triton(compact_gated_kernel)[grid](
+        launchable(compact_gated_kernel)[grid](
             x, up, gate, *optional, hidden, M, H, K, x.stride(0), up.stride(0), gate.stride(0),
             HAS_UP_BIAS=up_bias is not None, HAS_GATE_BIAS=gate_bias is not None, HAS_UP_SCALE=up_scale is not None,
             HAS_GATE_SCALE=gate_scale is not None, GATHER=in_index is not None, ACTIVATION=activation,

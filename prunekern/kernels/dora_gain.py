@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .launch import by_rank, cdiv, device_of, on_device, precision, rows_of
+from .launch import by_rank, cdiv, device_of, launchable, on_device, precision, rows_of
 
 
 @triton.jit
@@ -126,12 +125,12 @@ def dora_gain(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s:
     partial = torch.empty(split, N, dtype=torch.float32, device=V.device) if split > 1 else gain
     m, mask = m.contiguous(), m if m_b is None else m_b.contiguous()
     with on_device(V):
-        wrap_triton(dora_gain_kernel)[(tiles, split)](
+        launchable(dora_gain_kernel)[(tiles, split)](
             V, A, B, m, mask, partial, gain, inv_norm, N, K, r, s, V.stride(0), A.stride(0), B.stride(0), chunk,
             HAS_MASK=m_b is not None, SPLIT=split, PRECISION=precision(V.dtype, architecture), **chosen,
         )  # fmt: skip
         if split > 1:
-            wrap_triton(dora_gain_finish_kernel)[(cdiv(N, 128),)](
+            launchable(dora_gain_finish_kernel)[(cdiv(N, 128),)](
                 partial, m, mask, gain, inv_norm, N, HAS_MASK=m_b is not None, SPLIT=split, BLOCK_N=128, num_warps=4
             )
     return gain, inv_norm

@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .launch import by_rank, cdiv, device_of, on_device, pick, precision, rows_of
+from .launch import by_rank, cdiv, device_of, launchable, on_device, pick, precision, rows_of
 
 
 @triton.jit
@@ -198,7 +197,7 @@ def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Ten
         grid = (cdiv(T, chosen["BLOCK_T"]) * cdiv(N, chosen["BLOCK_N"]),)
         if T and N:
             with on_device(x):
-                wrap_triton(dora_fused_kernel)[grid](
+                launchable(dora_fused_kernel)[grid](
                     x, V, p, B, gain, bias_or, y, z, T, N, K, r, s, x.stride(0), V.stride(0), p.stride(0), B.stride(0),
                     KEEP_Z=keep_z, **common, **rank, **chosen,
                 )  # fmt: skip
@@ -209,7 +208,7 @@ def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Ten
     grid = (cdiv(T, composed["BLOCK_T"]) * cdiv(N, composed["BLOCK_N"]),)
     if N:
         with on_device(x):
-            wrap_triton(dora_compose_kernel)[grid](
+            launchable(dora_compose_kernel)[grid](
                 z, p, B, gain, bias_or, y, T, N, r, s, p.stride(0), B.stride(0), ADD_LOW=add_low, **common, **composed
             )
     return y, z, p, add_low
@@ -240,7 +239,7 @@ def backward(
     bias_or = gain if bias is None else bias.contiguous()
     if N:
         with on_device(dy):
-            wrap_triton(dora_backward_kernel)[(tiles, chunks)](
+            launchable(dora_backward_kernel)[(tiles, chunks)](
                 dy, z, p, B, gain, bias_or, dz, d_gain, d_bias, d_probe,
                 T, N, r, s, dy.stride(0), p.stride(0), B.stride(0), chunk,
                 ADD_LOW=add_low, WANT_DZ=want_dz, WANT_GAIN=want_gain, WANT_BIAS=want_bias, WANT_PROBE=want_probe,

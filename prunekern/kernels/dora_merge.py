@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .launch import by_rank, cdiv, device_of, on_device, precision, rows_of
+from .launch import by_rank, cdiv, device_of, launchable, on_device, precision, rows_of
 
 
 @triton.jit
@@ -60,7 +59,7 @@ def dora_merge(
     chosen = by_rank("dora_merge", architecture, A.dtype, A.shape[0])
     grid = (cdiv(N, chosen["BLOCK_N"]) * cdiv(K, chosen["BLOCK_K"]),)
     with on_device(V):
-        wrap_triton(dora_merge_kernel)[grid](
+        launchable(dora_merge_kernel)[grid](
             V, A, B, gain.float().contiguous(), V if rows is None else rows.contiguous(),
             V if cols is None else cols.contiguous(), W, N, K, A.shape[0], s, V.stride(0), A.stride(0), B.stride(0),
             HAS_ROWS=rows is not None, HAS_COLS=cols is not None, PRECISION=precision(A.dtype, architecture), **chosen,

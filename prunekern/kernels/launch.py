@@ -10,6 +10,7 @@ from importlib.resources import files
 
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 
 # Less shared memory a block than this, in bytes: consumer GPUs, where sm_86's blocks fit whatever the generation.
 LARGE_SHARED = 160 * 1024
@@ -100,3 +101,8 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def launchable(kernel):
+    """The kernel as a graph can hold it. One that is interpreted never is in a graph, and PyTorch 2.11 refuses it."""
+    return wrap_triton(kernel) if type(kernel).__name__ != "InterpretedFunction" else kernel
