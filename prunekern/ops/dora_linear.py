@@ -98,7 +98,8 @@ def _backward(ctx, dy, _dz, _dp):
 def _gradients(ctx, dy, grads):
     x, x_lora, V, A, B, gain, z, p, bias = ctx.saved_tensors
     needs, s, (x_shape, x_dtype) = ctx.needs_input_grad, ctx.s, ctx.x_meta
-    dtype = torch.float32 if dy.device.type == "cpu" and dy.dtype != torch.float64 else dy.dtype
+    in_fp32 = dy.device.type == "cpu" and dy.dtype != torch.float64 and ctx.add_low is None
+    dtype = torch.float32 if in_fp32 else dy.dtype
     T = math.prod(dy.shape[:-1])
     dy = dy.reshape(T, dy.shape[-1])  # [T, N]
     low_needs_x = needs[7] if ctx.has_x_lora else needs[0]
