@@ -22,7 +22,7 @@ venv: $(STAMP)
 $(STAMP): $(SOURCES) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "make: $(PYTHON) cannot make a virtual environment; install it (apt-get install python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[hf,bench,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,bench,dev]'
 	@touch $@
 
 demo: venv

@@ -17,9 +17,12 @@ console = Console()
 # Option types that several commands share.
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 TaskName = Annotated[
-    str | None, typer.Option(help="reviews, topics, tweets, or a GLUE task: mrpc rte sst2 mnli cola qnli qqp stsb.")
+    str | None,
+    typer.Option(help="reviews, topics, tweets, wikipedia, or a GLUE task: mrpc rte sst2 mnli cola qnli qqp stsb."),
 ]
-Data = Annotated[Path | None, typer.Option(help="Local .jsonl, .csv, .tsv or .parquet instead of --task.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Local .jsonl, .csv, .tsv, .parquet, or .txt of running text, instead of --task.")
+]
 Text = Annotated[str | None, typer.Option(help="Text column of --data; two with a comma between for pairs.")]
 Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
 Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
@@ -136,7 +139,8 @@ def train(
         table.add_row(kind.replace("_", " / "), f"{kept:,}", f"{of:,}")
     console.print(table)
     metric, split = data_task.metric, data_task.score_split
-    console.print(f"{split} {metric}: {100 * masked[metric]:.2f} before removal, {100 * compact[metric]:.2f} after")
+    before, after = (data_task.show(score[metric]) for score in (masked, compact))
+    console.print(f"{split} {metric}: {before} before removal, {after} after")
     console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}  {out / 'report.png'}")
 
 
@@ -172,20 +176,21 @@ def evaluate_command(
     threads: Threads = 0,
 ) -> None:
     """Score a saved model on a task."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from . import hf  # noqa: F401  (compact folders load too)
     from .checkpoint import set_weights
     from .recipe import evaluate
+    from .tasks import Task
 
     _threads(threads)
     data_task = _task(task, data, text, label, validation, test)
-    loaded = set_weights(AutoModelForSequenceClassification.from_pretrained(model), weights)
-    if loaded.config.num_labels != data_task.num_labels:
+    loaded = set_weights(data_task.model_class().from_pretrained(model), weights)
+    if isinstance(data_task, Task) and loaded.config.num_labels != data_task.num_labels:
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
     metrics, _ = evaluate(loaded, AutoTokenizer.from_pretrained(model), data_task, max_length, console=console)
     for name, value in metrics.items():
-        console.print(f"{data_task.name}, {data_task.score_split}: {name} {100 * value:.2f}")
+        console.print(f"{data_task.name}, {data_task.score_split}: {name} {data_task.show(value)}")
 
 
 @app.command()

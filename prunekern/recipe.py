@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import warnings
@@ -17,7 +18,7 @@ from .checkpoint import save
 from .compact import compact
 from .config import PruneConfig
 from .pruner import Pruner
-from .tasks import Task
+from .tasks import LanguageTask, Task
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,16 @@ class TrainOptions:
     seed: int = 0
 
 
-def load_dense(model: str, task: Task, seed: int = 0) -> tuple[nn.Module, object]:
+def load_dense(model: str, task: Task | LanguageTask, seed: int = 0) -> tuple[nn.Module, object]:
     """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub.
 
     seed: of the head's first weights, where the checkpoint has none.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from transformers import AutoTokenizer, set_seed
 
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return AutoModelForSequenceClassification.from_pretrained(model, **task.model_kwargs()), tokenizer
+    return task.model_class().from_pretrained(model, **task.model_kwargs()), tokenizer
 
 
 def training_arguments(options: TrainOptions, out: Path, **extra):
@@ -125,17 +126,23 @@ def fine_tune(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, tokenizer, task: Task, max_length: int = 128, split: str | None = None, console=None):
-    """(metrics, predictions [rows, labels]) of a model on the task's scored split, batches bucketed by length."""
+    """(metrics, predictions [rows, labels]) of a model on the task's scored split, batches bucketed by length.
+
+    Of a LanguageTask: (perplexity, losses [blocks, tokens]).
+    """
     from rich.progress import track
     from transformers import EvalPrediction
 
+    model.eval()
+    if isinstance(task, LanguageTask):
+        bar = functools.partial(track, description="evaluating", transient=True, console=console)
+        return task.score(model, tokenizer, max_length, split, bar)
     data = task.encode(tokenizer, max_length)[split or task.score_split]
     collate, device = task.collator(tokenizer), next(model.parameters()).device
     order = torch.tensor(data["length"]).argsort(stable=True).tolist()
     rows = [data[i] for i in order]
     logits = []
     batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
-    model.eval()
     for batch in track(batches, description="evaluating", transient=True, console=console):
         inputs = {k: v.to(device) for k, v in collate(batch).items() if k != "labels"}
         logits.append(model(**inputs).logits.float().cpu())

@@ -1,4 +1,5 @@
-"""The demo's models: all-MiniLM-L6-v2 (6 layers, hidden 384, FFN 1536) as DistilBERT, BERT and RoBERTa.
+"""The demo's models: all-MiniLM-L6-v2 (6 layers, hidden 384, FFN 1536) as DistilBERT, BERT and RoBERTa, and a decoder
+(smollm2.py).
 
 No registry package carries a DistilBERT or RoBERTa checkpoint, but a BERT checkpoint is one, up to the names
 of its tensors and its position table:
@@ -19,14 +20,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..tasks.fetch import MINILM, cache_dir, fetch, read_member, scratch, unpack
+from ..tasks.fetch import MINILM, SMOLLM2, cache_dir, fetch, read_member, scratch, unpack
+from . import smollm2
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 DEFAULT_MODEL = "mini-distilbert"
-MODEL_NAMES = ("mini-distilbert", "mini-bert", "mini-roberta")
+ENCODERS = ("mini-distilbert", "mini-bert", "mini-roberta")
+MODEL_NAMES = (*ENCODERS, smollm2.NAME)
 
 _RECORD = "prunekern_source.json"  # written last: the source, and the size of every file in the folder
 _FORMAT = 1  # raise when the conversion changes, so that folders made by an older version are made anew
@@ -45,12 +48,13 @@ def demo_model(name: str = DEFAULT_MODEL) -> Path:
     folder = cache_dir() / "models" / name
     if _is_whole(folder):
         return folder
-    archive = fetch(MINILM)
+    source, convert = _source(name)
+    archive = fetch(source)
     with scratch(folder.parent) as part:
         made = part / name
-        _convert(name, archive, part, made)
+        convert(name, archive, part, made)
         sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
-        record = {"format": _FORMAT, "source": MINILM.requirement, "sha256": MINILM.sha256, "files": sizes}
+        record = {"format": _FORMAT, "source": source.requirement, "sha256": source.sha256, "files": sizes}
         (made / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if folder.exists() and not _is_whole(folder):
             with contextlib.suppress(FileNotFoundError):  # another process may be replacing it too
@@ -63,11 +67,16 @@ def demo_model(name: str = DEFAULT_MODEL) -> Path:
     return folder
 
 
+def _source(name: str):
+    """The archive a model is made of, and the function that makes it."""
+    return (SMOLLM2, smollm2.convert) if name == smollm2.NAME else (MINILM, _convert)
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether `folder` was made by this conversion from this archive and every file still has its size."""
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        if record["format"] != _FORMAT or record["sha256"] != MINILM.sha256:
+        if record["format"] != _FORMAT or record["sha256"] != _source(folder.name)[0].sha256:
             return False
         return all((folder / name).stat().st_size == size for name, size in record["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

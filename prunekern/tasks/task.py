@@ -46,8 +46,18 @@ class Task:
         """The split to take the final score on: "test" where its labels are public, else "validation"."""
         return "test" if "test" in self.splits else "validation"
 
+    def model_class(self) -> type:
+        """What loads a model with a head for this task."""
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def show(self, value: float) -> str:
+        """A score as tables print it, in points."""
+        return f"{100 * value:.2f}"
+
     def model_kwargs(self) -> dict[str, Any]:
-        """For `AutoModelForSequenceClassification.from_pretrained`: head size, label names, kind of loss."""
+        """For `model_class().from_pretrained` of a model without the head: head size, label names, kind of loss."""
         if self.label_names is None:
             return {"num_labels": 1, "problem_type": "regression"}
         return {

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from prunekern import tasks
 from prunekern.demo import models
-from prunekern.demo.models import MODEL_NAMES, demo_model
+from prunekern.demo.models import ENCODERS, MODEL_NAMES, demo_model
 from prunekern.tasks.fetch import MINILM, FetchError, fetch, read_member
 
 # Computed in float64, so that only the stored weights differ: one fp32 rounding of position row + type row, of values
@@ -70,14 +70,25 @@ def sentences(cache):
 
 
 def test_names():
-    assert MODEL_NAMES == ("mini-distilbert", "mini-bert", "mini-roberta")
+    assert MODEL_NAMES == ("mini-distilbert", "mini-bert", "mini-roberta", "smollm2-135m")
     with pytest.raises(
-        ValueError, match=r"name must be one of mini-distilbert, mini-bert, mini-roberta \(got 'bert'\)"
+        ValueError, match=r"name must be one of mini-distilbert, mini-bert, mini-roberta, smollm2-135m \(got 'bert'\)"
     ):
         demo_model("bert")
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_smollm2_speaks():
+    folder = demo_model("smollm2-135m")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.dtype == torch.float32
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    ids = model.generate(
+        **tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=1, do_sample=False
+    )
+    assert tokenizer.decode(ids[0]).endswith(" Paris")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 def test_tokenizer_is_the_source_s(name, source, sentences):
     tokenizer = AutoTokenizer.from_pretrained(demo_model(name))
     for batch in (sentences, [" Accents: naïve café", "", "a " * 700]):
@@ -94,7 +105,7 @@ def hidden(model, inputs):
         return model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_output_equals_the_source_s(name, source, sentences):
     folder = demo_model(name)
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -127,7 +138,7 @@ def test_pairs_use_both_token_types(name, source, sentences):
     assert torch.equal(hidden(model, inputs), hidden(source[0], inputs))
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_longest_input(name, source):
     """512 tokens reach the last row of every position table."""
     text = "a film " * 255
@@ -158,7 +169,7 @@ def test_roberta_s_padding_and_positions(sentences):
     assert (seen[0][~real] == 0).all() and (table.weight[0] == 0).all()
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_a_head_is_all_that_is_missing(name, sentences):
     folder = demo_model(name)
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, output_loading_info=True)

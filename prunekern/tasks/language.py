@@ -1,0 +1,162 @@
+"""Running text, and the perplexity of a language model on it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .split import grouped_split, text_key
+from .task import SPLITS, DataError
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import DatasetDict
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+METRIC = "perplexity"
+
+
+@dataclass(frozen=True)
+class LanguageTask:
+    """Texts to predict, word by word; what `Task` is for labelled ones.
+
+    name: what tables call it. splits: DatasetDict with "train", "validation" and "test", one column "text", a document
+    a row. metric: "perplexity", the smaller the better.
+    """
+
+    name: str
+    splits: DatasetDict
+    metric: str = METRIC
+    score_split: str = "test"
+
+    def model_class(self) -> type:
+        """What loads a model for this task."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """For `model_class().from_pretrained`: a language model's head is not new."""
+        return {}
+
+    def show(self, value: float) -> str:
+        """A score as tables print it."""
+        return f"{value:.3f}"
+
+    def take(self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0):
+        """The same task with at most that many documents a split, drawn without replacement; None keeps it whole."""
+        splits = {}
+        for name, rows in zip(SPLITS, (train, validation, test), strict=True):
+            if rows is not None and rows < 1:
+                raise ValueError(f"take: {name} must be at least 1 row (got {rows})")
+            data = self.splits[name]
+            whole = rows is None or rows >= len(data)
+            splits[name] = data if whole else data.shuffle(seed=seed).select(range(rows))
+        return replace(self, splits=type(self.splits)(splits))
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> DatasetDict:
+        """Blocks of exactly max_length tokens: documents of a split joined with the end-of-text token, the rest cut.
+
+        Columns: input_ids, labels (the same; the model shifts them), length. Raises ValueError when max_length is
+        below 2 or above what the tokenizer's model takes, or when a split does not fill one block.
+        """
+        from datasets import Dataset
+
+        if not 2 <= max_length <= tokenizer.model_max_length:
+            raise ValueError(f"encode: max_length must be in 2..{tokenizer.model_max_length} (got {max_length})")
+        encoded = {}
+        for name, data in self.splits.items():
+            tokens: list[int] = []
+            for ids in tokenizer(list(data["text"]), add_special_tokens=False)["input_ids"]:
+                tokens += [*ids, tokenizer.eos_token_id]
+            blocks = [tokens[i : i + max_length] for i in range(0, len(tokens) - max_length + 1, max_length)]
+            if not blocks:
+                raise ValueError(
+                    f"encode: max_length must be at most the {len(tokens)} tokens of split {name!r} (got {max_length})"
+                )
+            encoded[name] = Dataset.from_dict(
+                {"input_ids": blocks, "labels": blocks, "length": [max_length] * len(blocks)}
+            )
+        return type(self.splits)(encoded)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable:
+        """A callable: list of encoded rows -> dict of int64 tensors [rows, tokens]."""
+        return _stack
+
+    def score(self, model, tokenizer, max_length: int, split: str | None = None, track: Callable = iter):
+        """({"perplexity": exp of the mean loss of a token}, losses [blocks, max_length - 1]) on the scored split."""
+        import torch
+
+        data, device = self.encode(tokenizer, max_length)[split or self.score_split], next(model.parameters()).device
+        losses = [token_losses(model, torch.tensor([row["input_ids"]], device=device)) for row in track(list(data))]
+        every = torch.cat(losses)
+        return {METRIC: math.exp(every.double().mean().item())}, every
+
+
+def token_losses(model, ids: Tensor) -> Tensor:
+    """Loss of each token but the first, [rows, tokens - 1], fp32 on the CPU. ids: int64 [rows, tokens]."""
+    from torch.nn import functional as F
+
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).cpu()
+
+
+def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+def language_task(name: str, documents: Mapping[str, Sequence[str]]) -> LanguageTask:
+    """Of documents by split."""
+    from datasets import Dataset, DatasetDict
+
+    return LanguageTask(name, DatasetDict({n: Dataset.from_dict({"text": list(d)}) for n, d in documents.items()}))
+
+
+def load(
+    path: str | os.PathLike,
+    validation: str | os.PathLike | None = None,
+    test: str | os.PathLike | None = None,
+    validation_share: float = 0.1,
+    test_share: float = 0.1,
+) -> LanguageTask:
+    """A task out of one to three UTF-8 text files; documents are what blank lines stand between.
+
+    What is not given is drawn from `path`, as the given share of its documents, the same way everywhere and with no
+    duplicate in two splits. Raises FileNotFoundError; ValueError for a share outside (0, 1); DataError for a file
+    that is not UTF-8, or holds too few documents.
+    """
+    for name, share in (("validation_share", validation_share), ("test_share", test_share)):
+        if not 0 < share < 1:
+            raise ValueError(f"text file: {name} must be in (0, 1) (got {share})")
+    documents = {"train": _documents(Path(path))}
+    given = {"validation": validation, "test": test}
+    documents |= {name: _documents(Path(file)) for name, file in given.items() if file is not None}
+    shares = {"test": test_share, "validation": validation_share}
+    drawn = {name: share for name, share in shares.items() if given[name] is None}
+    if drawn:
+        whole = documents["train"]
+        sizes = {name: max(1, round(share * len(whole))) for name, share in drawn.items()}
+        if sum(sizes.values()) >= len(whole):
+            raise DataError(f"{path}: has {len(whole)} documents (blank lines between); too few to draw splits from")
+        rows = grouped_split([text_key(d) for d in whole], sizes)
+        documents |= {name: [whole[i] for i in index] for name, index in rows.items()}
+    return language_task(Path(path).name, {name: documents[name] for name in SPLITS})
+
+
+def _documents(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    documents = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
+    documents = [part for part in documents if part]
+    if not documents:
+        raise DataError(f"{path}: holds no text")
+    return documents
