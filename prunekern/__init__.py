@@ -22,6 +22,8 @@ _WHERE = {
     "load": "checkpoint",
     "save_adapter": "adapter",
     "load_adapter": "adapter",
+    "from_peft": "peft_in",
+    "to_peft": "peft_out",
     "PruneTrainer": "trainer",
     "info": "info",
 }

@@ -66,6 +66,16 @@ class MaskedDoRALinear(nn.Module):
         self._normed: tuple | None = None  # versions of (weight, A, B) that inv_norm belongs to
         self.refresh()
 
+    def set_low_rank(self, rank: int, scale: float) -> None:
+        """Another rank and scale than the constructor's. With another rank A and B are new, zero, to be loaded."""
+        if rank < 1 or rank > min(self.dense_shape):
+            raise ValueError(f"MaskedDoRALinear: rank must be in 1..{min(self.dense_shape)} (got {rank})")
+        if rank != self.rank:
+            self.A = nn.Parameter(self.A.new_zeros(rank, self.in_features))
+            self.B = nn.Parameter(self.B.new_zeros(self.out_features, rank))
+        self.rank, self.scale = rank, float(scale)
+        self.refresh()
+
     def _versions(self) -> tuple:
         # Identity and version: an optimiser step changes the version, functional_call or assignment the identity. The
         # tensors themselves are held, as a new one could otherwise stand at the address of the last.
