@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import card
 from .folders import replacing
 from .head import plain_head, set_head_weights, word_head
 from .nn import CompactLinear
@@ -26,8 +27,11 @@ def _is_model_file(name: str) -> bool:
     return _MODEL_FILE.fullmatch(name) is not None
 
 
-def save(model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB") -> None:
-    """Write a compact model to the folder `path` in transformers' layout: safetensors, config.json with the plan.
+def save(
+    model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB", command: str | None = None
+) -> None:  # fmt: skip
+    """Write a compact model to the folder `path` in transformers' layout: safetensors, config.json with the plan, and a
+    model card README.md unless there is one of your own (`prunekern.card.model_card`; command: what made the model).
 
     The folder is written beside `path` and put in its place in one step: a full disk or a kill leaves the old one
     whole. Other files in the old folder (a tokenizer) are carried over. ValueError for a model that is not compact.
@@ -36,6 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB")
         raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
     with replacing(Path(path), _is_model_file) as folder, plain_head(model):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if card.is_ours_to_write(Path(path) / card.FILE):
+            (folder / card.FILE).write_text(card.model_card(model, command), encoding="utf-8")
 
 
 def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:

@@ -1,4 +1,4 @@
-"""The command `prunekern`: train, compact, eval, bench, demo, info."""
+"""The command `prunekern`: train, compact, export, eval, bench, demo, info."""
 
 from __future__ import annotations
 
@@ -231,6 +231,24 @@ def bench(
         )
         table.add_row(f"{batch} x {tokens}", *cells)
     console.print(table)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(help="Folder of a compact model.")],
+    out: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 18,
+    with_past: Annotated[bool, typer.Option("--with-past", help="Decoders: caches as inputs and outputs.")] = False,
+) -> None:
+    """Write a compact model as an ONNX file of plain operators, in fp32."""
+    from .checkpoint import load
+    from .export import export_onnx
+
+    try:
+        export_onnx(load(model), out, opset, with_past)
+    except ImportError as error:  # onnx is an extra
+        raise ValueError(error) from None
+    console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, opset {opset}")
 
 
 @app.command()

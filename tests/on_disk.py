@@ -5,7 +5,9 @@ from pathlib import Path
 
 
 def content(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    """Every file of a folder but the model card, which says where its model came from."""
+    files = (p for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != "README.md")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def litter(folder):

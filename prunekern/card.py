@@ -1,0 +1,97 @@
+"""The model card of a compact model, and its way to the hub."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .plan import Plan
+from .plan import plan as plan_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INTRO = """Compact: channels that fine-tuning found it could do without are gone, so that its layers have shapes of
+their own. It loads where prunekern is installed:"""
+
+
+FILE = "README.md"
+MARK = "<!-- written by prunekern; without this line it is yours, and stays -->"
+
+
+def is_ours_to_write(path: Path) -> bool:
+    """Whether there is no card at `path`, or one that nobody has made their own."""
+    return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def model_card(model: nn.Module, command: str | None = None) -> str:
+    """Markdown with front matter: how to load `model` (compact), what was kept of each layer, sizes, what made it.
+
+    command: as a shell takes it; None: that of this process. ValueError for a model without a plan.
+    """
+    from . import __version__
+
+    plan, name = plan_of(model), type(model).__name__
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command
+    total = sum(p.numel() for p in model.parameters())
+    removed = plan.dense_params() - plan.params()
+    sizes = [
+        ("parameters", total, total + removed),
+        ("of them in block linears", plan.params(), plan.dense_params()),
+        ("multiply-adds of these a token", plan.macs(), plan.dense_macs()),
+    ]
+    base = getattr(model.config, "_name_or_path", "") or "unknown"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [prunekern, pruned, dora]",
+        "---",
+        "",
+        f"# {name}, compact",
+        "",
+    ]
+    lines += [_INTRO, "", "```python", "import prunekern as pk", "", 'model = pk.load("this folder")', "```", ""]
+    lines += [f"Made from `{base}` by prunekern {__version__}: `{command}`", ""]
+    lines += ["| | compact | dense | share |", "|---|---|---|---|"]
+    lines += [f"| {what} | {kept:,} | {dense:,} | {kept / max(dense, 1):.3f} |" for what, kept, dense in sizes]
+    lines += ["", "## What was kept", "", "| layer | rows | of | columns | of |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *_rows(plan), ""])
+
+
+def _rows(plan: Plan) -> list[str]:
+    return [
+        f"| `{name}` | {p.rows.numel():,} | {p.out_features:,} | {p.cols.numel():,} | {p.in_features:,} |"
+        for name, p in plan.layers.items()
+    ]
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    command: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Compact model",
+) -> str:
+    """Upload what `save` writes, the model card, and the tokenizer; returns the commit's address.
+
+    The repository is made where it is missing. ValueError for a model that is not compact; what huggingface_hub raises
+    where the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    from .checkpoint import save
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, command=command)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
