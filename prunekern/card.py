@@ -46,15 +46,8 @@ def model_card(model: nn.Module, command: str | None = None) -> str:
         ("multiply-adds of these a token", plan.macs(), plan.dense_macs()),
     ]
     base = getattr(model.config, "_name_or_path", "") or "unknown"
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [prunekern, pruned, dora]",
-        "---",
-        "",
-        f"# {name}, compact",
-        "",
-    ]
+    lines = ["---", "library_name: transformers", "tags: [prunekern, pruned, dora]", "---", "", MARK, ""]
+    lines += [f"# {name}, compact", ""]
     lines += [_INTRO, "", "```python", "import prunekern as pk", "", 'model = pk.load("this folder")', "```", ""]
     lines += [f"Made from `{base}` by prunekern {__version__}: `{command}`", ""]
     lines += ["| | compact | dense | share |", "|---|---|---|---|"]
