@@ -18,9 +18,11 @@ _WHERE = {
     "Plan": "plan",
     "plan": "plan",
     "compact": "compact",
+    "compact_files": "streaming",
     "save": "checkpoint",
     "load": "checkpoint",
     "push_to_hub": "card",
+    "save_stock": "stock",
     "export_onnx": "export",
     "plain_twin": "plain",
     "save_adapter": "adapter",
@@ -30,7 +32,7 @@ _WHERE = {
     "PruneTrainer": "trainer",
     "info": "info",
 }
-_ROOMS = ("nn", "ops", "tasks", "families", "hf", "demo")
+_ROOMS = ("nn", "ops", "tasks", "families", "hf", "stock", "demo")
 
 __all__ = [*_WHERE, "nn", "ops", "__version__"]
 

@@ -71,12 +71,8 @@ def load_base(base: str | os.PathLike, adapter: str | os.PathLike) -> nn.Module:
 
     ValueError when `base` is another model: a tensor that neither it nor the adapter holds, or of another shape.
     """
-    import transformers
-
     config, tensors = _read_adapter(Path(adapter))
-    cls = getattr(transformers, str(config.get("architecture")), None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise ValueError(f"{adapter}: architecture must name a transformers model (got {config.get('architecture')!r})")
+    cls = model_class(config, Path(adapter))
     model, info = cls.from_pretrained(
         base,
         config=cls.config_class.from_dict(config["model_config"]),
@@ -91,6 +87,18 @@ def load_base(base: str | os.PathLike, adapter: str | os.PathLike) -> nn.Module:
             f"{base}: tensor {name!r} must have shape {list(wanted)} for the adapter in {adapter} (got {list(got)})"
         )
     return model
+
+
+def model_class(config: dict, adapter: Path) -> type:
+    """The class that an adapter names. ValueError where it names none of transformers, or holds no model_config."""
+    import transformers
+
+    cls = getattr(transformers, str(config.get("architecture")), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(f"{adapter}: architecture must name a transformers model (got {config.get('architecture')!r})")
+    if not isinstance(config.get("model_config"), dict):
+        raise ValueError(f"{adapter}: must hold a model_config (got {config.get('model_config')!r})")
+    return cls
 
 
 def load_adapter_state(pruner, path: str | os.PathLike) -> None:

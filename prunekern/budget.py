@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -25,6 +26,16 @@ def removed_share(table: Table, kept: Scores, what: str) -> float:
 def most_removable(table: Table, carriers: Iterable[str], what: str) -> float:
     """Share that is gone when every group of these carriers is."""
     return removed_share(table, {c: np.zeros(table.groups[c].count) for c in carriers}, what)
+
+
+def by_kind(table: Table, kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """[groups kept, of how many] by kind of group. kept: bool by carrier, settled (`Table.settle`)."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for carrier, alive in kept.items():
+        count = counts[table.groups[carrier].kind]
+        count[0] += int(alive.sum())
+        count[1] += alive.numel()
+    return dict(counts)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

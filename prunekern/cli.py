@@ -86,6 +86,9 @@ def train(
     stage_one: Annotated[
         float | None, typer.Option(help="Share of the steps before the masks are final: 0.65; preset paper: 0.6.")
     ] = None,
+    rule: Annotated[
+        str, typer.Option(help="learned; or stock: every block alike, and OUT/stock loads without prunekern.")
+    ] = "learned",
     max_length: MaxLength = 128,
     save_steps: int = 500,
     seed: int = 0,
@@ -109,6 +112,7 @@ def train(
         learning_rate=lr if lr is not None else 5e-5 if preset == "paper" else 5e-4,
         final_learning_rate=final_lr,
         mask_learning_rate=mask_lr,
+        rule=rule,
         stage_one=stage_one,
         max_length=max_length,
         save_steps=save_steps,
@@ -118,7 +122,7 @@ def train(
     dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task, seed)
     pruner, trained = fine_tune(dense, tokenizer, data_task, config, options, out, resume, console)
     masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
-    small = finish(pruner, tokenizer, out)
+    small = finish(pruner, tokenizer, out, rule)
     compact, _ = evaluate(small, tokenizer, data_task, max_length, console=console)
     plan = pruner.plan()
     write_report(
@@ -150,15 +154,21 @@ def compact(
     adapter: Annotated[Path, typer.Argument(help="Folder written by train (OUT/adapter) or save_adapter.")],
     out: Annotated[Path, typer.Argument(help="Folder for the compact model.")],
 ) -> None:
-    """Merge a trained adapter into its base model and remove what its masks prune."""
-    from .adapter import load_adapter, load_base
-    from .checkpoint import save
-    from .compact import compact as make_compact
+    """Merge a trained adapter into its base model and remove what its masks prune, one linear in memory at a time."""
     from .demo.models import MODEL_NAMES, demo_model
+    from .streaming import compact_files
 
-    dense = load_base(demo_model(base) if base in MODEL_NAMES else base, adapter)
-    plan = load_adapter(dense, adapter).plan()
-    save(make_compact(dense), out)
+    source = Path(demo_model(base) if base in MODEL_NAMES else base)
+    if source.is_dir() and not list(source.glob("*.bin")):
+        plan = compact_files(source, adapter, out, console=console)
+    else:  # a hub name, or .bin weights: through memory
+        from .adapter import load_adapter, load_base
+        from .checkpoint import save
+        from .compact import compact as make_compact
+
+        dense = load_base(base, adapter)
+        plan = load_adapter(dense, adapter).plan()
+        save(make_compact(dense), out)
     console.print(f"{out}: {plan.params():,} of {plan.dense_params():,} block parameters kept")
 
 

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget, families
+from . import budget, families, stock
 from .config import PruneConfig
+from .criteria import check_criterion, criterion_scores
 from .families import Table
 from .nn import ChannelMask, MaskedDoRALinear, shrink_linear
 from .plan import Plan, check, from_kept, masks_of
 from .saliency import Saliency, starting_logits
 
-CRITERIA = ("random", "magnitude", "saliency")
+RULES = ("learned", "uniform", "stock")
 
 
 class Pruner:
@@ -180,59 +181,45 @@ class Pruner:
     def finalize(self, rule: str = "learned", criterion: str | budget.Scores = "magnitude") -> dict:
         """Make the masks final: deterministic, aligned, the target met from above to within one alignment step.
 
-        rule "learned" ranks all channel groups by their logits. rule "uniform" is the baseline: the same fraction of
-        every mask, chosen by `criterion`: "random" (seeded by config.seed), "magnitude" (the carrier's), "saliency"
-        (what the warm steps gathered), or scores of your own, float [groups] by carrier; the lowest go.
-        Returns {"sparsity", "target", "cost", "kept": {carrier: [kept, of]}, "by_kind": {kind: [kept, of]}}.
+        rule "learned" ranks all channel groups by their logits. rule "stock" does, too, but leaves what transformers
+        loads without prunekern (`stock.save_stock`): as many whole heads, and FFN channels, in every block, and all
+        else; `budget_stock.select_stock` says which (its steps are heads as well). rule "uniform" is the baseline: the
+        same fraction of every mask, chosen by `criterion`: "random" (seeded by config.seed), "magnitude" (the
+        carrier's), "saliency" (what the warm steps gathered), or scores of your own, float [groups] by carrier; the
+        lowest go.
+        Returns {"sparsity", "target", "cost", "kept": {carrier: [kept, of]}, "by_kind": {kind: [kept, of]}}; rule
+        "stock" adds what it gave up against the learned one: "kept_score" and "given_up", see `stock.compare`.
+        ValueError as `check_rule`, and for scores that are not finite; the masks are then left as they were.
         """
-        table, config = self.table, self.config
-        if rule not in ("learned", "uniform"):
-            raise ValueError(f"finalize: rule must be 'learned' or 'uniform' (got {rule!r})")
-        if rule == "uniform":
-            self._check_criterion(criterion)
+        self.check_rule(rule, criterion)
+        table, config, extra = self.table, self.config, {}
         if self.masks:
-            if rule == "learned" and self.warm and any(bool(m.saliency.any()) for m in self.masks.values()):
+            if rule != "uniform" and self.warm and any(bool(m.saliency.any()) for m in self.masks.values()):
                 self._start_from_saliency()
-            scores = self._logits() if rule == "learned" else self._criterion(criterion)
+            scores = criterion_scores(self, criterion) if rule == "uniform" else self._logits()
             bad = [c for c, v in scores.items() if not np.isfinite(v).all()]
             if bad:
                 raise ValueError(f"finalize: scores of {bad[0]!r} are not finite; the masks are left as they were")
-            select = budget.select_global if rule == "learned" else budget.select_uniform
-            kept = select(table, scores, config.sparsity, config.cost, config.align)
+            if rule == "stock":
+                kept, found = stock.choose(self, scores)
+                extra = {name: found[name] for name in ("kept_score", "given_up")}
+            else:
+                select = budget.select_global if rule == "learned" else budget.select_uniform
+                kept = select(table, scores, config.sparsity, config.cost, config.align)
             for carrier, mask in self.masks.items():
                 mask.finalize(kept[carrier].to(mask.logits.device))
                 mask.logits.grad = None
             self._open_while_warm()
-        return self.report()
+        return self.report() | extra
 
-    def _check_criterion(self, criterion: str | budget.Scores) -> None:
-        if isinstance(criterion, str):
-            if criterion not in CRITERIA:
-                raise ValueError(f"finalize: criterion must be one of {CRITERIA}, or scores (got {criterion!r})")
-            if criterion == "saliency" and not any(bool(m.saliency.any()) for m in self.masks.values()):
-                raise ValueError("finalize: criterion 'saliency' needs warm steps; none were taken")
-            return
-        for carrier, mask in self.masks.items():
-            shape = np.shape(criterion[carrier]) if carrier in criterion else None
-            if shape != (mask.logits.numel(),):
-                raise ValueError(
-                    f"finalize: criterion must have {mask.logits.numel()} scores for {carrier!r} (got "
-                    f"{'none' if shape is None else list(shape)})"
-                )
-
-    def _criterion(self, criterion: str | budget.Scores) -> dict[str, np.ndarray]:
-        if not isinstance(criterion, str):
-            return {c: np.asarray(criterion[c], dtype=float) for c in self.masks}
-        if criterion == "saliency":
-            return {c: m.saliency.double().cpu().numpy() for c, m in self.masks.items()}
-        if criterion == "random":
-            rng = np.random.default_rng(self.config.seed)
-            return {c: rng.random(m.logits.numel()) for c, m in self.masks.items()}
-        scores = {}
-        for carrier in self.masks:
-            magnitude = self.layers[carrier].magnitude.detach().double().cpu()
-            scores[carrier] = magnitude[self.table.groups[carrier].rows].square().sum(1).sqrt().numpy()
-        return scores
+    def check_rule(self, rule: str = "learned", criterion: str | budget.Scores = "magnitude") -> None:
+        """ValueError where `finalize(rule, criterion)` would refuse: so that a trainer can say so before it trains."""
+        if rule not in RULES:
+            raise ValueError(f"finalize: rule must be one of {RULES} (got {rule!r})")
+        if rule == "uniform":
+            check_criterion(self, criterion)
+        elif rule == "stock":
+            stock.check_reachable(self)
 
     @property
     def shrunk(self) -> bool:
@@ -263,16 +250,12 @@ class Pruner:
     def report(self) -> dict:
         """What the masks keep now, as `finalize` returns it."""
         settled = self.table.settle({c: m.kept() for c, m in self.masks.items()})
-        by_kind: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        for carrier, kept in settled.items():
-            for i, n in enumerate((int(kept.sum()), kept.numel())):
-                by_kind[self.table.groups[carrier].kind][i] += n
         return {
             "sparsity": self.sparsity(),
             "target": self.config.sparsity,
             "cost": self.config.cost,
             "kept": {c: [int(k.sum()), k.numel()] for c, k in settled.items()},
-            "by_kind": dict(by_kind),
+            "by_kind": budget.by_kind(self.table, settled),
         }
 
     # -- resuming ------------------------------------------------------------------------------------------------
@@ -280,12 +263,20 @@ class Pruner:
     def state_dict(self) -> dict:
         """What the model's own state does not hold (logits, thresholds and final flags are in the model's)."""
         state = {"steps": self.steps, "warm_steps": self.warm_steps, "ramp_steps": self.ramp_steps}
+        usual = (self.config.rank, self.config.alpha / self.config.rank)
+        own = {n: (m.rank, m.scale) for n, m in self.layers.items() if (m.rank, m.scale) != usual}
+        if own:  # of an adapter that PEFT trained with rank_pattern or alpha_pattern
+            state["low_rank"] = own
         return {**state, "shrunk": self.plan().to_dict()} if self.shrunk else state
 
     def load_state_dict(self, state: dict) -> None:
         """Continue after `state["steps"]` steps. Call it before the model's state is loaded: a state of a shrunk
-        model is loaded into a model shrunk alike, which this does.
+        model is loaded into a model shrunk alike, which this does; so are layers with a rank and scale of their own.
         """
+        for name, (rank, scale) in state.get("low_rank", {}).items():
+            if name not in self.layers:
+                raise ValueError(f"load_state_dict: low_rank must name adapted layers (got {name!r})")
+            self.layers[name].set_low_rank(rank, scale)
         if state.get("shrunk") is not None and not self.shrunk:
             plan = Plan.from_dict(state["shrunk"])
             check(plan, self.table)

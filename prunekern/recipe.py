@@ -18,6 +18,7 @@ from .checkpoint import save
 from .compact import compact
 from .config import PruneConfig
 from .pruner import Pruner
+from .stock import save_stock
 from .tasks import LanguageTask, Task
 
 
@@ -31,6 +32,7 @@ class TrainOptions:
     learning_rate: float = 5e-4
     final_learning_rate: float | None = None
     mask_learning_rate: float | None = None
+    rule: str = "learned"
     stage_one: float | None = None
     warm: float | None = None
     ramp: float | None = None
@@ -105,6 +107,7 @@ def fine_tune(
         ramp=options.ramp,
         final_learning_rate=options.final_learning_rate,
         mask_learning_rate=options.mask_learning_rate,
+        rule=options.rule,
         train_dataset=encoded["train"],
         data_collator=task.collator(tokenizer),
         callbacks=[progress],
@@ -117,7 +120,7 @@ def fine_tune(
     finally:
         progress.close()
     return pruner, {
-        **pruner.report(),
+        **(trainer.report or pruner.report()),
         "train_seconds": time.perf_counter() - start,
         "steps": trainer.state.global_step,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -151,14 +154,19 @@ def evaluate(model: nn.Module, tokenizer, task: Task, max_length: int = 128, spl
     return task.compute_metrics(EvalPrediction(predictions=logits.numpy(), label_ids=labels.numpy())), logits
 
 
-def finish(pruner: Pruner, tokenizer, out: Path) -> nn.Module:
-    """Write OUT/adapter and OUT/compact (with the tokenizer), and return the compact model."""
+def finish(pruner: Pruner, tokenizer, out: Path, rule: str = "learned") -> nn.Module:
+    """Write OUT/adapter, OUT/compact and, of rule "stock", OUT/stock (both with the tokenizer); return the compact
+    model.
+    """
     save_adapter(pruner, out / "adapter")
     small = compact(pruner.model)
     save(small, out / "compact")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokenizer.save_pretrained(out / "compact")
+        if rule == "stock":
+            save_stock(small, out / "stock")
+            tokenizer.save_pretrained(out / "stock")
     return small
 
 

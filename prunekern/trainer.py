@@ -89,6 +89,8 @@ class PruneTrainer(Trainer):
                 "PruneTrainer: fsdp and deepspeed must be off: they split the parameters that masks and shrinking need "
                 "whole; data parallel training (torchrun) is supported"
             )
+        if rule == "stock":  # what it cannot reach does not depend on what is learned
+            pruner.check_rule(rule)
         super().__init__(model=model, args=args, **kwargs)
         # Trainer takes any forward(**kwargs) for one that divides its loss by num_items_in_batch, and multiplies with
         # the number of processes to make up for it; of the heads we know only those of language models do.

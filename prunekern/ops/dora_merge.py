@@ -31,8 +31,12 @@ def _forward(
     if cols is not None:
         V, A = V.index_select(1, cols), A.index_select(1, cols)
     with _checks.without_autocast(V.device):
-        merged = torch.addmm(V.to(dtype), B.to(dtype), A.to(dtype), alpha=s)  # [rows, cols]
-    return merged.mul_(gain.to(dtype)[:, None]).to(V.dtype)
+        out, A, B = V.dtype, A.to(dtype), B.to(dtype)
+        if V.dtype is dtype:
+            merged = torch.addmm(V, B, A, alpha=s)  # [rows, cols]
+        else:  # the copy of V is ours: a linear less in memory
+            merged = V.to(dtype).addmm_(B, A, alpha=s)
+    return merged.mul_(gain.to(dtype)[:, None]).to(out)
 
 
 def _check(V, A, B, gain, rows, cols) -> None:

@@ -1,0 +1,48 @@
+"""What the baseline rule "uniform" ranks channel groups by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
+
+CRITERIA = ("random", "magnitude", "saliency")
+
+
+def check_criterion(pruner: Pruner, criterion: str | Mapping[str, np.ndarray]) -> None:
+    """ValueError unless `criterion` is one of CRITERIA that can be had now, or has a score for every group."""
+    masks = pruner.masks
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ValueError(f"finalize: criterion must be one of {CRITERIA}, or scores (got {criterion!r})")
+        if criterion == "saliency" and not any(bool(m.saliency.any()) for m in masks.values()):
+            raise ValueError("finalize: criterion 'saliency' needs warm steps; none were taken")
+        return
+    for carrier, mask in masks.items():
+        shape = np.shape(criterion[carrier]) if carrier in criterion else None
+        if shape != (mask.logits.numel(),):
+            raise ValueError(
+                f"finalize: criterion must have {mask.logits.numel()} scores for {carrier!r} (got "
+                f"{'none' if shape is None else list(shape)})"
+            )
+
+
+def criterion_scores(pruner: Pruner, criterion: str | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """float64 [groups] by carrier; the lowest go first."""
+    masks = pruner.masks
+    if not isinstance(criterion, str):
+        return {c: np.asarray(criterion[c], dtype=float) for c in masks}
+    if criterion == "saliency":
+        return {c: m.saliency.double().cpu().numpy() for c, m in masks.items()}
+    if criterion == "random":
+        rng = np.random.default_rng(pruner.config.seed)
+        return {c: rng.random(m.logits.numel()) for c, m in masks.items()}
+    scores = {}
+    for carrier in masks:
+        magnitude = pruner.layers[carrier].magnitude.detach().double().cpu()
+        scores[carrier] = magnitude[pruner.table.groups[carrier].rows].square().sum(1).sqrt().numpy()
+    return scores

@@ -1,0 +1,543 @@
+"""`compact_files` against `compact` and `save`: the same bits, in memory that would not hold the model."""
+
+import errno
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import tiny_decoders
+import tiny_models
+import torch
+from on_disk import content, edit_json, litter
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from test_checkpoint import python
+from tiny_models import attached, prune
+
+import prunekern as pk
+from prunekern import streaming
+from prunekern.adapter import load_adapter, load_base
+from prunekern.shards import has_safetensors, write_shard
+from prunekern.streaming import compact_files
+
+ENCODERS = [(f, t) for f in tiny_models.FAMILIES for t in ("sequence", "masked_lm", "base")]
+DECODERS = [*((f, "causal") for f in tiny_decoders.FAMILIES), ("llama", "sequence"), ("llama", "base")]
+MODELS = ENCODERS + DECODERS
+Q = "distilbert.transformer.layer.0.attention.q_lin"
+
+
+def build(family, task, dtype=torch.float32, **options):
+    module = tiny_models if family in tiny_models.FAMILIES else tiny_decoders
+    model = module.build(family, task, dtype=dtype, **options)
+    model.config.dtype = dtype  # as from_pretrained leaves it
+    return model
+
+
+def batch(model):
+    return (tiny_models if model.config.model_type in tiny_models.FAMILIES else tiny_decoders).batch(3)
+
+
+def trained(model, share=0.4, **options):
+    """An attached model after training, its head included."""
+    pruner = prune(attached(model, **options), share)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and not name.endswith((".A", ".B", ".magnitude", ".logits")):
+                p.add_(0.3)
+    return pruner
+
+
+def on_disk(folder, model, shards="5GB", **options):
+    """BASE and ADAPTER of a dense model, and the trained one."""
+    model.save_pretrained(folder / "base", max_shard_size=shards)
+    pruner = trained(model, **options)
+    pk.save_adapter(pruner, folder / "adapter")
+    return pruner
+
+
+def run(folder, **options):
+    return compact_files(folder / "base", folder / "adapter", folder / "out", **options)
+
+
+def tensors(folder):
+    return {n: t for file in sorted(Path(folder).glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def check(folder, pruner, **options):
+    """OUT against `compact` and `save` of the trained model: bits, files, plan, logits."""
+    small = pk.compact(pruner.model)
+    pk.save(small, folder / "want", **options)
+    assert run(folder, **options) == pk.plan(small)
+    want, got = tensors(folder / "want"), tensors(folder / "out")
+    assert want.keys() == got.keys()
+    for name, tensor in want.items():
+        assert tensor.dtype == got[name].dtype and torch.equal(tensor, got[name]), name
+    one, two = (pk.load(folder / name) for name in ("out", "want"))
+    assert type(one) is type(two) and pk.plan(one) == pk.plan(two)
+    assert torch.equal(tiny_models.logits(one, batch(one)), tiny_models.logits(two, batch(one)))
+    assert not litter(folder)
+
+
+def names_of(folder):
+    return set(content(folder))
+
+
+# -- the same as in memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("family,task", MODELS)
+def test_equals_compact_and_save(family, task, dtype, tmp_path):
+    check(tmp_path, on_disk(tmp_path, build(family, task, dtype)))
+    out, want = content(tmp_path / "out"), content(tmp_path / "want")
+    assert out["model.safetensors"] == want["model.safetensors"] and out.keys() == want.keys()
+
+
+@pytest.mark.parametrize("family,task", [("distilbert", "sequence"), ("bert", "masked_lm"), ("qwen2", "causal")])
+def test_shards_in_and_out(family, task, tmp_path):
+    """All files, JSON too, are those of the way through memory; bf16, whose bits do not hang on alignment."""
+    pruner = on_disk(tmp_path, build(family, task, torch.bfloat16), "15KB")
+    assert len(list((tmp_path / "base").glob("model-*"))) > 3
+    check(tmp_path, pruner, max_shard_size="30KB")
+    dense = load_base(tmp_path / "base", tmp_path / "adapter")
+    load_adapter(dense, tmp_path / "adapter")
+    pk.save(pk.compact(dense), tmp_path / "loaded", max_shard_size="30KB")
+    assert content(tmp_path / "out") == content(tmp_path / "loaded")
+    assert len([n for n in names_of(tmp_path / "out") if n.startswith("model-")]) > 1
+    run(tmp_path)  # in one file again: no old shard stays
+    assert "model.safetensors" in names_of(tmp_path / "out")
+    assert not [n for n in names_of(tmp_path / "out") if "-of-" in n or "index" in n]
+
+
+def test_order_of_more_than_ten_layers(tmp_path):
+    check(tmp_path, on_disk(tmp_path, build("llama", "causal", layers=12)), max_shard_size="40KB")
+    shard = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    norms = [shard[f"model.layers.{i}.input_layernorm.weight"] for i in range(12)]
+    assert norms == sorted(norms) and norms[0] < norms[-1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("family,task", [("roberta", "token"), ("mistral", "causal")])
+def test_any_share(family, task, share, tmp_path):
+    check(tmp_path, on_disk(tmp_path, build(family, task), share=share))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"preset": "paper"}, {"targets": ["k_lin", "lin1"]}, {"norm_grad": "full"}, {"alpha": 3.0, "dropout": 0.1}],
+)
+def test_any_config(options, tmp_path):
+    check(tmp_path, on_disk(tmp_path, build("distilbert", "sequence"), **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family,task", [("bert", "sequence"), ("llama", "causal")])
+@pytest.mark.parametrize("shrink", [False, True])
+def test_final_and_shrunk_adapters(family, task, dtype, shrink, tmp_path):
+    model = build(family, task, dtype)
+    model.save_pretrained(tmp_path / "base")
+    pruner = attached(model, sparsity=0.3)
+    pruner.finalize()
+    if shrink:
+        pruner.shrink()
+        with torch.no_grad():
+            for layer in pruner.layers.values():
+                layer.B.add_(0.01)
+                layer.refresh()
+    pk.save_adapter(pruner, tmp_path / "adapter")
+    check(tmp_path, pruner)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_embeddings_are_written_once(tied, tmp_path):
+    pruner = on_disk(tmp_path, build("llama", "causal", tie_word_embeddings=tied))
+    check(tmp_path, pruner)
+    assert ("lm_head.weight" in tensors(tmp_path / "out")) is not tied
+    if tied:  # a base that holds the twin, or both
+        own = tensors(tmp_path / "base")
+        twin = own | {"lm_head.weight": own["model.embed_tokens.weight"].clone()}
+        save_file(twin, tmp_path / "base" / "model.safetensors")
+        check(tmp_path, pruner)
+        del twin["model.embed_tokens.weight"]
+        save_file(twin, tmp_path / "base" / "model.safetensors")
+        check(tmp_path, pruner)
+
+
+@pytest.mark.parametrize("stored,dtype", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float32")])
+def test_trained_in_another_dtype_than_stored(stored, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "ROWS", 7)
+    build("qwen3", "causal", getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    cls = type(build("qwen3", "causal"))
+    pruner = trained(cls.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype)))
+    pk.save_adapter(pruner, tmp_path / "adapter")
+    for layer in pruner.layers.values():  # out of the mapped file: see `_merged`
+        layer.weight.data = layer.weight.data.clone()
+    check(tmp_path, pruner)
+    assert {t.dtype for t in tensors(tmp_path / "out").values()} == {getattr(torch, dtype)}
+
+
+def test_dtype_of_an_adapter_without_one_is_that_of_the_files(tmp_path):
+    pruner = on_disk(tmp_path, build("distilbert", "sequence", torch.bfloat16))
+    edit_json(tmp_path / "adapter" / "adapter_config.json", lambda c: c["model_config"].pop("dtype"))
+    check(tmp_path, pruner)
+
+
+# -- names of a base -------------------------------------------------------------------------------------------
+
+
+def rename(folder, change, drop=()):
+    file = folder / "base" / "model.safetensors"
+    save_file({change(n): t for n, t in load_file(file).items() if not n.startswith(tuple(drop))}, file)
+
+
+@pytest.mark.parametrize("family,task", [(f, "sequence") for f in (*tiny_models.FAMILIES, "llama")])
+def test_headless_base_under_a_head(family, task, tmp_path):
+    pruner = on_disk(tmp_path, build(family, task))
+    prefix = pruner.model.base_model_prefix + "."
+    head = {n.split(".")[0] + "." for n in tensors(tmp_path / "base") if not n.startswith(prefix)}
+    rename(tmp_path, lambda n: n.removeprefix(prefix), tuple(head))
+    assert not [n for n in tensors(tmp_path / "base") if n.startswith((prefix, *head))]
+    check(tmp_path, pruner)
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, "llama"])
+def test_base_with_a_head_under_a_bare_model(family, tmp_path):
+    model = build(family, "base")
+    pruner = on_disk(tmp_path, model)
+    rename(tmp_path, lambda n: f"{model.base_model_prefix}.{n}")
+    check(tmp_path, pruner)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_headless_base_of_a_language_model_with_tied_embeddings(family, tmp_path):
+    pruner = on_disk(tmp_path, build(family, "causal", tie_word_embeddings=True))
+    rename(tmp_path, lambda n: n.removeprefix("model."))
+    check(tmp_path, pruner)
+
+
+def test_what_old_checkpoints_hold_besides_is_left_out(tmp_path):
+    pruner = on_disk(tmp_path, build("llama", "causal"))
+    file = tmp_path / "base" / "model.safetensors"
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "embeddings.position_ids": torch.arange(4)}
+    save_file(load_file(file) | more | {"cls.seq_relationship.weight": torch.ones(2, 2)}, file)
+    check(tmp_path, pruner)
+
+
+def test_generation_config_of_the_base(tmp_path):
+    pruner = on_disk(tmp_path, build("llama", "causal"))
+    text = '{"temperature": 0.6, "do_sample": false, "max_length": 77}'  # save_pretrained refuses this one
+    (tmp_path / "base" / "generation_config.json").write_text(text)
+    run(tmp_path)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
+    (tmp_path / "base" / "generation_config.json").unlink()
+    check(tmp_path, pruner)
+    assert content(tmp_path / "out").keys() == content(tmp_path / "want").keys()
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+BIG = """
+import json, resource, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from transformers import LlamaConfig, LlamaForCausalLM
+import prunekern as pk
+from prunekern import hf
+from prunekern.streaming import compact_files
+from prunekern.adapter import load_base, load_adapter
+folder, way = Path(sys.argv[1]), sys.argv[2]
+budget = int(sys.argv[3])
+
+def status(field):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
+    return int(line.split()[1]) << 10
+
+# What the first call of everything takes is not the model's: run it once on something small.
+torch.randn(300, 300) @ torch.randn(300, 300)
+compact_files(folder / "tiny" / "base", folder / "tiny" / "adapter", folder / "tiny" / "out")
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+rss = status("VmHWM")
+limit = status("VmData") + budget
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+if way == "streaming":
+    compact_files(folder / "base", folder / "adapter", folder / "out", max_shard_size=48 << 20)
+else:
+    dense = load_base(folder / "base", folder / "adapter")
+    load_adapter(dense, folder / "adapter")
+    pk.save(pk.compact(dense), folder / "out")
+print(json.dumps({"peak": status("VmHWM") - rss}))
+"""
+
+
+def test_a_model_larger_than_memory(tmp_path, monkeypatch):
+    """A limit on private memory (RLIMIT_DATA) of two linears and one shard, which the way through memory runs into.
+
+    Private mappings count, so that the shard of BASE in use does, whole.
+    """
+    # glibc keeps freed blocks of up to 32 MB, the linears of a 7B model are larger: keep none of ours either.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    (tmp_path / "tiny").mkdir()
+    on_disk(tmp_path / "tiny", build("llama", "causal"))
+    hidden, ffn, layers, shard = 2048, 5120, 3, 48 << 20
+    options = {"hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": 16, "num_key_value_heads": 16}
+    on_disk(tmp_path, build("llama", "causal", layers=layers, head_dim=128, **options), shard, rank=4)
+    total = sum(f.stat().st_size for f in (tmp_path / "base").glob("*.safetensors"))
+    linear = 4 * hidden * ffn
+    budget = 2 * linear + shard
+    assert total > 4 * budget and total > 500e6
+    done = python(BIG, tmp_path, "streaming", budget)
+    assert json.loads(done.stdout)["peak"] < budget
+    assert pk.load(tmp_path / "out") is not None
+    failed = python(BIG, tmp_path, "in memory", budget, check=False)
+    assert failed.returncode != 0
+    assert re.search("memory|allocate", failed.stderr, re.I), failed.stderr[-500:]
+
+
+def test_shards_are_what_safetensors_writes(tmp_path):
+    own = {
+        "b": torch.randn(3, 5),
+        "a.10": torch.randn(4).bfloat16(),
+        "a.2": torch.randn(0, 7),
+        "ü": torch.randn(2, 2, dtype=torch.float64),
+        "c": torch.randn(5, 3).T,
+    }
+    save_file({n: t.contiguous() for n, t in own.items()}, tmp_path / "want", metadata={"format": "pt"})
+    write_shard(tmp_path / "got", {n: t.to("meta") for n, t in own.items()}, lambda n: own[n].contiguous().split(2))
+    assert (tmp_path / "got").read_bytes() == (tmp_path / "want").read_bytes()
+
+
+# -- progress, and what goes wrong -----------------------------------------------------------------------------
+
+
+def test_progress_shows_when_it_takes_long(tmp_path, monkeypatch):
+    on_disk(tmp_path, build("distilbert", "sequence"))
+    shown = []
+    for seconds in (60.0, -1.0):
+        monkeypatch.setattr(streaming, "QUIET_SECONDS", seconds)
+        console = Console(file=io.StringIO(), force_terminal=True, width=100)
+        run(tmp_path, console=console)
+        shown.append(console.file.getvalue())
+    assert shown[0] == "" and "compacting" in shown[1] and "/40" in shown[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """BASE in shards, ADAPTER, and an OUT that must stay as it is."""
+    on_disk(tmp_path, build("distilbert", "sequence"), "30KB")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("mine")
+    return tmp_path
+
+
+def refused(folder, message, error=ValueError, **options):
+    before = content(folder / "out")
+    with pytest.raises(error, match=message) as caught:
+        run(folder, **options)
+    assert "\n" not in str(caught.value)
+    assert content(folder / "out") == before and not litter(folder)
+
+
+def shard_of(folder, tensor):
+    return json.loads((folder / "base" / "model.safetensors.index.json").read_text())["weight_map"][tensor]
+
+
+def change_tensor(folder, tensor, change):
+    file = folder / "base" / shard_of(folder, tensor)
+    own = load_file(file)
+    new = change(own.pop(tensor))
+    save_file(own if new is None else own | {tensor: new}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_shard(folder, keep):
+    file = folder / "base" / shard_of(folder, f"{Q}.weight")
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(folder, f"{file.name}: is truncated")
+
+
+def test_damaged_shards(folder):
+    file = folder / "base" / shard_of(folder, f"{Q}.weight")
+    whole = file.read_bytes()
+    file.write_bytes(b"PK\3\4" + b"pickle" * 100)
+    refused(folder, f"{file.name}: is truncated or no safetensors file")
+    file.write_bytes(whole.replace(b'"F32"', b'"F77"', 1))
+    refused(folder, f"{file.name}: tensor '.*' cannot be read")
+    file.unlink()
+    refused(folder, f"{file.name}: no such file, model.safetensors.index.json names it", FileNotFoundError)
+
+
+def test_missing_tensors(folder):
+    index = folder / "base" / "model.safetensors.index.json"
+    text = index.read_text()
+    edit_json(index, lambda i: i["weight_map"].pop(f"{Q}.weight"))
+    refused(folder, f"index.json: has no tensor '{Q}.weight'; the adapter in .* was trained on another base model")
+    index.write_text(text)
+    change_tensor(folder, f"{Q}.weight", lambda t: None)
+    refused(folder, f"model-.*: tensor '{Q}.weight' is missing, model.safetensors.index.json says it is here")
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("{", "index.json: is not valid JSON"),
+        ("[]", r"index.json: must hold a JSON object \(got list\)"),
+        ("{}", "index.json: weight_map must name a file"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "weight_map must name a file of this folder"),
+        ('{"weight_map": {"a": 3}}', "weight_map must name a file"),
+        ('{"weight_map": {}}', "has no tensor"),
+    ],
+)
+def test_damaged_index(folder, text, message):
+    (folder / "base" / "model.safetensors.index.json").write_text(text)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("tensor", [f"{Q}.weight", f"{Q}.bias", "distilbert.embeddings.word_embeddings.weight"])
+def test_wrong_shape_and_dtype(folder, tensor):
+    change_tensor(folder, tensor, lambda t: torch.cat([t, t]))
+    refused(folder, rf"model-.*: tensor '{tensor}' must have shape \[.*\] for the adapter in .* \(got \[")
+    change_tensor(folder, tensor, lambda t: t[: len(t) // 2].to(torch.int8))
+    refused(folder, rf"model-.*: tensor '{tensor}' must be of F64, F32, BF16, F16 \(got torch.int8\)")
+
+
+def test_a_head_of_another_size_in_the_base_is_no_matter(folder):
+    change_tensor(folder, "classifier.weight", lambda t: t[:2].contiguous())
+    run(folder)
+    assert tensors(folder / "out")["classifier.weight"].shape[0] == 3
+
+
+def test_old_names_are_refused_by_name(tmp_path):
+    on_disk(tmp_path, build("bert", "sequence"))
+    rename(tmp_path, lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma"))
+    (tmp_path / "out").mkdir()
+    refused(tmp_path, "tensor 'bert.embeddings.LayerNorm.gamma' has a name of old")
+
+
+def test_bin_weights_and_none(folder):
+    assert has_safetensors(folder / "base") and not has_safetensors(folder / "nowhere")
+    for file in (folder / "base").glob("model*"):
+        file.unlink()
+    refused(folder, "base: holds neither model.safetensors nor model.safetensors.index.json", FileNotFoundError)
+    (folder / "base" / "pytorch_model.bin").write_bytes(b"x")
+    assert not has_safetensors(folder / "base")
+    refused(folder, "pytorch_model.bin: is no safetensors file; load the model and save it once")
+
+
+def test_config_of_the_base(folder):
+    file = folder / "base" / "config.json"
+    for text, message in (
+        ("{", "config.json: is not valid JSON"),
+        ('{"quantization_config": {"quant_method": "prunekern"}}', "config.json: holds a quantization_config"),
+        ('{"model_type": "bert"}', r"config.json: model_type must be 'distilbert', .* \(got 'bert'\)"),
+    ):
+        file.write_text(text)
+        refused(folder, message)
+    file.unlink()
+    refused(folder, "config.json: no such file", FileNotFoundError)
+
+
+def test_adapter_of_another_base(folder, tmp_path):
+    deep = build("distilbert", "sequence", layers=3)
+    deep.save_pretrained(folder / "base", max_shard_size="30KB")
+    refused(folder, r"tensor 'distilbert.transformer.layer.2.*' is not of this model; .* another base model")
+    build("distilbert", "sequence", layers=1).save_pretrained(folder / "base", max_shard_size="30KB")
+    refused(folder, r"has no tensor 'distilbert.transformer.layer.1.*; .* another base model")
+    build("distilbert", "sequence", hidden_dim=80).save_pretrained(folder / "base", max_shard_size="30KB")
+    refused(folder, r"must have shape \[96, 48\] for the adapter|must have shape \[96\] for the adapter")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda c: c.update(format=3), r"adapter_config.json: format must be 2 \(got 3\)"),
+        (lambda c: c.update(architecture="os.system"), "architecture must name a transformers model"),
+        (lambda c: c.pop("model_config"), r"must hold a model_config \(got None\)"),
+        (lambda c: c["prune_config"].update(rank=2), r"must have shape \[2, 48\] for this model \(got \[4, 48\]\)"),
+        (lambda c: c["model_config"].update(n_layers=3), r"tensor '.*layer\.2\..*' is missing"),
+    ],
+)
+def test_edited_adapter(folder, change, message):
+    edit_json(folder / "adapter" / "adapter_config.json", change)
+    refused(folder, message)
+
+
+def test_damaged_adapter(folder):
+    file = folder / "adapter" / "adapter.safetensors"
+    whole = load_file(file)
+    save_file({n: t for n, t in whole.items() if n != f"{Q}.A"}, file)
+    refused(folder, f"tensor '{Q}.A' is missing")
+    file.write_bytes(b"short")
+    refused(folder, "adapter.safetensors: is truncated")
+    file.unlink()
+    refused(folder, "adapter.safetensors: no such file", FileNotFoundError)
+
+
+def test_shrunk_plan_that_its_masks_contradict(tmp_path):
+    model = build("distilbert", "sequence")
+    model.save_pretrained(tmp_path / "base")
+    pruner = attached(model, sparsity=0.3)
+    pruner.finalize()
+    pruner.shrink()
+    pk.save_adapter(pruner, tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "adapter" / "adapter.safetensors"
+    own = load_file(file)
+    name = next(n for n in own if n.endswith("lin1.mask.logits"))
+    save_file(own | {name: own[name] - 1e3}, file)
+    refused(tmp_path, "its masks do not keep what the shrunk plan")
+
+
+def test_tied_twins_that_differ(tmp_path):
+    on_disk(tmp_path, build("llama", "causal", tie_word_embeddings=True))
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "base" / "model.safetensors"
+    own = load_file(file)
+    save_file(own | {"lm_head.weight": own["model.embed_tokens.weight"] + 1}, file)
+    refused(tmp_path, "tensor 'lm_head.weight' differs from 'model.embed_tokens.weight'|'model.embed_.*' differs from")
+
+
+def test_shard_size_that_is_none(folder):
+    refused(folder, "many", max_shard_size="many")
+
+
+@pytest.mark.parametrize("when", ["writing", "sync", "config"])
+def test_full_disk_leaves_out_as_it_was(folder, when, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if when == "sync":
+        monkeypatch.setattr(os, "fsync", full)
+    elif when == "config":
+        monkeypatch.setattr(streaming, "_write_configs", full)
+    else:
+        real, calls = streaming.write_shard, []
+
+        def write(*args):
+            real(*args)
+            calls.append(args)
+            if len(calls) == 2:
+                full()
+
+        monkeypatch.setattr(streaming, "write_shard", write)
+    refused(folder, "No space left", OSError, max_shard_size="30KB")
+    monkeypatch.undo()
+    run(folder)
+    assert pk.load(folder / "out") is not None
+
+
+def test_out_that_is_a_file_and_out_with_other_files(folder):
+    (folder / "out" / "tokenizer.json").write_text("{}")
+    run(folder)
+    assert names_of(folder / "out") == {"config.json", "model.safetensors", "tokenizer.json"}
+    with pytest.raises(NotADirectoryError, match="file: is a file"):
+        (folder / "file").write_text("mine")
+        compact_files(folder / "base", folder / "adapter", folder / "file")
+
+
+def test_out_may_be_the_base(folder):
+    before = tensors(folder / "base")
+    plan = compact_files(folder / "base", folder / "adapter", folder / "base")
+    assert tensors(folder / "base").keys() == before.keys() and pk.plan(pk.load(folder / "base")) == plan
