@@ -30,7 +30,7 @@ demo: venv
 
 test: venv
 	$(call cpp_tests,build/cpp,)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .

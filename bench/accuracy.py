@@ -1,7 +1,7 @@
 """What accuracy does removal cost, beside full fine-tuning, LoRA, DoRA and simple rules of pruning?
 
     python bench/accuracy.py                    # all runs that are not done yet, then table, JSON and plots
-    python bench/accuracy.py --only-report      # from the runs that are there
+    python bench/accuracy.py --only-report      # from the runs that are there, of --seeds and --more-seeds
     python bench/accuracy.py --shard 0/2        # every second run, to be started beside --shard 1/2; no report
 
 Three tasks, three seeds, five for the methods that are compared most. Every run takes the same steps, batches, seeds
@@ -190,7 +190,7 @@ def main() -> None:
         path.with_suffix(".part").replace(path)
         console.print(f"{label}: {100 * result['accuracy']:.2f} ({result['train_seconds']} s)", highlight=False)
     if shards == 1:
-        summarise(args.out, args.task)
+        summarise(args.out, args.task, {m: args.more_seeds if m in MORE_SEEDS else args.seeds for m in METHODS})
 
 
 if __name__ == "__main__":

@@ -124,10 +124,12 @@ def plot(rows: list[dict], runs: tables.Runs, path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=200.0, help="about how long to measure each shape")
+    parser.add_argument("--seeds", type=int, default=0, help="the first so many of each method; 0: all there are")
     parser.add_argument("--only-report", action="store_true")
     parser.add_argument("--out", default="accuracy_latency")
     args = parser.parse_args()
-    runs, path = tables.load_runs(), report.RESULTS / f"{args.out}.json"
+    seeds = dict.fromkeys(tables.METHODS, args.seeds) if args.seeds else None
+    runs, path = tables.load_runs(seeds=seeds), report.RESULTS / f"{args.out}.json"
     if args.only_report:
         rows = json.loads(path.read_text())["rows"]
     else:

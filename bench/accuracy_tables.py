@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,12 @@ COLOURS = dict(
 Runs = dict[tuple[str, float], dict[str, dict[int, dict]]]  # (method, share) -> task -> seed -> run
 
 
-def load_runs(folder: Path = RUNS, tasks: list[str] | None = None) -> Runs:
-    """tasks: of these only; None: of all."""
+def load_runs(folder: Path = RUNS, tasks: list[str] | None = None, seeds: Mapping[str, int] | None = None) -> Runs:
+    """tasks: of these only; None: of all. seeds: how many of each method, the first; None: all there are."""
     runs: Runs = {}
     for path in sorted(folder.glob("*.json")):
         one = json.loads(path.read_text())
-        if tasks and one["task"] not in tasks:
+        if (tasks and one["task"] not in tasks) or (seeds and one["seed"] >= seeds[one["method"]]):
             continue
         runs.setdefault((one["method"], one["share"]), {}).setdefault(one["task"], {})[one["seed"]] = one
     return runs
@@ -125,8 +126,8 @@ def rows_of(runs: Runs) -> list[dict]:
     return rows
 
 
-def summarise(out: str, only: list[str] | None = None) -> None:
-    runs = load_runs(tasks=only)
+def summarise(out: str, only: list[str] | None = None, seeds: Mapping[str, int] | None = None) -> None:
+    runs = load_runs(tasks=only, seeds=seeds)
     rows = rows_of(runs)
     group = next(iter(runs.values()))
     some = next(iter(next(iter(group.values())).values()))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget, budget_stock, families
+from . import budget, budget_stock, card, families
 from .checkpoint import _is_model_file
 from .compact import compact
 from .folders import replacing
@@ -121,7 +121,9 @@ def save_stock(model: nn.Module, path: str | os.PathLike, max_shard_size: str = 
     stock.tie_weights()
     if getattr(small, "generation_config", None) is not None:
         stock.generation_config = copy.deepcopy(small.generation_config)
-    with replacing(Path(path), _is_model_file) as folder:
+    # A card of ours in the old folder is of the model that was there, and says to load it with prunekern.
+    own = card.FILE if card.is_ours_to_write(Path(path) / card.FILE) else ""
+    with replacing(Path(path), lambda name: _is_model_file(name) or name == own) as folder:
         stock.save_pretrained(folder, max_shard_size=max_shard_size)
 
 

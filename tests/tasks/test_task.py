@@ -137,6 +137,7 @@ def test_names():
         "reviews",
         "topics",
         "tweets",
+        "wikipedia",
         "mrpc",
         "rte",
         "sst2",
