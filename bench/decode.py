@@ -152,7 +152,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     names = [r["model"] for r in rows][::-1]
     bars = axis.barh(names, [r["tokens_per_s"] for r in rows][::-1], color="#0072B2")
     axis.bar_label(bars, [f"{r['tokens_per_s']:.0f} ({r['x_dense']:.2f} x dense)" for r in rows][::-1], padding=3)
-    axis.margins(x=0.25)
+    axis.margins(x=0.4)
     axis.set(xlabel="tokens a second, batch 1", title=title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
