@@ -79,7 +79,7 @@ class CompactSelfAttention(PacksTogether):
         if self._runs_ragged(x, layers):
             forbids_keys_only, key_mask = key_mask_of(mask)
             if forbids_keys_only:
-                return self.ragged(x, layers, key_mask, fuses=True), None
+                return self.ragged(x, layers, for_each(key_mask, len(x)), fuses=True), None
         return self._attend_padded(x, layers, mask, **kwargs)
 
     def _dropout_rate(self) -> float:
@@ -127,6 +127,11 @@ def causal_key_mask_of(mask: Tensor | None) -> tuple[bool, Tensor | None]:
     if mask.shape[2] != 1 and not _answer(_is_causal, mask):
         return False, None
     return True, mask[:, 0, -1]
+
+
+def for_each(key_mask: Tensor | None, batch: int) -> Tensor | None:
+    """[batch, keys] of a mask that may be one for all sequences, [1, keys]."""
+    return key_mask if key_mask is None or len(key_mask) == batch else key_mask.expand(batch, -1)
 
 
 class _Last(threading.local):

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..nn import CompactAttention, mlp_call, pick_channels, place_channels
 from ..ops import rotate_pairs
-from .blocks import PacksTogether, causal_key_mask_of, is_hooked, is_shrunk
+from .blocks import PacksTogether, causal_key_mask_of, for_each, is_hooked, is_shrunk
 from .decoder import HeadLayout
 
 
@@ -54,6 +54,7 @@ class CompactCausalAttention(PacksTogether):
         if self._runs_ragged(hidden_states, self._layers()):
             is_plain, key_mask = causal_key_mask_of(attention_mask)
             if is_plain:
+                key_mask = for_each(key_mask, len(hidden_states))
                 return self._attend_ragged(hidden_states, position_embeddings, key_mask, past_key_values), None
         return self._attend_padded(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 

@@ -72,6 +72,18 @@ def test_fp32_runs_on_the_kernels(family, monkeypatch):
     assert calls == one * 4
 
 
+def test_one_mask_for_all_sequences():
+    """A mask of one's own, [1, 1, tokens, tokens], meets a batch of three."""
+    model = build()
+    prune(attached(model), 0.3)
+    small, ids = pk.compact(model), batch(3, padded=False)["input_ids"]
+    seen = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    seen[..., :2] = False
+    with torch.no_grad():
+        got, want = (m(input_ids=ids, attention_mask=seen).logits[:, 2:] for m in (small, model))
+    assert difference(got, want) <= F32
+
+
 def test_which_masks_are_causal_with_whole_keys_forbidden():
     seen = torch.ones(1, 1, 4, 6, dtype=torch.bool).tril(2)
     assert causal_key_mask_of(None) == (True, None)

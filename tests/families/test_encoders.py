@@ -179,6 +179,17 @@ def test_packed_once(family):
     assert attentions[0]._packed is not before[0] and attentions[1]._packed is before[1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_mask_for_all_sequences(family):
+    """A mask of one's own, [1, 1, tokens, tokens], meets a batch of four."""
+    model = build(family)
+    prune(attached(model), 0.3)
+    ids, keys = batch(padded=False)["input_ids"], torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    keys[..., 6:] = False
+    inputs = {"input_ids": ids, "attention_mask": keys}
+    assert difference(logits(pk.compact(model), inputs), logits(model, inputs)) <= F32
+
+
 def test_key_masks():
     padding = torch.tensor([[True, True, False], [True, False, False]])
     expanded = padding[:, None, None].expand(2, 1, 3, 3)
