@@ -51,7 +51,12 @@ def load_dense(model: str, task: Task | LanguageTask, seed: int = 0) -> tuple[nn
 
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return task.model_class().from_pretrained(model, **task.model_kwargs()), tokenizer
+    dense = task.model_class().from_pretrained(model, **task.model_kwargs())
+    if tokenizer.pad_token is None:  # decoders often come without one; what stands there is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(dense.config, "pad_token_id", None) is None:  # a classifier of theirs reads the last token that is none
+        dense.config.pad_token_id = tokenizer.pad_token_id
+    return dense, tokenizer
 
 
 def training_arguments(options: TrainOptions, out: Path, **extra):

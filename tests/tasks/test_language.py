@@ -151,3 +151,24 @@ def test_the_command_trains_a_decoder_on_a_text_file(corpus, tokenizer, tmp_path
     small = pk.load(out / "compact")
     ids = torch.tensor([[5, 6, 7]])
     assert small.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] <= 7
+
+
+def test_a_decoder_learns_to_classify(tokenizer, tmp_path):
+    """A base model and a tokenizer without a padding token, as LLaMA's are; labels told by one word."""
+    from prunekern.recipe import TrainOptions, fine_tune, load_dense
+
+    model = build(pad_token_id=None)
+    model.save_pretrained(tmp_path / "base")
+    bare = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", unk_token="<unk>",
+                               model_max_length=64)  # fmt: skip
+    bare.save_pretrained(tmp_path / "base")
+    rows = [f"{w} {'cat' if i % 2 else 'dogs'} {w}" for i, w in enumerate(WORDS * 6)]
+    lines = [json.dumps({"text": r, "label": int("cat" in r)}) for r in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    task = tasks.get(tmp_path / "rows.jsonl")
+    dense, own = load_dense(str(tmp_path / "base"), task)
+    assert own.pad_token == "</s>" and dense.config.pad_token_id == own.pad_token_id == 2
+    options = TrainOptions(max_steps=60, batch_size=16, learning_rate=1e-2, max_length=16)
+    pruner, _ = fine_tune(dense, own, task, pk.PruneConfig(rank=4, sparsity=0.25), options, tmp_path / "out")
+    small = pk.compact(pruner.model)
+    assert evaluate(small, own, task, 16)[0] == evaluate(pruner.model, own, task, 16)[0] == {"accuracy": 1.0}
