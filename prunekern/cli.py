@@ -195,7 +195,11 @@ def evaluate_command(
 
     _threads(threads)
     data_task = _task(task, data, text, label, validation, test)
-    loaded = set_weights(data_task.model_class().from_pretrained(model), weights)
+    loaded, found = data_task.model_class().from_pretrained(model, output_loading_info=True)
+    if found["missing_keys"]:  # transformers draws them at random: a score of that would be a coin toss
+        missing = min(found["missing_keys"])
+        raise ValueError(f"{model}: has no tensor {missing!r}; it was not trained for a task like {data_task.name}")
+    loaded = set_weights(loaded, weights)
     if isinstance(data_task, Task) and loaded.config.num_labels != data_task.num_labels:
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
     metrics, _ = evaluate(loaded, AutoTokenizer.from_pretrained(model), data_task, max_length, console=console)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METRIC = "perplexity"
+NO_LIMIT = 1 << 30  # tokenizers that know no limit say 10^30
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ class LanguageTask:
         """
         from datasets import Dataset
 
-        if not 2 <= max_length <= tokenizer.model_max_length:
-            raise ValueError(f"encode: max_length must be in 2..{tokenizer.model_max_length} (got {max_length})")
+        most = tokenizer.model_max_length
+        if not 2 <= max_length <= most:
+            accepted = "at least 2" if most >= NO_LIMIT else f"in 2..{most}"
+            raise ValueError(f"encode: max_length must be {accepted} (got {max_length})")
         encoded = {}
         for name, data in self.splits.items():
             tokens: list[int] = []

@@ -106,6 +106,10 @@ def test_options_that_do_not_fit(corpus, tokenizer):
         tasks.get(corpus, test_share=1.5)
     with pytest.raises(ValueError, match=r"max_length must be in 2..64 \(got 65\)"):
         tasks.get(corpus).encode(tokenizer, 65)
+    tokenizer.model_max_length, limit = int(1e30), tokenizer.model_max_length
+    with pytest.raises(ValueError, match=r"max_length must be at least 2 \(got 1\)"):
+        tasks.get(corpus).encode(tokenizer, 1)
+    tokenizer.model_max_length = limit
     with pytest.raises(ValueError, match=r"max_length must be at most the 13 tokens of split 'test' \(got 20\)"):
         language_task("it", {"train": documents(3), "validation": documents(3), "test": documents(1)}).encode(
             tokenizer, 20
@@ -148,6 +152,9 @@ def test_the_command_trains_a_decoder_on_a_text_file(corpus, tokenizer, tmp_path
     assert f"test perplexity: {masked:.3f} before removal" in " ".join(done.output.split())
     done = run.invoke(app, ["eval", str(out / "compact"), *common], catch_exceptions=False)
     assert f"perplexity {compact:.3f}" in done.output
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(f"{d},{i % 2}" for i, d in enumerate(documents(40))))
+    done = run.invoke(app, ["eval", str(out / "compact"), "--data", str(tmp_path / "rows.csv"), "--max-length", "16"])
+    assert isinstance(done.exception, ValueError) and "has no tensor 'score.weight'" in str(done.exception)
     small = pk.load(out / "compact")
     ids = torch.tensor([[5, 6, 7]])
     assert small.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] <= 7
