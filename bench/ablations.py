@@ -81,10 +81,13 @@ def run(name: str, v: Variant, seed: int, warm_states: WarmStates) -> dict:
     }
 
 
-def summarise(out: str) -> None:
+def summarise(out: str, seeds: int) -> None:
+    """Of the first so many seeds, so that rows compare."""
     runs: dict[str, dict[str, dict[int, dict]]] = {}
     for path in sorted(RUNS.glob("*.json")):
         one = json.loads(path.read_text())
+        if one["seed"] >= seeds:
+            continue
         runs.setdefault(one["task"], {}).setdefault(one["variant"], {})[one["seed"]] = one
     tables = {task: rows_of(found) for task, found in runs.items()}
     for task, rows in tables.items():
@@ -144,7 +147,7 @@ def main() -> None:
         if not args.steps:
             _write(path, result)
     if shards == 1 and not args.steps:
-        summarise(args.out)
+        summarise(args.out, args.seeds)
 
 
 def _write(path: Path, result: dict) -> None:
