@@ -19,7 +19,7 @@ from .compact import compact
 from .config import PruneConfig
 from .pruner import Pruner
 from .stock import save_stock
-from .tasks import LanguageTask, Task
+from .tasks import ChoiceTask, LanguageTask, Task
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainOptions:
     seed: int = 0
 
 
-def load_dense(model: str, task: Task | LanguageTask, seed: int = 0) -> tuple[nn.Module, object]:
+def load_dense(model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0) -> tuple[nn.Module, object]:
     """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub.
 
     seed: of the head's first weights, where the checkpoint has none.
@@ -87,7 +87,7 @@ def training_arguments(options: TrainOptions, out: Path, **extra):
 def fine_tune(
     model: nn.Module,
     tokenizer,
-    task: Task,
+    task: Task | LanguageTask | ChoiceTask,
     config: PruneConfig,
     options: TrainOptions,
     out: Path,
@@ -115,6 +115,7 @@ def fine_tune(
         rule=options.rule,
         train_dataset=encoded["train"],
         data_collator=task.collator(tokenizer),
+        objective=task.objective if isinstance(task, ChoiceTask) else None,
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
@@ -136,13 +137,13 @@ def fine_tune(
 def evaluate(model: nn.Module, tokenizer, task: Task, max_length: int = 128, split: str | None = None, console=None):
     """(metrics, predictions [rows, labels]) of a model on the task's scored split, batches bucketed by length.
 
-    Of a LanguageTask: (perplexity, losses [blocks, tokens]).
+    Of a LanguageTask: (perplexity, losses [blocks, tokens]); of a ChoiceTask: (accuracy, log-likelihoods).
     """
     from rich.progress import track
     from transformers import EvalPrediction
 
     model.eval()
-    if isinstance(task, LanguageTask):
+    if not isinstance(task, Task):
         bar = functools.partial(track, description="evaluating", transient=True, console=console)
         return task.score(model, tokenizer, max_length, split, bar)
     data = task.encode(tokenizer, max_length)[split or task.score_split]

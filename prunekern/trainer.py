@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ class PruneTrainer(Trainer):
     `final_learning_rate` it is constant in each stage instead (5e-5 and 1e-5 in ASP-DAC 2025). `args.warmup_steps`
     counts in both. Mask logits have `mask_learning_rate` until they are final.
 
+    objective: (model, inputs) -> loss, for a task that the model itself has no loss for (`tasks.ChoiceTask.objective`).
+
     shrink: drop pruned channels at the boundary (`Pruner.shrink`), so that a step of stage two costs what is left.
 
     Under `torchrun` or accelerate (DistributedDataParallel) all ranks see the same masks, and end with the same plan.
@@ -59,6 +62,7 @@ class PruneTrainer(Trainer):
         shrink: bool = True,
         rule: str = "learned",
         criterion: str | Scores = "magnitude",
+        objective: Callable | None = None,
         **kwargs,
     ):
         model = pruner.model if model is None else model
@@ -94,10 +98,10 @@ class PruneTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         # Trainer takes any forward(**kwargs) for one that divides its loss by num_items_in_batch, and multiplies with
         # the number of processes to make up for it; of the heads we know only those of language models do.
-        self.model_accepts_loss_kwargs &= type(model).__name__.endswith("ForCausalLM")
+        self.model_accepts_loss_kwargs &= type(model).__name__.endswith("ForCausalLM") and objective is None
         self.pruner, self.stage_one, self.warm, self.ramp = pruner, stage_one, warm, ramp
         self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate
-        self.shrink, self.rule, self.criterion = shrink, rule, criterion
+        self.shrink, self.rule, self.criterion, self.objective = shrink, rule, criterion, objective
         self.report: dict | None = None  # what finalize() kept
         self._rewrapped: DistributedDataParallel | None = None
         self.add_callback(_Stages(self))
@@ -160,6 +164,11 @@ class PruneTrainer(Trainer):
         loss = super().training_step(model if self._rewrapped is None else self._rewrapped, *args, **kwargs)
         self._refuse_unless_finite("loss", loss.item())
         return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self.objective is None or return_outputs:  # outputs: evaluation by Trainer, which has its own loss
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return self.objective(model, inputs)
 
     def _refuse_unless_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

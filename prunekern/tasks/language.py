@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .split import grouped_split, text_key
+from .split import check_shares, draw, take_rows, text_key
 from .task import SPLITS, DataError
 
 if TYPE_CHECKING:
@@ -51,14 +51,7 @@ class LanguageTask:
 
     def take(self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0):
         """The same task with at most that many documents a split, drawn without replacement; None keeps it whole."""
-        splits = {}
-        for name, rows in zip(SPLITS, (train, validation, test), strict=True):
-            if rows is not None and rows < 1:
-                raise ValueError(f"take: {name} must be at least 1 row (got {rows})")
-            data = self.splits[name]
-            whole = rows is None or rows >= len(data)
-            splits[name] = data if whole else data.shuffle(seed=seed).select(range(rows))
-        return replace(self, splits=type(self.splits)(splits))
+        return replace(self, splits=take_rows(self.splits, (train, validation, test), seed))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> DatasetDict:
         """Blocks of exactly max_length tokens: documents of a split joined with the end-of-text token, the rest cut.
@@ -135,20 +128,15 @@ def load(
     duplicate in two splits. Raises FileNotFoundError; ValueError for a share outside (0, 1); DataError for a file
     that is not UTF-8, or holds too few documents.
     """
-    for name, share in (("validation_share", validation_share), ("test_share", test_share)):
-        if not 0 < share < 1:
-            raise ValueError(f"text file: {name} must be in (0, 1) (got {share})")
+    check_shares("text file", validation_share, test_share)
     documents = {"train": _documents(Path(path))}
     given = {"validation": validation, "test": test}
     documents |= {name: _documents(Path(file)) for name, file in given.items() if file is not None}
     shares = {"test": test_share, "validation": validation_share}
-    drawn = {name: share for name, share in shares.items() if given[name] is None}
-    if drawn:
+    wanted = {name: share for name, share in shares.items() if given[name] is None}
+    if wanted:  # else the documents keep their order
         whole = documents["train"]
-        sizes = {name: max(1, round(share * len(whole))) for name, share in drawn.items()}
-        if sum(sizes.values()) >= len(whole):
-            raise DataError(f"{path}: has {len(whole)} documents (blank lines between); too few to draw splits from")
-        rows = grouped_split([text_key(d) for d in whole], sizes)
+        rows = draw(path, [text_key(d) for d in whole], wanted)
         documents |= {name: [whole[i] for i in index] for name, index in rows.items()}
     return language_task(Path(path).name, {name: documents[name] for name in SPLITS})
 

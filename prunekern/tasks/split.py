@@ -1,10 +1,17 @@
-"""A deterministic split that no duplicate straddles."""
+"""A deterministic split that no duplicate straddles, and samples of one."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .task import SPLITS, DataError
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 _WORD = re.compile(r"\w+")
 
@@ -37,3 +44,43 @@ def grouped_split(keys: Sequence[str], sizes: Mapping[str, int]) -> dict[str, li
         room = (name for name, size in sizes.items() if len(out[name]) + len(rows) <= size)
         out[next(room, "train")].extend(rows)
     return out
+
+
+def check_shares(what: str, validation_share: float, test_share: float) -> None:
+    """Raises ValueError unless both are in (0, 1)."""
+    for name, share in (("validation_share", validation_share), ("test_share", test_share)):
+        if not 0 < share < 1:
+            raise ValueError(f"{what}: {name} must be in (0, 1) (got {share})")
+
+
+def draw(path: str | os.PathLike, keys: Sequence[str], shares: Mapping[str, float]) -> dict[str, list[int]]:
+    """Row indices of "train" and of every split in `shares`, by `grouped_split`.
+
+    path: the file of the rows, for the error. shares: of the rows, above 0; at least one row each. Raises DataError
+    when a split comes out empty.
+    """
+    parts = grouped_split(keys, {name: max(1, round(share * len(keys))) for name, share in shares.items()})
+    for name, indices in parts.items():
+        if not indices:
+            raise DataError(
+                f"data file {path}: {len(keys)} rows ({len(set(keys))} distinct texts) are too few to draw "
+                f"{' and '.join(shares)} from: {name} came out empty"
+            )
+    return parts
+
+
+def take_rows(splits: DatasetDict, most: Sequence[int | None], seed: int) -> DatasetDict:
+    """At most that many rows of train, validation and test, drawn without replacement; None keeps a split whole.
+
+    The draw depends on `seed` only, and a smaller one is contained in a larger one.
+    Raises ValueError for a number below 1.
+    """
+    taken = {}
+    for name, rows in zip(SPLITS, most, strict=True):
+        if rows is not None and rows < 1:
+            raise ValueError(f"take: {name} must be at least 1 row (got {rows})")
+        if name in splits:
+            data = splits[name]
+            whole = rows is None or rows >= len(data)
+            taken[name] = data if whole else data.shuffle(seed=seed).select(range(rows))
+    return type(splits)(taken)

@@ -76,15 +76,9 @@ class Task:
         The draw depends on `seed` only, and a smaller one is contained in a larger one.
         Raises ValueError for a number below 1.
         """
-        splits = {}
-        for name, rows in zip(SPLITS, (train, validation, test), strict=True):
-            if rows is not None and rows < 1:
-                raise ValueError(f"take: {name} must be at least 1 row (got {rows})")
-            if name in self.splits:
-                data = self.splits[name]
-                whole = rows is None or rows >= len(data)
-                splits[name] = data if whole else data.shuffle(seed=seed).select(range(rows))
-        return replace(self, splits=type(self.splits)(splits))
+        from .split import take_rows
+
+        return replace(self, splits=take_rows(self.splits, (train, validation, test), seed))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> DatasetDict:
         """Token ids of every split, cut to max_length, not padded (`collator` does that, batch by batch).

@@ -6,18 +6,16 @@ Miller et al., "The Effect of Natural Distribution Shift on Question Answering M
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from pathlib import Path
 
+from . import bigbench
 from .language import LanguageTask, language_task
 from .split import grouped_split
 
 NAME = "Wikipedia paragraphs"
 SIZES = {"test": 120_000, "validation": 60_000}  # characters, in whole articles; the rest is for training
 
-_INSIDE = "bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/"
+_INSIDE = "squad_shifts/"
 _FILES = ("new_wiki_v1.0.json", "squaddev_v1.1.json")
 
 
@@ -27,7 +25,7 @@ def load() -> LanguageTask:
     Raises prunekern.tasks.fetch.FetchError when the archive cannot be fetched.
     """
     articles: dict[str, list[str]] = {}
-    folder = _unpacked()
+    folder = bigbench.unpacked("wikipedia", {_INSIDE + file: file for file in _FILES})
     for file in _FILES:
         for article in json.loads((folder / file).read_text(encoding="utf-8"))["data"]:
             articles.setdefault(article["title"], []).extend(p["context"].strip() for p in article["paragraphs"])
@@ -42,16 +40,3 @@ def load() -> LanguageTask:
         if name in left:
             left[name] -= len(texts[i])
     return language_task(NAME, parts)
-
-
-def _unpacked() -> Path:
-    """Folder of the files in the cache: the archive holds 358 MB, of which these are at its end."""
-    from .fetch import BIGBENCH, cache_dir, fetch, scratch, unpack
-
-    folder = cache_dir() / "text" / "wikipedia"
-    if not all((folder / file).is_file() for file in _FILES):
-        with scratch(folder.parent) as part:
-            unpack(fetch(BIGBENCH), {_INSIDE + file: file for file in _FILES}, part / "made")
-            with contextlib.suppress(OSError):  # another process was faster
-                os.replace(part / "made", folder)
-    return folder

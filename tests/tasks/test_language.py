@@ -6,28 +6,17 @@ import math
 import pytest
 import torch
 from tiny_decoders import VOCAB, build
+from tiny_tokenizer import WORDS, word_tokenizer
 
 import prunekern as pk
 from prunekern import tasks
 from prunekern.recipe import evaluate
 from prunekern.tasks.language import language_task, token_losses
 
-WORDS = "the cat sat on a mat and saw some dogs run over hills while birds sang songs of spring".split()
-
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A tokenizer of whole words, as transformers saves one."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=64,
-    )  # fmt: skip
+def tokenizer():
+    return word_tokenizer()
 
 
 def documents(count, seed=0):
@@ -88,7 +77,11 @@ def test_perplexity_is_that_of_the_definition(tokenizer):
     [
         (lambda p: p.write_bytes(b"\xff\xfe"), ValueError, "is not UTF-8 text"),
         (lambda p: p.write_text(" \n\n "), ValueError, "holds no text"),
-        (lambda p: p.write_text("one\n\ntwo"), ValueError, "has 2 documents .* too few to draw splits from"),
+        (
+            lambda p: p.write_text("one\n\ntwo"),
+            ValueError,
+            "2 rows .* too few to draw test and validation",
+        ),
         (lambda p: None, FileNotFoundError, "no.txt"),
     ],
 )

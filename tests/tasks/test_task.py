@@ -138,6 +138,8 @@ def test_names():
         "topics",
         "tweets",
         "wikipedia",
+        "winogrande",
+        "science",
         "mrpc",
         "rte",
         "sst2",

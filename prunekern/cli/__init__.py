@@ -1,0 +1,34 @@
+"""The command `prunekern`: train, compact, export, eval, bench, demo, info."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# isort: off  (the order of the help)
+from . import evaluate, folders, machine, train  # noqa: F401
+
+# isort: on
+from .options import app
+
+__all__ = ["app", "main"]
+
+
+def _quiet() -> None:
+    """One progress bar is ours; those of transformers and datasets, and their load reports, stay off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns at every fork otherwise
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line on stderr and status 2; the rest keeps its traceback."""
+    from ..tasks.fetch import FetchError
+
+    _quiet()
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError, FetchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,52 @@
+"""prunekern compact and export: from one folder of a model to another"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import app, console
+
+
+@app.command()
+def compact(
+    base: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder written by train (OUT/adapter) or save_adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the compact model.")],
+) -> None:
+    """Merge a trained adapter into its base model and remove what its masks prune, one linear in memory at a time."""
+    from ..demo.models import MODEL_NAMES, demo_model
+    from ..streaming import compact_files
+
+    source = Path(demo_model(base) if base in MODEL_NAMES else base)
+    if source.is_dir() and not list(source.glob("*.bin")):
+        plan = compact_files(source, adapter, out, console=console)
+    else:  # a hub name, or .bin weights: through memory
+        from ..adapter import load_adapter, load_base
+        from ..checkpoint import save
+        from ..compact import compact as make_compact
+
+        dense = load_base(base, adapter)
+        plan = load_adapter(dense, adapter).plan()
+        save(make_compact(dense), out)
+    console.print(f"{out}: {plan.params():,} of {plan.dense_params():,} block parameters kept")
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(help="Folder of a compact model.")],
+    out: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 18,
+    with_past: Annotated[bool, typer.Option("--with-past", help="Decoders: caches as inputs and outputs.")] = False,
+) -> None:
+    """Write a compact model as an ONNX file of plain operators, in fp32."""
+    from ..checkpoint import load
+    from ..export import export_onnx
+
+    try:
+        export_onnx(load(model), out, opset, with_past)
+    except ImportError as error:  # onnx is an extra
+        raise ValueError(error) from None
+    console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, opset {opset}")

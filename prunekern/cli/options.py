@@ -1,0 +1,65 @@
+"""The command line's app and console, and the options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="The command `prunekern`: train, compact, export, eval, bench, demo, info.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+# Option types that several commands share.
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="reviews, topics, tweets; wikipedia, winogrande, science (decoders); or a GLUE task: "
+        "mrpc rte sst2 mnli cola qnli qqp stsb."
+    ),
+]
+Data = Annotated[
+    Path | None, typer.Option(help="Local .jsonl, .csv, .tsv, .parquet, or .txt of running text, instead of --task.")
+]
+Text = Annotated[str | None, typer.Option(help="Text column of --data; two with a comma between for pairs.")]
+Choices = Annotated[
+    str | None, typer.Option(help="Column of --data with each row's choices: multiple choice, for decoders.")
+]
+Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
+Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
+Weights = Annotated[str, typer.Option(help="How a compact model holds its block weights: fp32, bf16 or int8.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0 leaves torch's default.")]
+
+
+def task_of(task: str | None, data: Path | None, **columns):
+    """The task that --task or --data names. columns: of --data (text, choices, label, validation, test)."""
+    from .. import tasks
+
+    if (task is None) == (data is None):
+        raise typer.BadParameter("give either --task or --data")
+    if task is not None:
+        if any(o is not None for o in columns.values()):
+            listed = [f"--{name}" for name in columns]
+            raise typer.BadParameter(f"{', '.join(listed[:-1])} and {listed[-1]} go with --data")
+        return tasks.get(task)
+    text = columns["text"]
+    if text is not None and "," in text:
+        columns["text"] = tuple(t.strip() for t in text.split(","))
+    return tasks.get(data, **columns)
+
+
+def set_threads(count: int) -> None:
+    import torch
+
+    if count < 0:
+        raise typer.BadParameter(f"--threads must be at least 0 (got {count})")
+    if count:
+        torch.set_num_threads(count)

@@ -1,0 +1,119 @@
+"""prunekern train"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .options import (
+    Choices,
+    Data,
+    Label,
+    MaxLength,
+    Out,
+    Split,
+    TaskName,
+    Text,
+    Threads,
+    app,
+    console,
+    set_threads,
+    task_of,
+)
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub name of the dense model; or a demo model: mini-distilbert.")
+    ],
+    out: Out,
+    task: TaskName = None,
+    data: Data = None,
+    text: Text = None,
+    choices: Choices = None,
+    label: Label = None,
+    validation: Split = None,
+    test: Split = None,
+    sparsity: Annotated[float, typer.Option(help="Share of the block linears to remove, in [0, 1).")] = 0.25,
+    cost: Annotated[str, typer.Option(help="What the share is of: params or macs.")] = "params",
+    preset: Annotated[str, typer.Option(help="full: every block linear; paper: query and value only.")] = "full",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    align: Annotated[int, typer.Option(help="Kept channels of a layer come in multiples of this.")] = 1,
+    epochs: float = 3.0,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: by --epochs.")] = -1,
+    batch_size: int = 8,
+    lr: Annotated[
+        float | None, typer.Option(help="Of adapters and head, falling linearly to zero: 5e-4; preset paper: 5e-5.")
+    ] = None,
+    final_lr: Annotated[
+        float | None, typer.Option(help="Constant rates instead: --lr in stage one, this in stage two.")
+    ] = None,
+    mask_lr: Annotated[float | None, typer.Option(help="Of mask logits: 5e-2; preset paper: 2e-2.")] = None,
+    stage_one: Annotated[
+        float | None, typer.Option(help="Share of the steps before the masks are final: 0.65; preset paper: 0.6.")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="learned; or stock: every block alike, and OUT/stock loads without prunekern.")
+    ] = "learned",
+    max_length: MaxLength = 128,
+    save_steps: int = 500,
+    seed: int = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from OUT's newest checkpoint.")] = False,
+    threads: Threads = 0,
+) -> None:
+    """Fine-tune with DoRA and masks, remove what they prune, save OUT/compact, OUT/adapter, OUT/report.json, .png."""
+    from ..config import PruneConfig
+    from ..curves import plot
+    from ..demo.models import MODEL_NAMES, demo_model
+    from ..recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
+
+    set_threads(threads)
+    config = PruneConfig(
+        rank=rank, alpha=alpha, dropout=dropout, preset=preset, sparsity=sparsity, cost=cost, align=align, seed=seed
+    )
+    options = TrainOptions(
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=lr if lr is not None else 5e-5 if preset == "paper" else 5e-4,
+        final_learning_rate=final_lr,
+        mask_learning_rate=mask_lr,
+        rule=rule,
+        stage_one=stage_one,
+        max_length=max_length,
+        save_steps=save_steps,
+        seed=seed,
+    )
+    data_task = task_of(task, data, text=text, choices=choices, label=label, validation=validation, test=test)
+    dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task, seed)
+    pruner, trained = fine_tune(dense, tokenizer, data_task, config, options, out, resume, console)
+    masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
+    small = finish(pruner, tokenizer, out, rule)
+    compact, _ = evaluate(small, tokenizer, data_task, max_length, console=console)
+    plan = pruner.plan()
+    write_report(
+        out,
+        task=data_task.name,
+        model=model,
+        config=config,
+        options=options,
+        trained=trained,
+        score={"masked": masked, "compact": compact},
+        block_params={"compact": plan.params(), "dense": plan.dense_params()},
+    )
+    plot(trained["history"], trained, out / "report.png")
+    table = Table(title=f"{data_task.name}: {100 * trained['sparsity']:.2f} % of the block {cost} removed")
+    for column in ("kind", "kept", "of"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, (kept, of) in trained["by_kind"].items():
+        table.add_row(kind.replace("_", " / "), f"{kept:,}", f"{of:,}")
+    console.print(table)
+    metric, split = data_task.metric, data_task.score_split
+    before, after = (data_task.show(score[metric]) for score in (masked, compact))
+    console.print(f"{split} {metric}: {before} before removal, {after} after")
+    console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}  {out / 'report.png'}")

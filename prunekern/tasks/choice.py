@@ -1,0 +1,232 @@
+"""Multiple choice for causal language models: the continuation that the model finds likeliest is its answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .files import check_text
+from .readers import read
+from .split import check_shares, draw, grouped_split, take_rows, text_key
+from .task import SPLITS, DataError
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+NO_LABEL = 0  # of the continuation counts: a choice that an item of the batch does not have
+
+
+class Item(NamedTuple):
+    """contexts, continuations: one of each per choice, 2 or more. label: the right choice, from 0."""
+
+    contexts: list[str]
+    continuations: list[str]
+    label: int
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """Items with choices of which one is right; what `Task` is for labelled texts.
+
+    name: what tables call it. splits: DatasetDict with "train", "validation" and "test", columns as `Item`'s fields.
+    A choice is scored by the log-likelihood of its continuation after its context, summed over tokens (lm-eval's
+    "acc"). metric: "accuracy".
+    """
+
+    name: str
+    splits: DatasetDict
+    metric: str = "accuracy"
+    score_split: str = "test"
+
+    def model_class(self) -> type:
+        """What loads a model for this task."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """For `model_class().from_pretrained`: a language model's head is not new."""
+        return {}
+
+    def show(self, value: float) -> str:
+        """A score as tables print it, in points."""
+        return f"{100 * value:.2f}"
+
+    def take(self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0):
+        """The same task with at most that many items a split, drawn without replacement; None keeps it whole."""
+        return replace(self, splits=take_rows(self.splits, (train, validation, test), seed))
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> DatasetDict:
+        """Token ids of every choice: context, then continuation; what is longer than max_length loses its beginning.
+
+        Columns: input_ids [choices][tokens], counted [choices] (tokens of the continuation), labels, length (tokens of
+        the longest choice). Raises ValueError when max_length is not in 2..what the tokenizer's model takes, or a
+        continuation does not leave room for one token before it.
+        """
+        most = tokenizer.model_max_length
+        if not 2 <= max_length <= most:
+            raise ValueError(f"encode: max_length must be in 2..{most} (got {max_length})")
+        return self.splits.map(
+            _encode_item,
+            remove_columns=self.splits["train"].column_names,
+            fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+            desc="encoding",
+        )
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable:
+        """A callable: list of encoded items -> input_ids and attention_mask [items * choices, tokens], padded on the
+        left; counted [items, choices], 0 where an item has fewer choices; labels [items].
+        """
+        return Collator(tokenizer.pad_token_id)
+
+    def objective(self, model, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy of the right choice, the choices' log-likelihoods being the logits: a scalar."""
+        from torch.nn import functional as F
+
+        return F.cross_entropy(log_likelihoods(model, inputs), inputs["labels"])
+
+    def score(self, model, tokenizer, max_length: int, split: str | None = None, track: Callable = iter):
+        """({"accuracy": share of right answers}, log-likelihoods [items, choices]) on the scored split."""
+        import torch
+
+        data, device = self.encode(tokenizer, max_length)[split or self.score_split], next(model.parameters()).device
+        order = torch.tensor(data["length"]).argsort(stable=True).tolist()
+        collate, rows = self.collator(tokenizer), [data[i] for i in order]
+        choices = max(len(row["counted"]) for row in rows)
+        scores = torch.full((len(rows), choices), float("-inf"))
+        for first in track(range(0, len(rows), 16)):
+            inputs = {k: v.to(device) for k, v in collate(rows[first : first + 16]).items()}
+            found = log_likelihoods(model, inputs).cpu()
+            scores[torch.tensor(order[first : first + 16]), : found.shape[1]] = found
+        right = scores.argmax(1) == torch.tensor(data["labels"])
+        return {self.metric: right.double().mean().item()}, scores
+
+
+def log_likelihoods(model, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the log-probabilities of every choice's continuation, fp32 [items, choices]; -inf where there is none.
+
+    inputs: as `ChoiceTask.collator` makes them.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    ids, counted = inputs["input_ids"], inputs["counted"]
+    most = int(counted.max())
+    # The vocabulary is wide: logits of nothing before the longest continuation.
+    out = model(input_ids=ids, attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=most + 1)
+    logits = out.logits[:, -most - 1 : -1].float()  # [rows, most, vocabulary]
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, -most:].flatten(), reduction="none").view(-1, most)
+    place = torch.arange(most, device=ids.device)
+    counts = counted.flatten().unsqueeze(1)
+    loss = loss.where(place >= most - counts, 0.0)
+    return -loss.sum(1).view_as(counted).masked_fill(counted == NO_LABEL, float("inf"))
+
+
+class Collator:
+    """See `ChoiceTask.collator`."""
+
+    def __init__(self, pad: int):
+        self._pad = pad
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        import torch
+
+        choices = max(len(row["counted"]) for row in rows)
+        tokens = max(len(ids) for row in rows for ids in row["input_ids"])
+        input_ids = torch.full((len(rows), choices, tokens), self._pad)
+        mask = torch.zeros_like(input_ids)
+        mask[..., -1] = 1  # a row without any token to look at has no answer to give, not even one to ignore
+        counted = torch.full((len(rows), choices), NO_LABEL)
+        for i, row in enumerate(rows):
+            for j, ids in enumerate(row["input_ids"]):
+                input_ids[i, j, tokens - len(ids) :] = torch.tensor(ids)
+                mask[i, j, tokens - len(ids) :] = 1
+            counted[i, : len(row["counted"])] = torch.tensor(row["counted"])
+        return {
+            "input_ids": input_ids.flatten(0, 1),
+            "attention_mask": mask.flatten(0, 1),
+            "counted": counted,
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
+
+
+def _encode_item(item: Mapping[str, Any], tokenizer, max_length: int) -> dict[str, Any]:
+    input_ids, counted = [], []
+    for context, continuation in zip(item["contexts"], item["continuations"], strict=True):
+        whole = tokenizer(context + continuation)["input_ids"]
+        count = max(1, len(whole) - len(tokenizer(context)["input_ids"]))
+        if count >= min(max_length, len(whole)):
+            raise ValueError(
+                f"encode: max_length must leave room before the {count} tokens of {continuation!r} (got {max_length})"
+            )
+        input_ids.append(whole[-max_length:])
+        counted.append(count)
+    length = max(map(len, input_ids))
+    return {"input_ids": input_ids, "counted": counted, "labels": item["label"], "length": length}
+
+
+def choice_task(name: str, items: Mapping[str, Sequence[Item]]) -> ChoiceTask:
+    """Of items by split."""
+    from datasets import Dataset, DatasetDict, Features, List, Value
+
+    text = List(Value("string"))
+    features = Features({"contexts": text, "continuations": text, "label": Value("int64")})
+    splits = {
+        split: Dataset.from_dict({f: [getattr(i, f) for i in part] for f in Item._fields}, features=features)
+        for split, part in items.items()
+    }
+    return ChoiceTask(name, DatasetDict({split: splits[split] for split in SPLITS}))
+
+
+def split_items(items: Sequence[Item], keys: Sequence[str], sizes: Mapping[str, int]) -> dict[str, list[Item]]:
+    """Items by split, drawn by `split.grouped_split`: those of one key in one split."""
+    return {name: [items[i] for i in index] for name, index in grouped_split(keys, sizes).items()}
+
+
+def load(
+    path: str | os.PathLike,
+    text: str = "text",
+    choices: str = "choices",
+    label: str = "label",
+    validation: str | os.PathLike | None = None,
+    test: str | os.PathLike | None = None,
+    validation_share: float = 0.1,
+    test_share: float = 0.1,
+) -> ChoiceTask:
+    """A task out of one to three .jsonl or .parquet files.
+
+    text: the column of what stands before the choices, as the model shall see it ("Question: ... Answer:"); a space
+        joins it to a choice. choices: a list of strings. label: the right one's place, from 0, or its text.
+    What is not given is drawn from `path`, as in `files.load`.
+    Raises FileNotFoundError; ValueError for a share outside (0, 1); DataError, naming file and line, for a
+    blank text, fewer than two choices, a label that is none of them, and whatever `readers.read` refuses.
+    """
+    check_shares("choices file", validation_share, test_share)
+    files = {"train": path, "validation": validation, "test": test}
+    items = {n: _items(Path(file), text, choices, label) for n, file in files.items() if file is not None}
+    shares = {"test": test_share, "validation": validation_share}
+    wanted = {name: share for name, share in shares.items() if name not in items}
+    train = items["train"]
+    rows = draw(path, [text_key(i.contexts[0], *i.continuations) for i in train], wanted)
+    return choice_task(Path(path).name, items | {name: [train[i] for i in index] for name, index in rows.items()})
+
+
+def _items(path: Path, text: str, choices: str, label: str) -> list[Item]:
+    items = []
+    for where, (context, listed, answer) in read(path, (text, choices, label)):
+        check_text(where, text, context)
+        if not isinstance(listed, list) or len(listed) < 2:
+            raise DataError(f"{where}: choices {choices!r} must be a list of two strings or more (got {listed!r})")
+        for one in listed:
+            check_text(where, choices, one)
+        place = listed.index(answer) if isinstance(answer, str) and answer in listed else answer
+        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(listed):
+            accepted = f"one of the choices, or in 0..{len(listed) - 1}"
+            raise DataError(f"{where}: label {label!r} must be {accepted} (got {answer!r})")
+        items.append(Item([context] * len(listed), [" " + one.strip() for one in listed], place))
+    return items
