@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from prunekern.pruner import Pruner
@@ -30,11 +33,37 @@ class LoraGradient(TrainerCallback):
             a, b, da, db = layer.A, layer.B, layer.A.grad, layer.B.grad
             gradient = db @ a + b @ da - db @ da
             importance[name] = (gradient * (layer.weight + layer.scale * b @ a)).square()
-        for carrier, group in self.pruner.table.groups.items():
-            score = importance[carrier].sum(1)[group.rows].sum(1)
-            for name, rows in group.removed_rows.items():
-                score = score + importance[name].sum(1)[rows].sum(1)
-            for name, cols in group.removed_cols.items():
-                score = score + importance[name].sum(0)[cols].sum(1)
+        for carrier, score in group_sums(self.pruner.table, importance).items():
             self.scores[carrier] *= 0.9
-            self.scores[carrier] += 0.1 * score.double().numpy()
+            self.scores[carrier] += 0.1 * score
+
+
+def taylor(dense: nn.Module, table, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    """LLM-Pruner (Ma et al. 2023), first order, by element: |weight x gradient| summed over a group's weights.
+
+    table: of the model's family. The gradient is that of the loss summed over the batches, of the weights as they are
+    before any training; `dense` comes back as it was.
+    """
+    linears = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear) and n in table.layers}
+    for linear in linears.values():
+        linear.weight.requires_grad_(True).grad = None
+    for batch in batches:
+        dense(**batch).loss.backward()
+    importance = {}
+    for name, linear in linears.items():
+        importance[name] = (linear.weight.detach() * linear.weight.grad).abs()
+        linear.weight.grad = None
+    return group_sums(table, importance)
+
+
+def group_sums(table, importance: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Importance [N, K] of every linear's weights summed over each channel group, float64 [groups] by carrier."""
+    scores = {}
+    for carrier, group in table.groups.items():
+        score = importance[carrier].sum(1)[group.rows].sum(1)
+        for name, rows in group.removed_rows.items():
+            score = score + importance[name].sum(1)[rows].sum(1)
+        for name, cols in group.removed_cols.items():
+            score = score + importance[name].sum(0)[cols].sum(1)
+        scores[carrier] = score.double().numpy()
+    return scores
