@@ -6,12 +6,16 @@ import sys
 
 import pytest
 import torch
+from tiny_decoders import build
+from tiny_models import attached, prune
+from tiny_tokenizer import word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import prunekern
 from prunekern.cli import app
+from prunekern.tasks.harness import evaluate_tasks
 
 WORDS = "good great fine nice bad awful poor sad film plot actor scene the a was is very".split()
 
@@ -116,3 +120,62 @@ def test_bench_refuses_a_dense_folder(files):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert "not a compact model" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A tiny compact decoder with its tokenizer, and two of lm-eval's tasks as local files."""
+    folder = tmp_path_factory.mktemp("decoder")
+    masked = build(max_position_embeddings=64)
+    prune(attached(masked), 0.3)
+    prunekern.save(prunekern.compact(masked), folder / "small")
+    word_tokenizer().save_pretrained(folder / "small")
+    rows = {
+        "piqa": [
+            {"goal": "cat sat", "sol1": "on a mat", "sol2": "over hills and hills", "label": 0},
+            {"goal": "birds sang", "sol1": "some dogs", "sol2": "songs of spring", "label": 1},
+        ],
+        "boolq": [{"question": "cat sat", "passage": "the cat sat on a mat", "idx": 0, "label": 1}],
+    }
+    for task, items in rows.items():
+        (folder / "items" / task).mkdir(parents=True)
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        (folder / "items" / task / "validation.jsonl").write_text(text)
+    return folder
+
+
+def test_eval_by_lm_eval(decoder, tmp_path):
+    small, out = prunekern.load(decoder / "small", "bf16"), tmp_path / "scores.json"
+    common = ["--local", decoder / "items", "--weights", "bf16", "--threads", 1]
+    result = invoke("eval", decoder / "small", "--tasks", "piqa, boolq", *common, "--json", out)
+    assert result.exit_code == 0, result.output
+    want = evaluate_tasks(small, word_tokenizer(), ["piqa", "boolq"], decoder / "items")
+    assert json.loads(out.read_text()) == {"model": str(decoder / "small"), "weights": "bf16"} | want
+    assert f"mean of the bold: {100 * want['mean']:.2f}" in result.output
+    assert f"{100 * want['tasks']['piqa']['acc']:.2f} ± " in result.output and "warning" not in result.output
+    first = invoke("eval", decoder / "small", "--tasks", "piqa", *common, "--limit", 1, "--batch-size", 1)
+    assert first.exit_code == 0 and "first 1 items" in first.output and "±" not in first.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "piqa", "--task", "science"], "--tasks without --task"),
+        (["--tasks", "piqa", "--label", "x"], "--tasks without --task"),
+        (["--task", "science", "--limit", "3"], "go with --tasks"),
+        (["--tasks", "piqa", "--json", "nowhere/at/all.json"], "there is no folder"),
+    ],
+)
+def test_options_of_eval_that_do_not_go_together(decoder, options, message):
+    result = invoke("eval", decoder / "small", *options)
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_eval_by_lm_eval_refuses_what_it_cannot_score(decoder, files):
+    for model, options, message in (
+        (decoder / "small", ["--tasks", "pica"], "no task 'pica'"),
+        (decoder / "small", ["--tasks", "piqa", "--limit", 0], "limit must be"),
+        (files / "dense", ["--tasks", "piqa"], "DistilBert"),
+    ):
+        result = invoke("eval", model, *options, "--local", decoder / "items")
+        assert isinstance(result.exception, ValueError) and message in str(result.exception)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from .options import (
     Choices,
@@ -35,26 +37,90 @@ def evaluate_command(
     validation: Split = None,
     test: Split = None,
     max_length: MaxLength = 128,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --task: lm-eval's multiple-choice tasks, for decoders, with commas between: "
+            "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa. Needs the extra eval."
+        ),
+    ] = None,
+    local: Annotated[
+        Path | None, typer.Option(help="Folder with TASK/SPLIT.jsonl for --tasks, instead of the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each of --tasks; all without it.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Choices at once for --tasks; 8 without it.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write what --tasks gave to.")] = None,
     weights: Weights = "fp32",
     threads: Threads = 0,
 ) -> None:
-    """Score a saved model on a task."""
+    """Score a saved model on a task, or on several of lm-eval's."""
     from transformers import AutoTokenizer
 
-    from .. import hf  # noqa: F401  (compact folders load too)
-    from ..checkpoint import set_weights
     from ..recipe import evaluate
     from ..tasks import Task
 
     set_threads(threads)
-    data_task = task_of(task, data, text=text, choices=choices, label=label, validation=validation, test=test)
-    loaded, found = data_task.model_class().from_pretrained(model, output_loading_info=True)
-    if found["missing_keys"]:  # transformers draws them at random: a score of that would be a coin toss
-        missing = min(found["missing_keys"])
-        raise ValueError(f"{model}: has no tensor {missing!r}; it was not trained for a task like {data_task.name}")
-    loaded = set_weights(loaded, weights)
+    columns = {"text": text, "choices": choices, "label": label, "validation": validation, "test": test}
+    if tasks is not None:
+        if any(o is not None for o in (task, data, *columns.values())):
+            raise typer.BadParameter("give --tasks without --task, --data and the options of --data")
+        return _lm_eval(model, tasks, local, limit, 8 if batch_size is None else batch_size, json_file, weights)
+    if any(o is not None for o in (local, limit, batch_size, json_file)):
+        raise typer.BadParameter("--local, --limit, --batch-size and --json go with --tasks")
+    data_task = task_of(task, data, **columns)
+    loaded = _loaded(data_task.model_class(), model, weights, f"a task like {data_task.name}")
     if isinstance(data_task, Task) and loaded.config.num_labels != data_task.num_labels:
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
     metrics, _ = evaluate(loaded, AutoTokenizer.from_pretrained(model), data_task, max_length, console=console)
     for name, value in metrics.items():
         console.print(f"{data_task.name}, {data_task.score_split}: {name} {data_task.show(value)}")
+
+
+def _loaded(cls, model: Path, weights: str, purpose: str):
+    """The model of a folder, compact or dense; ValueError where its head would be a random one."""
+    from .. import hf  # noqa: F401  (compact folders load too)
+    from ..checkpoint import set_weights
+
+    loaded, found = cls.from_pretrained(model, output_loading_info=True)
+    if found["missing_keys"]:  # transformers draws them at random: a score of that would be a coin toss
+        raise ValueError(f"{model}: has no tensor {min(found['missing_keys'])!r}; it was not trained for {purpose}")
+    return set_weights(loaded, weights)
+
+
+def _lm_eval(model: Path, tasks: str, local, limit, batch_size: int, json_file: Path | None, weights: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..tasks.harness import evaluate_tasks
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():  # not after hours of scoring
+        raise typer.BadParameter(f"--json: there is no folder {json_file.parent}")
+    loaded = _loaded(AutoModelForCausalLM, model, weights, "predicting text")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    names = [name.strip() for name in tasks.split(",")]
+    try:
+        scores = evaluate_tasks(loaded, tokenizer, names, local, limit, batch_size, console=console)
+    except ImportError as error:  # lm-eval is an extra
+        raise ValueError(error) from None
+    if json_file is not None:
+        json_file.write_text(json.dumps({"model": str(model), "weights": weights} | scores) + "\n")
+    table = Table()
+    for column in ("task", "items", "acc", "acc_norm"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for name, score in scores["tasks"].items():
+        table.add_row(name, f"{score['items']:,}", *(_cell(score, metric) for metric in ("acc", "acc_norm")))
+    console.print(table)
+    items = "all items" if limit is None else f"first {limit} items"
+    console.print(f"mean of the bold: {100 * scores['mean']:.2f} (lm-eval {scores['lm_eval']}, zero-shot, {items})")
+    if scores["truncated"]:
+        console.print(f"[yellow]warning:[/] {scores['truncated']:,} prompts were cut to what the model can read")
+    if json_file is not None:
+        console.print(str(json_file))
+
+
+def _cell(score: dict, metric: str) -> str:
+    """A score in points with its standard error; bold where papers quote it."""
+    if score[metric] is None:
+        return ""
+    error = score[f"{metric}_stderr"]
+    text = f"{100 * score[metric]:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+    return f"[bold]{text}[/]" if metric == score["quoted"] else text
