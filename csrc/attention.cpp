@@ -256,9 +256,10 @@ void require(bool ok, const std::string& message) {
 void check_first(const char* name, const std::int64_t* first, std::int64_t heads) {
   require(first != nullptr && first[0] == 0, std::string(name) + " must start with 0");
   for (std::int64_t h = 0; h < heads; ++h)
-    require(first[h] <= first[h + 1],
-            std::string(name) + " must not descend (got " + std::to_string(first[h + 1]) + " after " +
-                std::to_string(first[h]) + " at position " + std::to_string(h + 1) + ")");
+    if (first[h] > first[h + 1])
+      require(false, std::string(name) + " must not descend (got " + std::to_string(first[h + 1]) +
+                         " after " + std::to_string(first[h]) + " at position " + std::to_string(h + 1) +
+                         ")");
 }
 
 void check(const AttentionCall& call) {

@@ -1,4 +1,4 @@
-// prunekern._C: compact_attention and rotate_pairs.
+// prunekern._C: compact_attention, rotate_pairs and rms_norm.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 
 #include "bind.h"
 #include "prunekern/attention.h"
+#include "prunekern/norm.h"
 #include "prunekern/rotary.h"
 
 namespace py = pybind11;
@@ -67,12 +68,20 @@ void rotary(std::int64_t batch, std::int64_t tokens, const Firsts& first, std::i
   call.angle = at<const std::int64_t>(angle);
   call.angles = angles;
   call.y = at<float>(y);
+  call.y_stride = shared_by * first.back();
+  call.y_batch_stride = tokens * call.y_stride;
   std::tie(call.x_batch_stride, call.x_stride) = x_strides;
   std::tie(call.cos_batch_stride, call.cos_stride) = cos_strides;
   std::tie(call.sin_batch_stride, call.sin_stride) = sin_strides;
   call.threads = threads;
   py::gil_scoped_release release;
   rotate_pairs(call);
+}
+
+void norm(std::int64_t rows, std::int64_t n, Address x, std::int64_t x_stride, Address weight, float eps,
+          Address y, int threads) {
+  py::gil_scoped_release release;
+  rms_norm({rows, n, at<const float>(x), x_stride, at<const float>(weight), eps, at<float>(y), threads});
 }
 
 }  // namespace
@@ -87,6 +96,7 @@ void bind_attention(py::module_& m) {
       "rotate_pairs", &rotary,
       "(batch, tokens, first, shared_by, x, x_strides, cos, cos_strides, sin, sin_strides, angles, angle, y, "
       "threads): RotaryCall of prunekern/rotary.h; strides are (of a sequence, of a token).");
+  m.def("rms_norm", &norm, "(rows, n, x, x_stride, weight, eps, y, threads): NormCall of prunekern/norm.h.");
 }
 
 }  // namespace prunekern

@@ -42,8 +42,7 @@ bool read_arguments(PyObject* const* args, AttentionCall& call, dlpack::Tensor& 
   call.heads = static_cast<std::int64_t>(qk_first.size()) - 1;
   call.qk_first = qk_first.data();
   call.v_first = v_first.data();
-  if (!read_mask(args[5], call) || !PyFloat_CheckExact(args[6])) return false;
-  call.scale = static_cast<float>(PyFloat_AS_DOUBLE(args[6]));
+  if (!read_mask(args[5], call) || !eager::to_float(args[6], call.scale)) return false;
   return eager::read_threads(args[9], call.threads);
 }
 

@@ -67,6 +67,19 @@ PyMethodDef methods[] = {
      "the same for compact_attention."},
     {"call_rotary", fast(eager_rotary), METH_FASTCALL,
      "call_rotary(x, cos, sin, angle, first, shared_by, threads) -> y, or None: the same for rotate_pairs."},
+    {"call_norm", fast(eager_norm), METH_FASTCALL,
+     "call_norm(x, weight, eps, threads) -> y, or None: the same for rms_norm."},
+    {"call_decoder_block", fast(eager_decoder_block), METH_FASTCALL,
+     "call_decoder_block(x, cos, sin, keys, values, threads, layer) -> y, or None, and then nothing is "
+     "written: "
+     "DecoderBlockCall of prunekern/decoder_block.h. keys, values: [batch, 1, past + tokens, channels], the "
+     "last "
+     "tokens are written. layer: what prunekern/families/decoder_step.py makes."},
+    {"unchanged", fast(eager_unchanged), METH_FASTCALL,
+     "unchanged((dict, key, value, ...), (dict, ...), (tensor, address, version, ...)) -> whether each value "
+     "still is what its dict has (None: or nothing), each dict is empty, and each tensor lies where it lay "
+     "and was "
+     "not changed in place (version -1: that is not counted)."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

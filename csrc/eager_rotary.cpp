@@ -49,6 +49,8 @@ PyObject* eager_rotary(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* y = eager::allocate(args[0], x, x.shape[2], data);
   if (y == nullptr || y == Py_None) return y;
   call.y = static_cast<float*>(data);
+  call.y_stride = x.shape[2];
+  call.y_batch_stride = call.tokens * call.y_stride;
   return eager::finish(y, [](const void* c) { rotate_pairs(*static_cast<const RotaryCall*>(c)); }, &call);
 }
 

@@ -23,15 +23,6 @@ bool contiguous(const dlpack::Tensor& tensor) {
   return true;
 }
 
-bool view_vector(PyObject* object, std::int64_t length, const float*& data) {
-  dlpack::Tensor tensor;
-  if (!view(object, tensor) || !is(tensor, dlpack::kFloat, 32) || tensor.ndim != 1 ||
-      tensor.shape[0] != length || !contiguous(tensor))
-    return false;
-  data = static_cast<const float*>(tensor.data);
-  return true;
-}
-
 bool is_positive(PyObject* object) {
   PyObject* negative = PyObject_VectorcallMethod(is_neg, &object, 1, nullptr);
   if (negative == nullptr) PyErr_Clear();
@@ -61,6 +52,15 @@ bool view_index(PyObject* object, const std::int64_t*& index, std::int64_t& leng
   index = static_cast<const std::int64_t*>(tensor.data);
   length = tensor.shape[0];
   return length > 0;
+}
+
+bool view_vector(PyObject* object, std::int64_t length, const float*& data) {
+  dlpack::Tensor tensor;
+  if (!view(object, tensor) || !is(tensor, dlpack::kFloat, 32) || tensor.ndim != 1 ||
+      tensor.shape[0] != length || !contiguous(tensor))
+    return false;
+  data = static_cast<const float*>(tensor.data);
+  return is_positive(object);
 }
 
 bool view_input(PyObject* object, dlpack::Tensor& tensor, Element& element) {
@@ -128,7 +128,7 @@ bool read_weight(PyObject* packed, PyObject* scale, PyObject* bias, std::int64_t
   }
   if ((weight.type == WeightType::int8) != (scale != Py_None)) return false;
   if (scale != Py_None && !view_vector(scale, n, weight.scale)) return false;
-  if (bias != Py_None && (!view_vector(bias, n, weight.bias) || !is_positive(bias))) return false;
+  if (bias != Py_None && !view_vector(bias, n, weight.bias)) return false;
   weight.n = n;
   weight.k = k;
   weight.data = tensor.data;
@@ -162,6 +162,12 @@ bool to_int(PyObject* object, std::int64_t& value) {
     PyErr_Clear();
     return false;
   }
+  return true;
+}
+
+bool to_float(PyObject* object, float& value) {
+  if (!PyFloat_CheckExact(object)) return false;
+  value = static_cast<float>(PyFloat_AS_DOUBLE(object));
   return true;
 }
 

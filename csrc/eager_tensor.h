@@ -24,6 +24,9 @@ bool view(PyObject* object, dlpack::Tensor& tensor);
 // The same for int64 kept channels: contiguous, any length.
 bool view_index(PyObject* object, const std::int64_t*& index, std::int64_t& length);
 
+// fp32 [length], contiguous, without a minus sign that torch keeps aside (x.conj().imag).
+bool view_vector(PyObject* object, std::int64_t length, const float*& data);
+
 // The same for x and residual: fp32 or bf16, without a minus sign that torch keeps aside (x.conj().imag).
 bool view_input(PyObject* object, dlpack::Tensor& tensor, Element& element);
 
@@ -47,6 +50,7 @@ bool read_weight(PyObject* packed, PyObject* scale, PyObject* bias, std::int64_t
                  Packed& weight);
 
 bool to_int(PyObject* object, std::int64_t& value);
+bool to_float(PyObject* object, float& value);
 bool read_activation(PyObject* object, Activation& activation);
 bool read_threads(PyObject* object, int& threads);
 

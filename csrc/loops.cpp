@@ -127,7 +127,8 @@ class Loops {
     args.panel = stored(p, 0);
     args.k = weight_.k;
     args.acc = sums_;
-    args.ahead = stream_ahead(rows_.size() == 1 && weight_.type == WeightType::bf16);
+    args.into_l1 = rows_.size() == 1 && weight_.type == WeightType::bf16 && is_amd();
+    args.ahead = args.into_l1 ? kStreamAheadL1 : stream_ahead(false);
     for (std::int64_t t = 0; t < tiles_; ++t) {
       const Range tile = share(rows_.size(), t, tiles_);
       args.a = x_.data + tile.begin * x_.stride;

@@ -31,7 +31,7 @@ struct TileArgs {
 };
 
 // acc [rows, width] = a [rows, k] times a panel of bf16 or int8 weights (without the scale) as pack_weight
-// made it. ahead: bytes from what is read to what is drawn into L2.
+// made it. ahead: bytes from what is read to what is drawn into L2, or past it into L1.
 struct StreamArgs {
   const float* a;
   std::int64_t a_stride;
@@ -39,6 +39,7 @@ struct StreamArgs {
   std::int64_t k;
   float* acc;
   std::int64_t ahead;
+  bool into_l1;
 };
 
 // A panel in fp32: [k, width] from what pack_weight made of it, for bf16 (pairs of k: from an even one on,

@@ -25,7 +25,8 @@ struct Int8Weights {
   static typename V::F odd(const T* panel, int c) { return V::load(panel + 2 * V::kWidth + c); }
 };
 
-// acc [R, width] = a [R, k] times one panel. Weights are drawn into L2 from `ahead` bytes on.
+// acc [R, width] = a [R, k] times one panel. Weights are drawn into L2 from `ahead` bytes on, or, of one row,
+// into L1.
 template <class V, int R, class Weights>
 void stream(const StreamArgs& args) {
   using F = typename V::F;
@@ -54,8 +55,13 @@ void stream(const StreamArgs& args) {
   std::int64_t k = args.k;
   for (; k >= 4; k -= 4) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kLines; ++i)
-      __builtin_prefetch(reinterpret_cast<const char*>(panel) + args.ahead + i * kLineBytes, 0, 2);
+    for (int i = 0; i < kLines; ++i) {
+      const char* line = reinterpret_cast<const char*>(panel) + args.ahead + i * kLineBytes;
+      if (R == 1 && args.into_l1)
+        __builtin_prefetch(line, 0, 0);
+      else
+        __builtin_prefetch(line, 0, 2);
+    }
 #pragma GCC unroll 2
     for (int i = 0; i < 4; i += 2)
 #pragma GCC unroll 2

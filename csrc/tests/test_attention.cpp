@@ -183,6 +183,36 @@ void run_strange_rows(Isa isa) {
     }
 }
 
+// The same of a lone query, whose heads are its rows.
+void run_strange_heads(Isa isa) {
+  const std::int64_t keys = 41, channels = 20, shared = 3, first[] = {0, channels};
+  std::vector<float> q = random_floats(shared * channels, 1), k = random_floats(keys * channels, 2);
+  const std::vector<float> v = random_floats(keys * channels, 3);
+  std::vector<float> good(shared * channels), y(shared * channels);
+  for (float& x : k) x = std::fabs(x) + 0.1f;
+  AttentionCall call;
+  call.batch = call.heads = call.queries = 1;
+  call.keys = keys;
+  call.shared_by = shared;
+  call.qk_first = call.v_first = first;
+  call.q = q.data();
+  call.k = k.data();
+  call.v = v.data();
+  call.y = good.data();
+  call.q_stride = call.y_stride = shared * channels;
+  call.k_stride = call.v_stride = channels;
+  compact_attention(isa, call);
+  q[0] = kNaN;
+  for (std::int64_t i = 0; i < channels; ++i) q[channels + i] = -std::numeric_limits<float>::infinity();
+  call.y = y.data();
+  compact_attention(isa, call);
+  for (std::int64_t i = 0; i < channels; ++i) {
+    CHECK(std::isnan(y[i]), "%s: NaN of a query is lost", name(isa));
+    CHECK(std::isfinite(y[channels + i]), "%s: -inf has become %g", name(isa), y[channels + i]);
+    CHECK(y[2 * channels + i] == good[2 * channels + i], "%s: another head has changed", name(isa));
+  }
+}
+
 std::string refusal(std::vector<std::int64_t> qk, std::vector<std::int64_t> v, int threads,
                     std::int64_t shared_by = 1, std::int64_t queries = 1) {
   AttentionCall call;
@@ -226,6 +256,7 @@ int main() {
     run(isa, {1, 5, 5, {}, {}});
     run(isa, {1, 5, 5, {3, 4}, {0, 0}});
     run_strange_rows(isa);
+    run_strange_heads(isa);
     // Decoders: grouped queries, the last tokens of all, one token, several blocks of keys, padding on both
     // sides.
     for (std::int64_t shared : {1, 3, 17})
@@ -233,6 +264,12 @@ int main() {
         for (Mask mask : {Mask::none, Mask::padding, Mask::holes, Mask::nothing_allowed})
           run(isa,
               {2, queries, 33, ragged_qk, ragged_v, mask, int(1 + queries % 3), 1.0f, 0.3f, shared, true});
+    // A lone query without a mask: any number of keys, heads wider than four vectors.
+    for (std::int64_t keys = 1; keys <= 35; ++keys)
+      run(isa, {2, 1, keys, ragged_qk, ragged_v, Mask::none, 1, 1.0f, 0.3f, 3, true});
+    run(isa, {2, 1, 700, {130, 0, 65}, {7, 129, 80}, Mask::none, 2, 1.0f, 0.3f, 2, true});
+    run(isa, {1, 1, 600, {16}, {16}, Mask::none, 1, 1e4f, 0.3f, 1, true});
+    run(isa, {1, 1, 60, {16}, {16}, Mask::none, 1, 1e15f, 1e15f, 2, true});
     run(isa, {1, 300, 300, {20, 0}, {33, 8}, Mask::none, 2, 1.0f, 0.3f, 2, true});
     run(isa, {1, 40, 600, {20}, {33}, Mask::holes, 1, 1.0f, 0.3f, 2, true});
     run(isa, {1, 20, 600, {16}, {16}, Mask::none, 1, 1e4f, 0.3f, 1, true});

@@ -35,6 +35,8 @@ void run(std::int64_t batch, std::int64_t tokens, std::vector<std::int64_t> firs
   call.y = y.data();
   call.x_stride = x_stride;
   call.x_batch_stride = tokens * x_stride;
+  call.y_stride = shared * channels;
+  call.y_batch_stride = tokens * call.y_stride;
   call.cos_stride = call.sin_stride = table_stride;
   call.cos_batch_stride = call.sin_batch_stride = one_table ? 0 : tokens * table_stride;
   call.threads = threads;

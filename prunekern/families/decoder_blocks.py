@@ -12,6 +12,7 @@ from ..nn import CompactAttention, mlp_call, pick_channels, place_channels
 from ..ops import rotate_pairs
 from .blocks import PacksTogether, causal_key_mask_of, for_each, is_hooked, is_shrunk
 from .decoder import HeadLayout
+from .decoder_step import Step, make_step, takes
 
 
 class CompactCausalAttention(PacksTogether):
@@ -28,6 +29,7 @@ class CompactCausalAttention(PacksTogether):
 
     names = ("q_proj", "k_proj", "v_proj")
     eager: Callable  # transformers' own attention for "eager"
+    norms_heads = False  # whether `normed` does anything
 
     def make_compact(self, linears, layout: HeadLayout) -> None:
         """Take q, k, v and o of a block, in place of the dense ones."""
@@ -48,6 +50,11 @@ class CompactCausalAttention(PacksTogether):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [batch, tokens, hidden] -> [batch, tokens, kept context], and attention weights or None."""
         if self.layout.kv == 0:  # no value channel is left in the layer: o adds its bias to the residual
+            if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+                raise ValueError(
+                    f"output_attentions must be False (got True): block {self.layer_idx} of this compact model has no "
+                    "attention head left, and every later block's weights would stand in the wrong place"
+                )
             nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
             self._cached(nothing, nothing, past_key_values)
             return nothing, None
@@ -135,17 +142,40 @@ class CompactCausalAttention(PacksTogether):
 
 
 class CompactDecoderLayer:
-    """A block whose projections write into the residual directly: to be mixed into transformers' decoder layer."""
+    """A block whose projections write into the residual directly: to be mixed into transformers' decoder layer.
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    A few tokens after a cache are one C++ call (`decoder_step`) where the block is an ordinary one.
+    """
+
+    _step: Step | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> Tensor:
+        if takes(hidden_states, attention_mask, past_key_values):
+            step = self._step
+            if step is None or not step.is_fresh():
+                step = self._step = make_step(self)
+            y = None if step is None else step(hidden_states, position_embeddings, past_key_values)
+            if y is not None:
+                return y
         attention, mlp = self.self_attn, self.mlp
-        context, _ = attention(self.input_layernorm(hidden_states), **kwargs)
+        kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+        context, _ = attention(self.input_layernorm(hidden_states), past_key_values=past_key_values, **kwargs)
         hidden_states = attention.o_proj(context, residual=hidden_states)
         x = self.post_attention_layernorm(hidden_states)
         gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         if is_hooked(mlp, gate, up, down) or is_shrunk(gate, up, down):
             return hidden_states + mlp(x)
         return mlp_call(up, down, x, hidden_states, self.activation, gate)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_step": None}
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

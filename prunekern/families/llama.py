@@ -13,6 +13,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from .decoder import Block, Heads, compact_attention_linears, compact_ffn_linears, decoder_table, heads_of
 from .decoder_blocks import CompactCausalAttention, CompactDecoderLayer
 from .linears import Make, activation_name
+from .norms import make_norms_fast
 from .table import Table
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -52,6 +53,7 @@ class CompactQwen3Attention(CompactCausalAttention, modeling_qwen3.Qwen3Attentio
     """Norms over each query and key head read all their channels, so that none of these is pruned."""
 
     eager = staticmethod(modeling_qwen3.eager_attention_forward)
+    norms_heads = True
 
     def normed(self, query, key):
         query, key = (t.unflatten(-1, (-1, self.head_dim)) for t in (query, key))
@@ -111,3 +113,4 @@ def rebuild(model: nn.Module, plan, make: Make) -> None:
         mlp.gate_proj, mlp.up_proj, mlp.down_proj = compact_ffn_linears(make, plan, block)
         module.activation = activation
         module.__class__ = parts.compact_layer
+    make_norms_fast(model)

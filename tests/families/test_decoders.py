@@ -234,6 +234,26 @@ def test_whole_masks_gone(family, gone):
         assert torch.equal(generated(small, batch(2), 8), generated(model, batch(2), 8))
 
 
+def test_generation_that_needs_removed_heads_is_refused():
+    """Weights of the heads left are given; where a block has none, the tuple would be one short and shifted."""
+    model = build(attention="eager", dtype=torch.float64)
+    pruner = attached(model)
+    keep_only(pruner, {names(1)["v"]: np.arange(KV_HEADS * HEAD_DIM) >= HEAD_DIM})
+    asked = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 2, "do_sample": False}
+    small = pk.compact(model)
+    weights = small.generate(**batch(1), **asked).attentions[0]
+    assert [w.shape[1] for w in weights] == [HEADS, HEADS // KV_HEADS]
+    keep_only(pruner, {names(1)["v"]: np.zeros(KV_HEADS * HEAD_DIM, bool)})
+    small = pk.compact(model)
+    with pytest.raises(ValueError, match=r"output_attentions must be False \(got True\): block 1 .* no attention head"):
+        small.generate(**batch(1), **asked)
+    small.generation_config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        small.generate(**batch(1), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    with torch.no_grad():
+        assert small(**batch(1)).logits.isfinite().all()
+
+
 def test_qwen3_keeps_queries_and_keys():
     model = build("qwen3")
     pruner = prune(attached(model), 0.9, seed=1)

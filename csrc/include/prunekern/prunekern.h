@@ -2,7 +2,10 @@
 #pragma once
 
 #include "prunekern/attention.h"
+#include "prunekern/attention_block.h"
+#include "prunekern/decoder_block.h"
 #include "prunekern/isa.h"
 #include "prunekern/linear.h"
 #include "prunekern/mlp.h"
+#include "prunekern/norm.h"
 #include "prunekern/rotary.h"

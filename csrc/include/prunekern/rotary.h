@@ -16,10 +16,10 @@ struct RotaryCall {
   const float* x = nullptr;    // [batch, tokens, shared_by * first[heads]]
   const float* cos = nullptr;  // [batch, tokens, angles]
   const float* sin = nullptr;
-  float* y = nullptr;  // [batch, tokens, shared_by * first[heads]], contiguous
+  float* y = nullptr;  // [batch, tokens, shared_by * first[heads]]
   // Of one sequence, and of one token; channels are contiguous.
   std::int64_t x_batch_stride = 0, x_stride = 0, cos_batch_stride = 0, cos_stride = 0;
-  std::int64_t sin_batch_stride = 0, sin_stride = 0;
+  std::int64_t sin_batch_stride = 0, sin_stride = 0, y_batch_stride = 0, y_stride = 0;
   int threads = 1;
 };
 
