@@ -14,7 +14,7 @@ from .split import check_shares, draw, grouped_split, take_rows, text_key
 from .task import SPLITS, DataError
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -68,15 +68,7 @@ class ChoiceTask:
         the longest choice). Raises ValueError when max_length is not in 2..what the tokenizer's model takes, or a
         continuation does not leave room for one token before it.
         """
-        most = tokenizer.model_max_length
-        if not 2 <= max_length <= most:
-            raise ValueError(f"encode: max_length must be in 2..{most} (got {max_length})")
-        return self.splits.map(
-            _encode_item,
-            remove_columns=self.splits["train"].column_names,
-            fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
-            desc="encoding",
-        )
+        return type(self.splits)({name: _encoded(rows, tokenizer, max_length) for name, rows in self.splits.items()})
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable:
         """A callable: list of encoded items -> input_ids and attention_mask [items * choices, tokens], padded on the
@@ -94,7 +86,8 @@ class ChoiceTask:
         """({"accuracy": share of right answers}, log-likelihoods [items, choices]) on the scored split."""
         import torch
 
-        data, device = self.encode(tokenizer, max_length)[split or self.score_split], next(model.parameters()).device
+        data = _encoded(self.splits[split or self.score_split], tokenizer, max_length)
+        device = next(model.parameters()).device
         order = torch.tensor(data["length"]).argsort(stable=True).tolist()
         collate, rows = self.collator(tokenizer), [data[i] for i in order]
         choices = max(len(row["counted"]) for row in rows)
@@ -155,19 +148,34 @@ class Collator:
         }
 
 
-def _encode_item(item: Mapping[str, Any], tokenizer, max_length: int) -> dict[str, Any]:
-    input_ids, counted = [], []
-    for context, continuation in zip(item["contexts"], item["continuations"], strict=True):
-        whole = tokenizer(context + continuation)["input_ids"]
-        count = max(1, len(whole) - len(tokenizer(context)["input_ids"]))
-        if count >= min(max_length, len(whole)):
+def _encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """See `ChoiceTask.encode`."""
+    most = tokenizer.model_max_length
+    if not 2 <= max_length <= most:
+        raise ValueError(f"encode: max_length must be in 2..{most} (got {max_length})")
+    given = {"tokenizer": tokenizer, "max_length": max_length}
+    return rows.map(_encode_batch, batched=True, remove_columns=rows.column_names, fn_kwargs=given, desc="encoding")
+
+
+def _encode_batch(rows: Mapping[str, list], tokenizer, max_length: int) -> dict[str, list]:
+    contexts, continuations = ([text for row in rows[name] for text in row] for name in ("contexts", "continuations"))
+    whole = tokenizer([c + e for c, e in zip(contexts, continuations, strict=True)])["input_ids"]
+    known = tokenizer(contexts)["input_ids"]
+    counts = [max(1, len(ids) - len(before)) for ids, before in zip(whole, known, strict=True)]
+    for ids, count, continuation in zip(whole, counts, continuations, strict=True):
+        if count >= min(max_length, len(ids)):
             raise ValueError(
                 f"encode: max_length must leave room before the {count} tokens of {continuation!r} (got {max_length})"
             )
-        input_ids.append(whole[-max_length:])
-        counted.append(count)
-    length = max(map(len, input_ids))
-    return {"input_ids": input_ids, "counted": counted, "labels": item["label"], "length": length}
+    encoded: dict[str, list] = {"input_ids": [], "counted": [], "labels": rows["label"], "length": []}
+    first = 0
+    for row in rows["contexts"]:
+        choices = slice(first, first + len(row))
+        encoded["input_ids"].append([ids[-max_length:] for ids in whole[choices]])
+        encoded["counted"].append(counts[choices])
+        encoded["length"].append(max(map(len, encoded["input_ids"][-1])))
+        first = choices.stop
+    return encoded
 
 
 def choice_task(name: str, items: Mapping[str, Sequence[Item]]) -> ChoiceTask:
