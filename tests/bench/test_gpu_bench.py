@@ -1,11 +1,17 @@
 """bench/gpu.py rehearsed on the CPU: its gates, its tables, and how a promise is judged."""
 
+import json
+import time
+
 import gpu
 import gpu_layers as layers
+import gpu_tune
 import pytest
 import torch
 from gpu_models import decoders
 from gpu_timing import median_seconds, peak_memory, sets_for
+
+from prunekern.kernels.launch import configs
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -72,3 +78,26 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu.main()
     assert "'gain,nonsense'" in capsys.readouterr().err
+
+
+def test_tuning_leaves_what_ships_and_refuses_a_wrong_answer():
+    shipped = json.dumps(configs())
+    for name, subject in gpu_tune.subjects(small=True).items():
+        rows = gpu_tune.tune(subject, CPU, FP32, time.perf_counter() + 60, 2)
+        assert [r["what"] for r in rows].count("shipped") == 2 and len(rows) == 4, name
+        assert all(r["error"] < 1e-5 and r["us"] > 0 for r in rows), name
+    assert json.dumps(configs()) == shipped
+    calls, want = subject.make(CPU, FP32)
+    wrong = gpu_tune.Subject(subject.kernel, 8, lambda *_: (calls, want + 0.1 * want.abs().mean()), subject.grid)
+    assert all(r["us"] != r["us"] for r in gpu_tune.tune(wrong, CPU, FP32, time.perf_counter() + 60, 2))  # NaN
+    late = gpu_tune.tune(subject, CPU, FP32, 0.0, 2)  # time is up: what ships is timed all the same
+    assert [r["what"] for r in late] == ["shipped", "shipped"]
+
+
+def test_tuning_knows_every_kernel_of_the_promises():
+    subjects = gpu_tune.subjects(small=False)
+    known = configs()["sm_90"]
+    for subject in subjects.values():
+        names = {n for entry in known[subject.kernel]["16"] for n in entry} - {"up_to", "BLOCK_R"}
+        assert set(subject.grid) - {"BLOCK_R"} == names, subject.kernel
+    assert {s.kernel for s in subjects.values()} >= {"dora_gain", "dora_compose", "dora_backward", "compact_linear"}

@@ -1,0 +1,263 @@
+"""Which block sizes are fastest on this GPU? Every kernel of the promises over a grid, beside what configs.json ships.
+
+    python bench/gpu_tune.py                          # all subjects, about 8 minutes on a machine with 16 cores
+    python bench/gpu_tune.py --only gain-16,linear-8192
+    python bench/gpu_tune.py --device cpu             # a rehearsal without a GPU, small, through the references
+
+Processes of their own compile all candidates first (Triton keeps what they made on disk); then each is checked against
+float64 and timed, alone, on inputs that take turns. bench/results/gpu-tune-NAME.json holds every candidate's time; what
+wins by more than the spread of the shipped entry's own two timings belongs into prunekern/kernels/configs.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the GPU's machine need not have the package installed
+
+# ruff: noqa: E402
+import report
+import torch
+from gpu_timing import median_seconds, sets_for
+
+from prunekern import kernels, ops
+from prunekern.kernels import dora_linear as dora_kernels
+from prunekern.kernels.launch import configs, device_of, pick
+
+SCALE = 2.0
+LIMIT = 540  # seconds in all
+Calls = list[Callable[[], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """kernel: as in configs.json. size: what its entries go by (rank or rows). calls: on sets of inputs, each returning
+    what is checked; want: the first one's answer. grid: values of each entry of a candidate.
+    """
+
+    kernel: str
+    size: int
+    make: Callable[[torch.device, torch.dtype], tuple[Calls, torch.Tensor]]
+    grid: dict[str, tuple[int, ...]]
+
+    def candidates(self) -> Iterator[dict[str, int]]:
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+
+def gain(N: int, K: int, r: int):
+    def make(device, dtype):
+        V = [torch.randn(N, K, device=device, dtype=dtype) for _ in range(sets_for(2 * N * K, device))]
+        A, B = torch.randn(r, K, device=device) / K**0.5, torch.randn(N, r, device=device)
+        m, m_b = torch.rand(N, device=device) + 0.5, (torch.rand(N, device=device) > 0.3).float()
+        sqnorm = ops.row_sqnorm(V[0])
+        W = V[0].double() + SCALE * (B.to(dtype).double() @ A.to(dtype).double())
+        calls = [lambda v=v: ops.dora_gain(v, A, B, m, m_b, SCALE, sqnorm)[0] for v in V]
+        return calls, m_b * m / W.square().sum(1).sqrt()
+
+    return make
+
+
+def composed(N: int, T: int, r: int):
+    """The forward pass by the vendor's product and the compose kernel."""
+
+    def make(device, dtype):
+        x = torch.randn(T, N, device=device, dtype=dtype)
+        V = [torch.randn(N, N, device=device, dtype=dtype) / N**0.5 for _ in range(2)]
+        A, B = torch.randn(r, N, device=device, dtype=dtype), 0.01 * torch.randn(N, r, device=device, dtype=dtype)
+        factor = torch.rand(N, device=device)
+        want = x.double() @ V[0].double().T + SCALE * (x.double() @ A.double().T) @ B.double().T
+
+        def call(v):
+            if device.type == "cuda":
+                return dora_kernels.forward(x, v, A, B, factor, None, SCALE, None, False)[0]
+            return ops.dora_linear(x, v, A, B, factor, None, SCALE)
+
+        return [lambda v=v: call(v) for v in V], factor * want
+
+    return make
+
+
+def backward(N: int, T: int, r: int):
+    def make(device, dtype):
+        dys = [torch.randn(T, N, device=device, dtype=dtype) for _ in range(2)]
+        z, p = torch.randn(T, N, device=device, dtype=dtype), torch.randn(T, r, device=device, dtype=dtype)
+        B, factor = torch.randn(N, r, device=device, dtype=dtype), torch.rand(N, device=device)
+
+        def call(dy):
+            if device.type != "cuda":
+                return dy * factor.to(dtype)
+            one = (dy, z, p, B, factor, None, SCALE, r <= 64, True, True, False, False)
+            return dora_kernels.backward(*one)[0]
+
+        return [lambda dy=dy: call(dy) for dy in dys], dys[0].double() * factor
+
+    return make
+
+
+def linear(n_out: int, n_in: int, rows: int, share: float = 0.25):
+    def make(device, dtype):
+        generator = torch.Generator().manual_seed(0)
+        out = torch.randperm(n_out, generator=generator)[: round(n_out * (1 - share))].sort().values.to(device)
+        N, K = out.numel(), round(n_in * (1 - share))
+        Ws = [torch.randn(N, K, device=device, dtype=dtype) / K**0.5 for _ in range(sets_for(2 * N * K, device))]
+        x = torch.randn(rows, K, device=device, dtype=dtype)
+        residual = torch.randn(rows, n_out, device=device, dtype=dtype)
+        want = residual.double()
+        want[:, out] += x.double() @ Ws[0].double().T
+        return [lambda w=w: ops.compact_linear(x, w, None, None, out, n_out, "none", residual) for w in Ws], want
+
+    return make
+
+
+def gated(H: int, K: int, rows: int):
+    def make(device, dtype):
+        sets = [
+            [torch.randn(H, K, device=device, dtype=dtype) / K**0.5 for _ in range(2)]
+            for _ in range(sets_for(4 * H * K, device))
+        ]
+        x = torch.randn(rows, K, device=device, dtype=dtype)
+        up, gate = (x.double() @ w.double().T for w in sets[0])
+
+        def call(u, g):
+            if device.type != "cuda":
+                return torch.nn.functional.silu(x @ g.T) * (x @ u.T)
+            from prunekern.kernels.compact_mlp import compact_gated
+
+            return compact_gated(x, u, g, None, None, None, None, None, "silu")
+
+        return [lambda u=u, g=g: call(u, g) for u, g in sets], torch.nn.functional.silu(gate) * up
+
+    return make
+
+
+TILES = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+ROWS = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "GROUP": (8,)}
+FEW = {"BLOCK_M": (16,), "BLOCK_N": (16, 32, 64), "BLOCK_K": (64, 128, 256), "GROUP": (1,)}
+
+
+def subjects(small: bool) -> dict[str, Subject]:
+    """By name. small: sizes for a CPU."""
+    N, K, T = (64, 48, 32) if small else (4096, 4096, 8192)
+    ffn = 96 if small else 11008
+    stages = {"num_stages": (2, 3, 4, 5)}
+    found = {}
+    for r in (4,) if small else (16, 64):
+        norm = {"BLOCK_N": (16, 32, 64, 128), "BLOCK_K": (64, 128, 256), "STAGES": (2, 3, 4)}
+        found[f"gain-{r}"] = Subject("dora_gain", r, gain(N, K, r), {**norm, **TILES})
+        pass_ = {"BLOCK_T": (32, 64, 128), "BLOCK_N": (64, 128, 256)}
+        found[f"compose-{r}"] = Subject("dora_compose", r, composed(N, T, r), {**pass_, **TILES})
+        back = {**pass_, "STAGES": (1, 2, 3, 4)}
+        found[f"backward-{r}"] = Subject("dora_backward", r, backward(N, T, r), {**back, "num_warps": (4, 8)} | {
+            "num_stages": (3,)
+        })  # fmt: skip
+    if not small:
+        norm = {"BLOCK_N": (64, 128, 256), "BLOCK_K": (64, 128), "BLOCK_R": (32, 64, 128), "STAGES": (1,)}
+        found["gain-384"] = Subject("dora_gain", 384, gain(N, K, 384), {**norm, **TILES})
+    for rows in (8,) if small else (16, 1024, 8192):
+        grid = {**(FEW if rows <= 16 else ROWS), "num_warps": (4, 8), **stages}
+        found[f"linear-{rows}"] = Subject("compact_linear", rows, linear(N, ffn, rows), grid)
+        found[f"gated-{rows}"] = Subject("compact_gated", rows, gated(ffn, K, rows), grid)
+    return found
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def use(subject: Subject, architecture: str, bits: str, entry: dict[str, int]) -> None:
+    """From now on the kernel takes this entry, whatever the size."""
+    configs()[architecture][subject.kernel][bits] = [entry]
+
+
+def tune(subject: Subject, device: torch.device, dtype: torch.dtype, end: float, most: int) -> list[dict]:
+    """Every candidate that runs and is right, fastest first; the shipped entry twice, as "shipped"."""
+    calls, want = subject.make(device, dtype)
+    architecture, bits = device_of(calls[0]())[0], str(8 * dtype.itemsize)
+    kept = configs()[architecture][subject.kernel][bits]
+    shipped = pick(subject.kernel, architecture, dtype, subject.size)
+    tried = [("shipped", shipped), *(("", entry) for entry in list(subject.candidates())[:most]), ("shipped", shipped)]
+    rows = []
+    for what, entry in tried:
+        if time.perf_counter() > end and not what:
+            continue
+        use(subject, architecture, bits, entry)
+        try:
+            error = relative(calls[0](), want)
+            seconds = median_seconds({"it": calls}, device, 0.06)["it"] if error <= 1e-2 else float("nan")
+        except Exception as problem:  # out of shared memory, registers, or what Triton does not compile
+            rows.append({"entry": entry, "what": what, "problem": f"{type(problem).__name__}: {problem}"[:200]})
+            continue
+        rows.append({"entry": entry, "what": what, "us": round(1e6 * seconds, 2), "error": error})
+    configs()[architecture][subject.kernel][bits] = kept
+    right = [r for r in rows if "us" in r and r["error"] <= 1e-2]
+    return sorted(right, key=lambda r: r["us"]) + [r for r in rows if r not in right]
+
+
+def warm(names: list[str], device: torch.device, dtype: torch.dtype, part: int, parts: int, small: bool) -> None:
+    """Compile this process's share of the candidates by running them once."""
+    for name in names:
+        subject = subjects(small)[name]
+        calls, _ = subject.make(device, dtype)
+        architecture = device_of(calls[0]())[0]
+        for entry in list(subject.candidates())[part::parts]:
+            use(subject, architecture, str(8 * dtype.itemsize), entry)
+            try:
+                calls[0]()
+            except Exception:  # `tune` meets it again, and says so
+                continue
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--only", help="subjects, with commas between")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
+    parser.add_argument("--out", default=str(report.RESULTS))
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    small, start = args.device == "cpu", time.perf_counter()
+    known = subjects(small)
+    names = args.only.split(",") if args.only else list(known)
+    if not set(names) <= set(known):
+        parser.error(f"--only: {args.only!r} must name some of {', '.join(known)}")
+    if not small and (not torch.cuda.is_available() or kernels.problem()):
+        parser.error(f"--device cuda: {kernels.problem() or 'there is no GPU that PyTorch sees'}")
+    device, dtype = torch.device(args.device), torch.float32 if small else torch.bfloat16
+    if args.warm:
+        return warm(names, device, dtype, *map(int, args.warm.split("/")), small)
+    found = {}
+    for name in names:
+        if not small:
+            command = [sys.executable, __file__, "--only", name, "--warm"]
+            shares = [f"{i}/{args.processes}" for i in range(args.processes)]
+            for process in [subprocess.Popen([*command, share]) for share in shares]:
+                process.wait()
+        rows = found[name] = tune(known[name], device, dtype, start + LIMIT, 2 if small else 10**6)
+        best = [{"us": r["us"], "what": r["what"], **r["entry"]} for r in rows if "us" in r]
+        columns = dict.fromkeys(key for row in best for key in row)
+        shown = [{key: row.get(key) for key in columns} for row in best if row["what"] or row in best[:5]]
+        report.table(f"{name}: {len(best)} of {len(rows)} run ({time.perf_counter() - start:.0f} s so far)", shown)
+    if small:
+        return
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-")
+    path = Path(args.out) / f"gpu-tune-{gpu}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"command": "python bench/gpu_tune.py", "gpu": gpu, "torch": torch.__version__}
+    path.write_text(json.dumps({**facts, "dtype": str(dtype), **found}, indent=1) + "\n")
+    print(f"wrote {path.name}")
+
+
+if __name__ == "__main__":
+    main()
