@@ -32,6 +32,7 @@ import torch
 from gpu_timing import median_seconds, sets_for
 
 from prunekern import kernels, ops
+from prunekern.kernels import dora_gain
 from prunekern.kernels import dora_linear as dora_kernels
 from prunekern.kernels.launch import configs, device_of, pick
 
@@ -56,15 +57,24 @@ class Subject:
             yield dict(zip(self.grid, values, strict=True))
 
 
-def gain(N: int, K: int, r: int):
+def gain(N: int, K: int, r: int, as_it_is: int = dora_gain.AS_IT_IS):
+    """as_it_is: largest rank whose A is not cast."""
+
     def make(device, dtype):
         V = [torch.randn(N, K, device=device, dtype=dtype) for _ in range(sets_for(2 * N * K, device))]
         A, B = torch.randn(r, K, device=device) / K**0.5, torch.randn(N, r, device=device)
         m, m_b = torch.rand(N, device=device) + 0.5, (torch.rand(N, device=device) > 0.3).float()
         sqnorm = ops.row_sqnorm(V[0])
         W = V[0].double() + SCALE * (B.to(dtype).double() @ A.to(dtype).double())
-        calls = [lambda v=v: ops.dora_gain(v, A, B, m, m_b, SCALE, sqnorm)[0] for v in V]
-        return calls, m_b * m / W.square().sum(1).sqrt()
+
+        def call(v):
+            kept, dora_gain.AS_IT_IS = dora_gain.AS_IT_IS, as_it_is
+            try:
+                return ops.dora_gain(v, A, B, m, m_b, SCALE, sqnorm)[0]
+            finally:
+                dora_gain.AS_IT_IS = kept
+
+        return [lambda v=v: call(v) for v in V], m_b * m / W.square().sum(1).sqrt()
 
     return make
 
@@ -164,6 +174,7 @@ def subjects(small: bool) -> dict[str, Subject]:
         })  # fmt: skip
     if not small:
         norm = {"BLOCK_N": (64, 128, 256), "BLOCK_K": (64, 128), "BLOCK_R": (32, 64, 128), "STAGES": (1,)}
+        found["gain-64-uncast"] = Subject("dora_gain", 64, gain(N, K, 64, 64), found["gain-64"].grid)
         found["gain-384"] = Subject("dora_gain", 384, gain(N, K, 384), {**norm, **TILES})
     for rows in (8,) if small else (16, 1024, 8192):
         grid = {**(FEW if rows <= 16 else ROWS), "num_warps": (4, 8), **stages}

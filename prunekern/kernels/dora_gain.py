@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .launch import by_rank, cdiv, device_of, launchable, on_device, precision, rows_of
 
+# Largest rank whose A is read as it is, in fp32: every row block reads it again, from L2, but a cast is a launch more.
+AS_IT_IS = 16
+
 
 @triton.jit
 def dora_gain_kernel(
@@ -112,7 +115,7 @@ def dora_gain(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s:
     architecture, processors = device_of(V)
     chosen = by_rank("dora_gain", architecture, V.dtype, r)
     V, A, B = rows_of(V), rows_of(A), rows_of(B)
-    if r > 16:  # below, A is small enough to be read as it is; a cast is a launch more
+    if r > AS_IT_IS or not chosen["ONE_BLOCK"]:
         A = A.to(V.dtype)
     tiles = cdiv(N, chosen["BLOCK_N"])
     if chosen["ONE_BLOCK"]:
