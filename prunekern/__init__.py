@@ -21,7 +21,7 @@ _WHERE = {
     "compact_files": "streaming",
     "save": "checkpoint",
     "load": "checkpoint",
-    "push_to_hub": "card",
+    "push_to_hub": "hub",
     "save_stock": "stock",
     "export_onnx": "export",
     "plain_twin": "plain",

@@ -1,20 +1,15 @@
-"""The model card of a compact model, and its way to the hub."""
+"""The model card of a compact model."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .plan import Plan
 from .plan import plan as plan_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _INTRO = """Compact: channels that fine-tuning found it could do without are gone, so that its layers have shapes of
 their own. It loads where prunekern is installed:"""
@@ -61,30 +56,3 @@ def _rows(plan: Plan) -> list[str]:
         f"| `{name}` | {p.rows.numel():,} | {p.out_features:,} | {p.cols.numel():,} | {p.in_features:,} |"
         for name, p in plan.layers.items()
     ]
-
-
-def push_to_hub(
-    model: nn.Module,
-    repo_id: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    command: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str = "Compact model",
-) -> str:
-    """Upload what `save` writes, the model card, and the tokenizer; returns the commit's address.
-
-    The repository is made where it is missing. ValueError for a model that is not compact; what huggingface_hub raises
-    where the hub cannot be reached or refuses.
-    """
-    from huggingface_hub import HfApi
-
-    from .checkpoint import save
-
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, command=command)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))

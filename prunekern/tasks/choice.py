@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .files import check_text
 from .readers import read
-from .split import check_shares, draw, grouped_split, take_rows, text_key
-from .task import SPLITS, DataError
+from .split import check_shares, draw, grouped_split, text_key
+from .task import SPLITS, DataError, take_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

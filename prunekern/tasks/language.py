@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .split import check_shares, draw, take_rows, text_key
-from .task import SPLITS, DataError
+from .split import check_shares, draw, text_key
+from .task import SPLITS, DataError, take_rows
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""A deterministic split that no duplicate straddles, and samples of one."""
+"""A deterministic split that no duplicate straddles."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from .task import SPLITS, DataError
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
+from .task import DataError
 
 _WORD = re.compile(r"\w+")
 
@@ -67,20 +63,3 @@ def draw(path: str | os.PathLike, keys: Sequence[str], shares: Mapping[str, floa
                 f"{' and '.join(shares)} from: {name} came out empty"
             )
     return parts
-
-
-def take_rows(splits: DatasetDict, most: Sequence[int | None], seed: int) -> DatasetDict:
-    """At most that many rows of train, validation and test, drawn without replacement; None keeps a split whole.
-
-    The draw depends on `seed` only, and a smaller one is contained in a larger one.
-    Raises ValueError for a number below 1.
-    """
-    taken = {}
-    for name, rows in zip(SPLITS, most, strict=True):
-        if rows is not None and rows < 1:
-            raise ValueError(f"take: {name} must be at least 1 row (got {rows})")
-        if name in splits:
-            data = splits[name]
-            whole = rows is None or rows >= len(data)
-            taken[name] = data if whole else data.shuffle(seed=seed).select(range(rows))
-    return type(splits)(taken)

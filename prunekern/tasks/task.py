@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +76,6 @@ class Task:
         The draw depends on `seed` only, and a smaller one is contained in a larger one.
         Raises ValueError for a number below 1.
         """
-        from .split import take_rows
-
         return replace(self, splits=take_rows(self.splits, (train, validation, test), seed))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> DatasetDict:
@@ -131,6 +129,23 @@ class Task:
         from . import metrics
 
         return {self.metric: metrics.score(self.metric, prediction.predictions, prediction.label_ids)}
+
+
+def take_rows(splits: DatasetDict, most: Sequence[int | None], seed: int) -> DatasetDict:
+    """At most that many rows of train, validation and test, drawn without replacement; None keeps a split whole.
+
+    The draw depends on `seed` only, and a smaller one is contained in a larger one.
+    Raises ValueError for a number below 1.
+    """
+    taken = {}
+    for name, rows in zip(SPLITS, most, strict=True):
+        if rows is not None and rows < 1:
+            raise ValueError(f"take: {name} must be at least 1 row (got {rows})")
+        if name in splits:
+            data = splits[name]
+            whole = rows is None or rows >= len(data)
+            taken[name] = data if whole else data.shuffle(seed=seed).select(range(rows))
+    return type(splits)(taken)
 
 
 class Collator:
