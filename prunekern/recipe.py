@@ -51,12 +51,25 @@ def load_dense(model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0
 
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    dense = task.model_class().from_pretrained(model, **task.model_kwargs())
+    dense = with_head(task.model_class(), model, task.name, **task.model_kwargs())
     if tokenizer.pad_token is None:  # decoders often come without one; what stands there is masked
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(dense.config, "pad_token_id", None) is None:  # a classifier of theirs reads the last token that is none
         dense.config.pad_token_id = tokenizer.pad_token_id
     return dense, tokenizer
+
+
+def with_head(auto_class: type, model: str, purpose: str, **options):
+    """`auto_class.from_pretrained(model, **options)`; a one-line ValueError where the architecture has no such head."""
+    try:
+        return auto_class.from_pretrained(model, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        from transformers import AutoConfig
+
+        kind = AutoConfig.from_pretrained(model).model_type
+        raise ValueError(f"{model}: is a {kind} model, which has no head for {purpose}") from None
 
 
 def training_arguments(options: TrainOptions, out: Path, **extra):

@@ -151,7 +151,7 @@ def test_eval_by_lm_eval(decoder, tmp_path):
     assert result.exit_code == 0, result.output
     want = evaluate_tasks(small, word_tokenizer(), ["piqa", "boolq"], decoder / "items")
     assert json.loads(out.read_text()) == {"model": str(decoder / "small"), "weights": "bf16"} | want
-    assert f"mean of the bold: {100 * want['mean']:.2f}" in result.output
+    assert f"mean of those marked *: {100 * want['mean']:.2f}" in result.output
     assert f"{100 * want['tasks']['piqa']['acc']:.2f} ± " in result.output and "warning" not in result.output
     first = invoke("eval", decoder / "small", "--tasks", "piqa", *common, "--limit", 1, "--batch-size", 1)
     assert first.exit_code == 0 and "first 1 items" in first.output and "±" not in first.output
@@ -175,7 +175,7 @@ def test_eval_by_lm_eval_refuses_what_it_cannot_score(decoder, files):
     for model, options, message in (
         (decoder / "small", ["--tasks", "pica"], "no task 'pica'"),
         (decoder / "small", ["--tasks", "piqa", "--limit", 0], "limit must be"),
-        (files / "dense", ["--tasks", "piqa"], "DistilBert"),
+        (files / "dense", ["--tasks", "piqa"], "is a distilbert model, which has no head for predicting text"),
     ):
         result = invoke("eval", model, *options, "--local", decoder / "items")
         assert isinstance(result.exception, ValueError) and message in str(result.exception)

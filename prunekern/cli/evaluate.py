@@ -80,8 +80,9 @@ def _loaded(cls, model: Path, weights: str, purpose: str):
     """The model of a folder, compact or dense; ValueError where its head would be a random one."""
     from .. import hf  # noqa: F401  (compact folders load too)
     from ..checkpoint import set_weights
+    from ..recipe import with_head
 
-    loaded, found = cls.from_pretrained(model, output_loading_info=True)
+    loaded, found = with_head(cls, str(model), purpose, output_loading_info=True)
     if found["missing_keys"]:  # transformers draws them at random: a score of that would be a coin toss
         raise ValueError(f"{model}: has no tensor {min(found['missing_keys'])!r}; it was not trained for {purpose}")
     return set_weights(loaded, weights)
@@ -110,7 +111,9 @@ def _lm_eval(model: Path, tasks: str, local, limit, batch_size: int, json_file: 
         table.add_row(name, f"{score['items']:,}", *(_cell(score, metric) for metric in ("acc", "acc_norm")))
     console.print(table)
     items = "all items" if limit is None else f"first {limit} items"
-    console.print(f"mean of the bold: {100 * scores['mean']:.2f} (lm-eval {scores['lm_eval']}, zero-shot, {items})")
+    console.print(
+        f"mean of those marked *: {100 * scores['mean']:.2f} (lm-eval {scores['lm_eval']}, zero-shot, {items})"
+    )
     if scores["truncated"]:
         console.print(f"[yellow]warning:[/] {scores['truncated']:,} prompts were cut to what the model can read")
     if json_file is not None:
@@ -118,9 +121,9 @@ def _lm_eval(model: Path, tasks: str, local, limit, batch_size: int, json_file: 
 
 
 def _cell(score: dict, metric: str) -> str:
-    """A score in points with its standard error; bold where papers quote it."""
+    """A score in points with its standard error; marked where papers quote it."""
     if score[metric] is None:
         return ""
     error = score[f"{metric}_stderr"]
     text = f"{100 * score[metric]:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
-    return f"[bold]{text}[/]" if metric == score["quoted"] else text
+    return f"[bold]{text} *[/]" if metric == score["quoted"] else text
