@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .causal import CausalTask
 from .files import check_text
 from .readers import read
 from .split import check_shares, draw, grouped_split, text_key
-from .task import SPLITS, DataError, take_rows
+from .task import SPLITS, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -30,7 +31,7 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChoiceTask:
+class ChoiceTask(CausalTask):
     """Items with choices of which one is right; what `Task` is for labelled texts.
 
     name: what tables call it. splits: DatasetDict with "train", "validation" and "test", columns as `Item`'s fields.
@@ -43,23 +44,9 @@ class ChoiceTask:
     metric: str = "accuracy"
     score_split: str = "test"
 
-    def model_class(self) -> type:
-        """What loads a model for this task."""
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """For `model_class().from_pretrained`: a language model's head is not new."""
-        return {}
-
     def show(self, value: float) -> str:
         """A score as tables print it, in points."""
         return f"{100 * value:.2f}"
-
-    def take(self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0):
-        """The same task with at most that many items a split, drawn without replacement; None keeps it whole."""
-        return replace(self, splits=take_rows(self.splits, (train, validation, test), seed))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> DatasetDict:
         """Token ids of every choice: context, then continuation; what is longer than max_length loses its beginning.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .causal import CausalTask
 from .split import check_shares, draw, text_key
-from .task import SPLITS, DataError, take_rows
+from .task import SPLITS, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ NO_LIMIT = 1 << 30  # tokenizers that know no limit say 10^30
 
 
 @dataclass(frozen=True)
-class LanguageTask:
+class LanguageTask(CausalTask):
     """Texts to predict, word by word; what `Task` is for labelled ones.
 
     name: what tables call it. splits: DatasetDict with "train", "validation" and "test", one column "text", a document
@@ -35,23 +36,9 @@ class LanguageTask:
     metric: str = METRIC
     score_split: str = "test"
 
-    def model_class(self) -> type:
-        """What loads a model for this task."""
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """For `model_class().from_pretrained`: a language model's head is not new."""
-        return {}
-
     def show(self, value: float) -> str:
         """A score as tables print it."""
         return f"{value:.3f}"
-
-    def take(self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0):
-        """The same task with at most that many documents a split, drawn without replacement; None keeps it whole."""
-        return replace(self, splits=take_rows(self.splits, (train, validation, test), seed))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> DatasetDict:
         """Blocks of exactly max_length tokens: documents of a split joined with the end-of-text token, the rest cut.
