@@ -195,6 +195,43 @@ void count_seen(const AttentionCall& call, const std::vector<std::int64_t>& keys
     seen[i] = std::upper_bound(keys.begin(), keys.end(), call.keys - call.queries + i) - keys.begin();
 }
 
+// The only query of a sequence sees all allowed keys, in every head that shares them: those heads are its
+// rows. Keys and values stay where they are (kernels/lone_query.h says why). row: [keys], scratch.
+void lone_query(const AttentionCall& call, const Kernels& kernel, std::int64_t sequence, std::int64_t head,
+                const std::vector<std::int64_t>& keys, std::vector<std::int64_t>& row, Scratch& scratch) {
+  const std::int64_t qk_first = call.qk_first[head], v_first = call.v_first[head], width = kernel.width;
+  const std::int64_t qk = call.qk_first[head + 1] - qk_first, v = call.v_first[head + 1] - v_first;
+  const std::int64_t n = static_cast<std::int64_t>(keys.size()), p_stride = odd_lines(kKeyBlock);
+  const float* k_from = call.k + sequence * call.k_batch_stride + qk_first;
+  const float* v_from = call.v + sequence * call.v_batch_stride + v_first;
+  float* scores = scratch.get<float>(kernel.rows * (kKeyBlock + p_stride + round_up(v, width)));
+  float *p = scores + kernel.rows * kKeyBlock, *acc = p + kernel.rows * p_stride;
+  alignas(64) float max[kMaxLanes], sum[kMaxLanes], decay[kMaxLanes], after[kMaxLanes];
+  alignas(64) float present[kMaxWidth], all[kMaxWidth];
+  std::fill_n(all, kMaxWidth, 1.0f);
+  for (std::int64_t i = 0; i < kMaxWidth; ++i) present[i] = i < (n - 1) % width + 1 ? 1.0f : 0.0f;
+  for (std::int64_t begin = 0; begin < call.shared_by; begin += kernel.rows) {
+    const std::int64_t rows = std::min<std::int64_t>(kernel.rows, call.shared_by - begin);
+    const float* q = call.q + sequence * call.q_batch_stride + call.shared_by * qk_first + begin * qk;
+    float* y = call.y + sequence * call.y_batch_stride + call.shared_by * v_first + begin * v;
+    std::fill_n(max, kMaxLanes, std::numeric_limits<float>::lowest());
+    std::fill_n(sum, kMaxLanes, 0.0f);
+    for (std::int64_t first = 0; first < n; first += kKeyBlock) {
+      const std::int64_t block = std::min(kKeyBlock, n - first);
+      const bool is_last = first + block == n;
+      for (std::int64_t i = 0; i < block; ++i) row[i] = keys[first + i] * call.k_stride;
+      kernel.attention.score({q, qk, rows, k_from, row.data(), block, qk, call.scale * kLog2E, scores});
+      kernel.attention.softmax({scores, rows, block, is_last ? present : all, p, p_stride, max, sum, decay});
+      for (std::int64_t r = 0; r < rows; ++r) after[r] = is_last ? 1.0f / sum[r] : 1.0f;
+      for (std::int64_t i = 0; i < block; ++i) row[i] = keys[first + i] * call.v_stride;
+      kernel.attention.weigh({p, p_stride, rows, v_from, row.data(), block, v, acc});
+      for (std::int64_t c = 0; c < v; c += width)
+        kernel.attention.combine(
+            {acc + c * rows, rows, std::min(width, v - c), first == 0 ? nullptr : decay, after, y + c, v});
+    }
+  }
+}
+
 // next: what this thread will probably do after it, or null.
 void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item, const Item* next) {
   static thread_local Scratch scratch;
@@ -213,8 +250,9 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
     return;
   }
 
-  const Workspace work(kernel, n, qk, v, scratch);
   row.resize(keys.size());
+  if (call.queries == 1) return lone_query(call, kernel, sequence, head, keys, row, scratch);
+  const Workspace work(kernel, n, qk, v, scratch);
   for (std::int64_t i = 0; i < n; ++i) row[i] = keys[i] * call.k_stride;
   kernel.attention.pack_keys({call.k + sequence * call.k_batch_stride + qk_first, row.data(), n, qk,
                               call.scale * kLog2E, work.keys});
@@ -222,29 +260,19 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
   kernel.attention.pack_values(
       {call.v + sequence * call.v_batch_stride + v_first, row.data(), n, v, work.values});
 
-  // A lone query sees all keys, in every head that shares them: the heads are the rows of its tile.
-  const bool is_lone = call.queries == 1;
-  if (call.causal && !is_lone) count_seen(call, keys, seen);
-  const Range queries = is_lone ? Range{0, shared} : item.queries;
-  const std::int64_t passes = is_lone ? 1 : shared, tiles = ceil_div(queries.size(), kernel.rows);
+  if (call.causal) count_seen(call, keys, seen);
+  const std::int64_t tiles = ceil_div(item.queries.size(), kernel.rows);
   Ahead ahead;
   if (next != nullptr)
     ahead.start(
         call, *next,
-        passes * tiles * (ceil_div(n, kernel.width) + ceil_div(n, kKeyBlock) * ceil_div(v, kernel.width)));
-  for (std::int64_t i = 0; i < passes; ++i) {
-    const Head one{kernel,
-                   n,
-                   qk,
-                   v,
-                   call.causal && !is_lone ? seen.data() : nullptr,
-                   q + i * qk,
-                   is_lone ? qk : call.q_stride,
-                   y + i * v,
-                   is_lone ? v : call.y_stride};
+        shared * tiles * (ceil_div(n, kernel.width) + ceil_div(n, kKeyBlock) * ceil_div(v, kernel.width)));
+  for (std::int64_t i = 0; i < shared; ++i) {
+    const Head one{kernel,        n,         qk,           v, call.causal ? seen.data() : nullptr, q + i * qk,
+                   call.q_stride, y + i * v, call.y_stride};
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const Range tile = share(queries.size(), t, tiles);
-      one.run({queries.begin + tile.begin, queries.begin + tile.end}, work, ahead);
+      const Range tile = share(item.queries.size(), t, tiles);
+      one.run({item.queries.begin + tile.begin, item.queries.begin + tile.end}, work, ahead);
     }
   }
 }

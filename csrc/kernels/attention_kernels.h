@@ -24,6 +24,27 @@ struct PackValuesArgs {
   float* panels;
 };
 
+// A few queries against keys that are read where they lie: scores as tiles would leave them, times scale.
+struct ScoreArgs {
+  const float* q;
+  std::int64_t q_stride, rows;
+  const float* keys;        // channel 0 of this head
+  const std::int64_t* row;  // [n]: where each key starts, in elements from `keys`
+  std::int64_t n, d;
+  float scale;
+  float* scores;  // [ceil(n / w), rows, w]; past n, up to a whole vector, anything
+};
+
+// acc = p times values that are read where they lie.
+struct WeighArgs {
+  const float* p;
+  std::int64_t p_stride, rows;
+  const float* values;
+  const std::int64_t* row;  // [n]
+  std::int64_t n, d;
+  float* acc;  // [ceil(d / w), rows, w]
+};
+
 // One block of keys of the online softmax, logits in units of log 2:
 // p = 2^(score - new max), decay = 2^(old max - new max), sum = decay * old sum + sum of p.
 struct SoftmaxArgs {
@@ -52,6 +73,8 @@ struct AttentionKernels {
   void (*pack_values)(const PackValuesArgs&);
   void (*softmax)(const SoftmaxArgs&);
   void (*combine)(const CombineArgs&);
+  void (*score)(const ScoreArgs&);
+  void (*weigh)(const WeighArgs&);
 };
 
 }  // namespace prunekern

@@ -178,9 +178,4 @@ void combine(const CombineArgs& args) {
   }
 }
 
-template <class V>
-constexpr AttentionKernels make_attention_kernels() {
-  return {pack_keys<V>, pack_values<V>, softmax<V>, combine<V>};
-}
-
 }  // namespace prunekern

@@ -3,6 +3,7 @@
 
 #include "convert.h"
 #include "epilogue.h"
+#include "lone_query.h"
 #include "softmax.h"
 #include "speed.h"
 #include "stream.h"
@@ -46,7 +47,7 @@ constexpr Kernels make_kernels() {
   kernels.peak = peak<V>;
   kernels.read = read<V>;
   static_assert(sizeof...(R) <= V::kWidth, "softmax keeps one lane for each row");
-  kernels.attention = make_attention_kernels<V>();
+  kernels.attention = {pack_keys<V>, pack_values<V>, softmax<V>, combine<V>, score<V>, weigh<V>};
   return kernels;
 }
 
