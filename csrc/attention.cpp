@@ -30,20 +30,24 @@ std::int64_t odd_lines(std::int64_t floats) { return round_up(floats, 32) + 16; 
 
 // Memory of one thread for one head, in floats.
 struct Workspace {
-  float *keys, *values, *q, *scores, *p;
+  float *keys, *values, *q, *scores, *p, *sums;
   std::int64_t q_stride, p_stride;
 
-  Workspace(const Kernels& kernel, std::int64_t n, std::int64_t qk, std::int64_t v, Scratch& scratch) {
+  Workspace(const Kernels& kernel, std::int64_t n, std::int64_t qk, std::int64_t v, bool is_packed,
+            Scratch& scratch) {
     const std::int64_t padded = round_up(n, kernel.width), block = std::min(padded, kKeyBlock);
     q_stride = odd_lines(qk);
     p_stride = odd_lines(block);
-    const std::int64_t sizes[] = {padded * qk, n * round_up(v, kernel.width), kernel.rows * q_stride,
-                                  kernel.rows * block, kernel.rows * p_stride};
+    const std::int64_t v_floats = round_up(v, kernel.width);
+    const std::int64_t sizes[] = {
+        is_packed ? padded * qk : 0, is_packed ? n * v_floats : 0,
+        kernel.rows * q_stride,      kernel.rows * block,
+        kernel.rows * p_stride,      kernel.rows * (is_packed ? kernel.width : v_floats)};
     std::int64_t total = 0;
     for (std::int64_t size : sizes) total += round_up(size, kLine / 4);
     float* next = scratch.get<float>(total);
-    float** parts[] = {&keys, &values, &q, &scores, &p};
-    for (int i = 0; i < 5; ++i) {
+    float** parts[] = {&keys, &values, &q, &scores, &p, &sums};
+    for (int i = 0; i < 6; ++i) {
       *parts[i] = next;
       next += round_up(sizes[i], kLine / 4);
     }
@@ -99,6 +103,13 @@ class Ahead {
   std::int64_t part_ = 3, row_ = 0, lines_ = 0;
 };
 
+// Allowed keys and values of one head where they lie, in elements from its channel 0.
+struct InPlace {
+  const float *keys, *values;
+  const std::int64_t *k_row, *v_row;
+  float scale;
+};
+
 // Queries x all allowed keys of one head.
 struct Head {
   const Kernels& kernel;
@@ -108,6 +119,7 @@ struct Head {
   std::int64_t q_stride;
   float* y;
   std::int64_t y_stride;
+  const InPlace* in_place;  // null: packed, in the workspace
 
   // One tile of queries.
   void run(Range rows, const Workspace& work, Ahead& ahead) const {
@@ -115,7 +127,7 @@ struct Head {
     // Those that see the most come last.
     const std::int64_t n = seen == nullptr ? keys_there : seen[rows.end - 1];
     alignas(64) float max[kMaxLanes], sum[kMaxLanes] = {}, decay[kMaxLanes], after[kMaxLanes];
-    alignas(64) float acc[kMaxRows * kMaxWidth], present[kMaxWidth], all[kMaxWidth];
+    alignas(64) float present[kMaxWidth], all[kMaxWidth];
     std::fill_n(max, kMaxLanes, std::numeric_limits<float>::lowest());
     std::fill_n(all, kMaxWidth, 1.0f);
     for (std::int64_t i = 0; i < kMaxWidth; ++i) present[i] = i < (n - 1) % width + 1 ? 1.0f : 0.0f;
@@ -130,40 +142,61 @@ struct Head {
     for (std::int64_t first = 0; first < n; first += kKeyBlock) {
       const std::int64_t keys = std::min(kKeyBlock, n - first);
       const bool last = first + keys == n;
-      for (std::int64_t p = 0; p * width < keys; ++p) {
-        TileArgs args{};
-        args.a = a;
-        args.a_stride = a_stride;
-        args.panel = work.keys + (first + p * width) * qk;
-        args.k = qk;
-        args.acc = work.scores + p * count * width;
-        tile(keys - p * width)[count](args);
-        ahead.step();
-      }
+      score({first, first + keys}, a, a_stride, count, work, ahead);
       if (seen != nullptr) forbid(rows, {first, first + keys}, work.scores);
       kernel.attention.softmax(
           {work.scores, count, keys, last ? present : all, work.p, work.p_stride, max, sum, decay});
       for (std::int64_t r = 0; r < count; ++r) after[r] = last ? 1.0f / sum[r] : 1.0f;
       for (std::int64_t c = 0; c < v; c += width) {
-        const std::int64_t columns = std::min(width, v - c);
-        TileArgs args{};
-        args.a = work.p;
-        args.a_stride = work.p_stride;
-        args.panel = work.values + c * keys_there + first * width;
-        args.k = keys;
-        args.acc = acc;
-        args.y = reinterpret_cast<const char*>(y + rows.begin * y_stride + c);
-        args.y_step = y_stride * 4;
-        args.row_lines = ceil_div(columns * 4, kLine) + 1;
-        tile(columns)[count](args);
-        ahead.step();
-        kernel.attention.combine({acc, count, columns, first == 0 ? nullptr : decay, after,
+        const float* sums = weigh({first, first + keys}, c, rows, work, ahead);
+        kernel.attention.combine({sums, count, std::min(width, v - c), first == 0 ? nullptr : decay, after,
                                   y + rows.begin * y_stride + c, y_stride});
       }
     }
     if (seen != nullptr)
       for (std::int64_t r = rows.begin; r < rows.end && seen[r] == 0; ++r)
         std::fill_n(y + r * y_stride, v, 0.0f);
+  }
+
+  // Scores of `count` rows from a on with a block of keys.
+  void score(Range keys, const float* a, std::int64_t a_stride, std::int64_t count, const Workspace& work,
+             Ahead& ahead) const {
+    if (in_place != nullptr)
+      return kernel.attention.score({a, a_stride, count, in_place->keys, in_place->k_row + keys.begin,
+                                     keys.size(), qk, in_place->scale, work.scores});
+    for (std::int64_t p = 0; p * kernel.width < keys.size(); ++p) {
+      TileArgs args{};
+      args.a = a;
+      args.a_stride = a_stride;
+      args.panel = work.keys + (keys.begin + p * kernel.width) * qk;
+      args.k = qk;
+      args.acc = work.scores + p * count * kernel.width;
+      tile(keys.size() - p * kernel.width)[count](args);
+      ahead.step();
+    }
+  }
+
+  // Powers of scores x a block of values: sums of the panel of channels from c on. In place all come at once.
+  const float* weigh(Range keys, std::int64_t c, Range rows, const Workspace& work, Ahead& ahead) const {
+    if (in_place != nullptr) {
+      if (c == 0)
+        kernel.attention.weigh({work.p, work.p_stride, rows.size(), in_place->values,
+                                in_place->v_row + keys.begin, keys.size(), v, work.sums});
+      return work.sums + c * rows.size();
+    }
+    const std::int64_t columns = std::min<std::int64_t>(kernel.width, v - c);
+    TileArgs args{};
+    args.a = work.p;
+    args.a_stride = work.p_stride;
+    args.panel = work.values + c * keys_there + keys.begin * kernel.width;
+    args.k = keys.size();
+    args.acc = work.sums;
+    args.y = reinterpret_cast<const char*>(y + rows.begin * y_stride + c);
+    args.y_step = y_stride * 4;
+    args.row_lines = ceil_div(columns * 4, kLine) + 1;
+    tile(columns)[rows.size()](args);
+    ahead.step();
+    return work.sums;
   }
 
   // Scores of keys that a row does not see: only the blocks on the diagonal have any.
@@ -195,47 +228,10 @@ void count_seen(const AttentionCall& call, const std::vector<std::int64_t>& keys
     seen[i] = std::upper_bound(keys.begin(), keys.end(), call.keys - call.queries + i) - keys.begin();
 }
 
-// The only query of a sequence sees all allowed keys, in every head that shares them: those heads are its
-// rows. Keys and values stay where they are (kernels/lone_query.h says why). row: [keys], scratch.
-void lone_query(const AttentionCall& call, const Kernels& kernel, std::int64_t sequence, std::int64_t head,
-                const std::vector<std::int64_t>& keys, std::vector<std::int64_t>& row, Scratch& scratch) {
-  const std::int64_t qk_first = call.qk_first[head], v_first = call.v_first[head], width = kernel.width;
-  const std::int64_t qk = call.qk_first[head + 1] - qk_first, v = call.v_first[head + 1] - v_first;
-  const std::int64_t n = static_cast<std::int64_t>(keys.size()), p_stride = odd_lines(kKeyBlock);
-  const float* k_from = call.k + sequence * call.k_batch_stride + qk_first;
-  const float* v_from = call.v + sequence * call.v_batch_stride + v_first;
-  float* scores = scratch.get<float>(kernel.rows * (kKeyBlock + p_stride + round_up(v, width)));
-  float *p = scores + kernel.rows * kKeyBlock, *acc = p + kernel.rows * p_stride;
-  alignas(64) float max[kMaxLanes], sum[kMaxLanes], decay[kMaxLanes], after[kMaxLanes];
-  alignas(64) float present[kMaxWidth], all[kMaxWidth];
-  std::fill_n(all, kMaxWidth, 1.0f);
-  for (std::int64_t i = 0; i < kMaxWidth; ++i) present[i] = i < (n - 1) % width + 1 ? 1.0f : 0.0f;
-  for (std::int64_t begin = 0; begin < call.shared_by; begin += kernel.rows) {
-    const std::int64_t rows = std::min<std::int64_t>(kernel.rows, call.shared_by - begin);
-    const float* q = call.q + sequence * call.q_batch_stride + call.shared_by * qk_first + begin * qk;
-    float* y = call.y + sequence * call.y_batch_stride + call.shared_by * v_first + begin * v;
-    std::fill_n(max, kMaxLanes, std::numeric_limits<float>::lowest());
-    std::fill_n(sum, kMaxLanes, 0.0f);
-    for (std::int64_t first = 0; first < n; first += kKeyBlock) {
-      const std::int64_t block = std::min(kKeyBlock, n - first);
-      const bool is_last = first + block == n;
-      for (std::int64_t i = 0; i < block; ++i) row[i] = keys[first + i] * call.k_stride;
-      kernel.attention.score({q, qk, rows, k_from, row.data(), block, qk, call.scale * kLog2E, scores});
-      kernel.attention.softmax({scores, rows, block, is_last ? present : all, p, p_stride, max, sum, decay});
-      for (std::int64_t r = 0; r < rows; ++r) after[r] = is_last ? 1.0f / sum[r] : 1.0f;
-      for (std::int64_t i = 0; i < block; ++i) row[i] = keys[first + i] * call.v_stride;
-      kernel.attention.weigh({p, p_stride, rows, v_from, row.data(), block, v, acc});
-      for (std::int64_t c = 0; c < v; c += width)
-        kernel.attention.combine(
-            {acc + c * rows, rows, std::min(width, v - c), first == 0 ? nullptr : decay, after, y + c, v});
-    }
-  }
-}
-
 // next: what this thread will probably do after it, or null.
 void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item, const Item* next) {
   static thread_local Scratch scratch;
-  static thread_local std::vector<std::int64_t> keys, row, seen;
+  static thread_local std::vector<std::int64_t> keys, k_row, v_row, seen;
   const std::int64_t sequence = item.sequence, head = item.head, shared = call.shared_by;
   const std::int64_t qk_first = call.qk_first[head], v_first = call.v_first[head];
   const std::int64_t qk = call.qk_first[head + 1] - qk_first, v = call.v_first[head + 1] - v_first;
@@ -250,29 +246,44 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
     return;
   }
 
-  row.resize(keys.size());
-  if (call.queries == 1) return lone_query(call, kernel, sequence, head, keys, row, scratch);
-  const Workspace work(kernel, n, qk, v, scratch);
-  for (std::int64_t i = 0; i < n; ++i) row[i] = keys[i] * call.k_stride;
-  kernel.attention.pack_keys({call.k + sequence * call.k_batch_stride + qk_first, row.data(), n, qk,
-                              call.scale * kLog2E, work.keys});
-  for (std::int64_t i = 0; i < n; ++i) row[i] = keys[i] * call.v_stride;
-  kernel.attention.pack_values(
-      {call.v + sequence * call.v_batch_stride + v_first, row.data(), n, v, work.values});
-
-  if (call.causal) count_seen(call, keys, seen);
-  const std::int64_t tiles = ceil_div(item.queries.size(), kernel.rows);
+  k_row.resize(keys.size());
+  v_row.resize(keys.size());
+  for (std::int64_t i = 0; i < n; ++i) {
+    k_row[i] = keys[i] * call.k_stride;
+    v_row[i] = keys[i] * call.v_stride;
+  }
+  const InPlace in_place{call.k + sequence * call.k_batch_stride + qk_first,
+                         call.v + sequence * call.v_batch_stride + v_first, k_row.data(), v_row.data(),
+                         call.scale * kLog2E};
+  // A lone query sees all keys, in every head that shares them: the heads are the rows of its tile.
+  const bool is_lone = call.queries == 1, is_packed = !is_lone || shared > kMaxLoneRows;
+  const Workspace work(kernel, n, qk, v, is_packed, scratch);
+  if (is_packed) {
+    kernel.attention.pack_keys({in_place.keys, in_place.k_row, n, qk, in_place.scale, work.keys});
+    kernel.attention.pack_values({in_place.values, in_place.v_row, n, v, work.values});
+  }
+  if (call.causal && !is_lone) count_seen(call, keys, seen);
+  const Range queries = is_lone ? Range{0, shared} : item.queries;
+  const std::int64_t passes = is_lone ? 1 : shared, tiles = ceil_div(queries.size(), kernel.rows);
   Ahead ahead;
-  if (next != nullptr)
+  if (next != nullptr && is_packed)
     ahead.start(
         call, *next,
-        shared * tiles * (ceil_div(n, kernel.width) + ceil_div(n, kKeyBlock) * ceil_div(v, kernel.width)));
-  for (std::int64_t i = 0; i < shared; ++i) {
-    const Head one{kernel,        n,         qk,           v, call.causal ? seen.data() : nullptr, q + i * qk,
-                   call.q_stride, y + i * v, call.y_stride};
+        passes * tiles * (ceil_div(n, kernel.width) + ceil_div(n, kKeyBlock) * ceil_div(v, kernel.width)));
+  for (std::int64_t i = 0; i < passes; ++i) {
+    const Head one{kernel,
+                   n,
+                   qk,
+                   v,
+                   call.causal && !is_lone ? seen.data() : nullptr,
+                   q + i * qk,
+                   is_lone ? qk : call.q_stride,
+                   y + i * v,
+                   is_lone ? v : call.y_stride,
+                   is_packed ? nullptr : &in_place};
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const Range tile = share(item.queries.size(), t, tiles);
-      one.run({item.queries.begin + tile.begin, item.queries.begin + tile.end}, work, ahead);
+      const Range tile = share(queries.size(), t, tiles);
+      one.run({queries.begin + tile.begin, queries.begin + tile.end}, work, ahead);
     }
   }
 }

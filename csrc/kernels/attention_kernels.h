@@ -24,7 +24,8 @@ struct PackValuesArgs {
   float* panels;
 };
 
-// A few queries against keys that are read where they lie: scores as tiles would leave them, times scale.
+// Up to kMaxLoneRows queries x keys that are read where they lie: scores as tiles would leave them, times
+// scale.
 struct ScoreArgs {
   const float* q;
   std::int64_t q_stride, rows;
@@ -66,7 +67,8 @@ struct CombineArgs {
   std::int64_t y_stride;
 };
 
-constexpr int kMaxLanes = 16;  // floats of the widest vector: one lane for each row of a tile
+constexpr int kMaxLoneRows = 4;  // with 8 and more, packing for tiles takes less time (lone_query.h)
+constexpr int kMaxLanes = 16;    // floats of the widest vector: one lane for each row of a tile
 
 struct AttentionKernels {
   void (*pack_keys)(const PackKeysArgs&);

@@ -268,6 +268,9 @@ int main() {
     for (std::int64_t keys = 1; keys <= 35; ++keys)
       run(isa, {2, 1, keys, ragged_qk, ragged_v, Mask::none, 1, 1.0f, 0.3f, 3, true});
     run(isa, {2, 1, 700, {130, 0, 65}, {7, 129, 80}, Mask::none, 2, 1.0f, 0.3f, 2, true});
+    for (std::int64_t shared : {1, 2, 3, 4, 5})  // up to four in place, then tiles; more than a block of keys
+      for (Mask mask : {Mask::none, Mask::holes})
+        run(isa, {2, 1, 450, {50, 17}, {49, 9}, mask, 2, 1.0f, 0.3f, shared, true});
     run(isa, {1, 1, 600, {16}, {16}, Mask::none, 1, 1e4f, 0.3f, 1, true});
     run(isa, {1, 1, 60, {16}, {16}, Mask::none, 1, 1e15f, 1e15f, 2, true});
     run(isa, {1, 300, 300, {20, 0}, {33, 8}, Mask::none, 2, 1.0f, 0.3f, 2, true});
