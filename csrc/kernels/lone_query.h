@@ -1,6 +1,6 @@
 // One query in up to four heads that share its keys: each key and value is read once, where it lies. Packing
 // them first, as tiles want it, takes longer than the products: 192 keys of 64 channels in 3 heads are 147
-// kflop, 1 us, and 98 KB in and as much out again. On an EPYC, caches from memory: 3 such heads take 0.73 to
+// kflop, 1 us, and 98 KB in and as much out again. On an EPYC, caches from memory: 3 such heads take 0.77 to
 // 0.79 of the time of tiles, 8 of 4 heads on 2,048 keys of 128 channels 0.84 to 0.89. With 8 heads for a key
 // both are equal, and 32 would take 1.4 x what tiles do.
 #pragma once
