@@ -1,7 +1,10 @@
-"""What every test starts from: one thread, a fixed seed."""
+"""What every test starts from: one thread, a fixed seed. What several start from: a folder."""
 
 import pytest
 import torch
+from compact_folders import small_model
+
+import prunekern as pk
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +14,10 @@ def _one_thread_fixed_seed():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a compact DistilBERT, half of it gone."""
+    pk.save(small_model(), tmp_path / "m")
+    return tmp_path / "m"

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, PAD = 72, 6, 2, 12, 96, 61, 0
+MANY_HEADS = {"num_attention_heads": 10, "num_key_value_heads": 5}  # enough that heads against FFN is a choice
 LAYERS = 2
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CLASSES = {
