@@ -208,6 +208,72 @@ class Teacher:
         return loss
 
 
+class Averaged:
+    """The mean of everything trained over the steps observed."""
+
+    def __init__(self, pruner: Pruner):
+        self.model, self.count, self.sums = pruner.model, 0, {}
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        self.count += 1
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                if name not in self.sums:
+                    self.sums[name] = torch.zeros_like(p)
+                self.sums[name] += p
+
+    @torch.no_grad()
+    def take(self) -> None:
+        for name, p in self.model.named_parameters():
+            if name in self.sums:
+                p.copy_(self.sums[name] / self.count)
+
+
+class Means:
+    """A channel that is off stands at its mean over tokens for the linears that read it: theirs is the bias that says
+    so. (Bias compensation is An et al. 2024's, FLAP, for masks that are chosen once.)
+    """
+
+    BATCHES, SIZE = 12, 32
+
+    def __init__(self, pruner: Pruner):
+        self.pruner, self.means, self.bias = pruner, {}, {}
+        self.readers = {n: (c, cols) for c, g in pruner.table.groups.items() for n, cols in g.removed_cols.items()}
+        assert all(pruner.layers[n].bias is not None for n in self.readers)
+
+    @torch.no_grad()
+    def gather(self, rows, collate, seed: int) -> None:
+        """Means of what the linears read, all channels on, padding left out."""
+        model = self.pruner.model.eval()
+        seen, real = {n: [] for n in self.readers}, [None]
+        hooks = [
+            self.pruner.layers[n].register_forward_pre_hook(lambda m, args, n=n: seen[n].append(args[0][real[0]]))
+            for n in self.readers
+        ]
+        order = np.random.default_rng(seed).permutation(len(rows))[: self.BATCHES * self.SIZE]
+        for i in range(0, len(order), self.SIZE):
+            batch = collate([rows[int(j)] for j in order[i : i + self.SIZE]])
+            real[0] = batch["attention_mask"].bool()
+            model(**batch)
+        for hook in hooks:
+            hook.remove()
+        self.means = {n: torch.cat(found).mean(0) for n, found in seen.items()}
+        self.bias = {n: self.pruner.layers[n].bias.detach().clone() for n in self.readers}
+        model.train()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """After every draw, and once the masks are final."""
+        masks = self.pruner.masks
+        for name, (carrier, cols) in self.readers.items():
+            mask = masks[carrier]
+            noise = 0.0 if self.pruner.finalized else mask.noise
+            off = cols[mask.logits - mask.threshold + noise <= 0].flatten()
+            weight, _ = self.pruner.layers[name].merged()
+            self.pruner.layers[name].bias.copy_(self.bias[name] + weight[:, off] @ self.means[name][off])
+
+
 @torch.no_grad()
 def sliced_by(pruner: Pruner) -> None:
     """Logits from saliency over the mean of its layer and kind, whatever a group costs."""

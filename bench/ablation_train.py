@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from ablation_parts import (
+    Averaged,
     HardConcrete,
     Lagrangian,
+    Means,
     OfSamples,
     OfSteps,
     Regathered,
@@ -42,6 +44,8 @@ def batches_of(rows, size: int, seed: int):
 def rate(v: Variant, step: int) -> float:
     if v.second_rate is not None:
         return v.lr if step < v.stage_one else v.second_rate
+    if v.again is not None and step >= v.stage_one:
+        return v.lr * v.again * (v.steps - step) / (v.steps - v.stage_one)
     return v.lr * min(1.0, (step + 1) / (v.warmup + 1)) * (1 - step / v.steps)
 
 
@@ -111,6 +115,7 @@ def train(v: Variant, seed: int, dense, rows, collate, warm_states: WarmStates |
     again = Regathered(pruner, v.regather, v.learn) if v.regather else None
     if pruner.warm and v.saliency != "tokens":
         {"steps": OfSteps, "samples": OfSamples}[v.saliency](pruner)
+    average, means = Averaged(pruner) if v.average else None, Means(pruner) if v.means else None
     flips = []
     done = warm_states.give(v, seed, pruner, optimizer) if warm_states is not None else 0
     model = pruner.model.train()
@@ -138,6 +143,8 @@ def train(v: Variant, seed: int, dense, rows, collate, warm_states: WarmStates |
             if again is not None:
                 again.restart()
         was_warm = pruner.warm
+        if means is not None and was_warm and pruner.steps == v.warm - 1:
+            means.gather(rows, collate, seed)
         pruner.step()
         if pruner.warm and pruner.steps == v.warm - 1 and warm_states is not None:
             warm_states.take(v, seed, pruner, optimizer)
@@ -146,6 +153,8 @@ def train(v: Variant, seed: int, dense, rows, collate, warm_states: WarmStates |
                 pruner.finalize("uniform", "saliency")
             elif v.by == "kind":
                 sliced_by(pruner)
+        if average is not None and step >= v.steps - v.average:
+            average.observe()
         if pruner.finalized:
             _shrink(v, pruner, optimizer)
             continue
@@ -154,13 +163,19 @@ def train(v: Variant, seed: int, dense, rows, collate, warm_states: WarmStates |
         if v.noise == "none" or step + 1 >= v.noise_off:
             for mask in masks.values():
                 mask.noise.zero_()
+        if means is not None and not pruner.warm:
+            means.fold()
         if not pruner.warm:
             flips.append(pruner.flips)
         if step + 1 == v.stage_one:
             if v.allocation == "random inside":
                 shuffled_inside(pruner, seed)
             pruner.finalize()
+            if means is not None:
+                means.fold()
             _shrink(v, pruner, optimizer)
+    if average is not None:
+        average.take()
     return pruner, {"flips": flips}
 
 

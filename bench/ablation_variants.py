@@ -18,6 +18,7 @@ class Variant:
     batch: int = 32
     lr: float = 2e-3
     second_rate: float | None = None  # a number: two constant rates; None: linear to zero
+    again: float | None = None  # stage two begins with this share of the rate, and is linear to zero from there
     warmup: int = 14
     warm: int = 98
     ramp: int = 32
@@ -41,11 +42,14 @@ class Variant:
     balanced: bool = False  # saliency, the same fraction of every mask, when the warm steps end
     saliency: str = "steps"  # squares of the mask gradients of "steps", "samples" or "tokens"
     regather: float = 0.0  # decay of a saliency that is gathered to the end of stage one
+    average: int = 0  # what is trained is averaged over so many of the last steps
+    means: bool = False  # a channel that is off stands at its mean for the layers that read it
 
 
 BASE = Variant()
 RECIPE = replace(BASE, saliency="tokens", spread=4.0)
 TWO_RATES = {"lr": 5e-4, "second_rate": 1e-4}
+AT_ONCE = {"learn": False, "noise": "none", "ramp": 0, "stage_one": 99}
 
 VARIANTS = {
     "recipe": RECIPE,
@@ -103,7 +107,7 @@ VARIANTS = {
     "single samples, one scale": replace(BASE, saliency="samples", mask_optimizer="shared scale"),
     "single samples, warm 60": replace(BASE, saliency="samples", warm=60),
     "single samples, balanced": replace(BASE, saliency="samples", balanced=True),
-    "recipe, not learned, at once": replace(RECIPE, learn=False, noise="none", ramp=0, stage_one=99),
+    "recipe, not learned, at once": replace(RECIPE, **AT_ONCE),
     "recipe, balanced": replace(RECIPE, balanced=True),
     "recipe, random inside": replace(RECIPE, allocation="random inside"),
     "recipe, warm 140": replace(RECIPE, warm=140, stage_one=200),
@@ -112,4 +116,21 @@ VARIANTS = {
     "saliency to the end, early": replace(BASE, regather=0.95, warm=50, ramp=90),
     # allocation
     "random inside": replace(BASE, allocation="random inside"),
+    # to lose less
+    "recipe, nothing removed": replace(RECIPE, share=0.0),
+    "recipe, nothing removed, averaged": replace(RECIPE, share=0.0, average=50),
+    "recipe, no noise": replace(RECIPE, noise="none"),
+    "recipe, rate again": replace(RECIPE, again=0.7),
+    "recipe, averaged": replace(RECIPE, average=50),
+    "recipe, rate again, averaged": replace(RECIPE, again=0.7, average=50),
+    "recipe, means": replace(RECIPE, means=True),
+    "recipe, means, at once": replace(RECIPE, means=True, **AT_ONCE),
+    "recipe, logits distilled, 0.2": replace(RECIPE, distil_logits=0.2),
+    "recipe, hidden states distilled": replace(RECIPE, distil_hidden=1.0),
+}
+SMALL = " at 17"  # 17 % removed in place of half
+VARIANTS |= {
+    name + SMALL: replace(v, share=0.17)
+    for name, v in VARIANTS.items()
+    if v.share == 0.5 and (name == "recipe" or name.startswith("recipe, "))
 }

@@ -4,7 +4,17 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from ablation_parts import HardConcrete, Lagrangian, OfSamples, OfSteps, SharedScale, Teacher, shuffled_inside
+from ablation_parts import (
+    Averaged,
+    HardConcrete,
+    Lagrangian,
+    Means,
+    OfSamples,
+    OfSteps,
+    SharedScale,
+    Teacher,
+    shuffled_inside,
+)
 from ablation_train import WarmStates, train
 from ablation_variants import BASE, RECIPE, VARIANTS, Variant
 from tiny_models import attached, batch, build, logits
@@ -12,6 +22,21 @@ from tiny_models import attached, batch, build, logits
 import prunekern as pk
 from prunekern import budget
 from prunekern.trainer import SCHEDULE
+
+
+class Rows(list):
+    def __getitem__(self, key):
+        return [len(r["input_ids"]) for r in self] if key == "length" else super().__getitem__(key)
+
+
+def collate(rows):
+    inputs = {k: torch.stack([r[k] for r in rows]) for k in ("input_ids", "attention_mask")}
+    return {**inputs, "labels": torch.tensor([r["labels"] for r in rows])}
+
+
+def some_rows():
+    inputs = batch()
+    return Rows({"labels": i % 2, **{k: v[i % len(v)] for k, v in inputs.items()}} for i in range(24))
 
 
 def test_variants_are_all_different():
@@ -79,24 +104,13 @@ def test_random_inside_keeps_the_allocation():
 
 def test_a_run_from_a_warm_state_is_the_run_that_warmed_itself():
     """Dropout included; a variant that differs after the warm steps only takes the same state."""
-
-    class Rows(list):
-        def __getitem__(self, key):
-            return [len(r["input_ids"]) for r in self] if key == "length" else super().__getitem__(key)
-
-    def collate(rows):
-        inputs = {k: torch.stack([r[k] for r in rows]) for k in ("input_ids", "attention_mask")}
-        return {**inputs, "labels": torch.tensor([r["labels"] for r in rows])}
-
-    inputs = batch()
-    rows = Rows({"labels": i % 2, **{k: v[i % len(v)] for k, v in inputs.items()}} for i in range(24))
     variant = replace(BASE, steps=9, batch=4, warm=4, ramp=2, stage_one=7, warmup=2, share=0.4)
     states = WarmStates()
 
     def run(v, states):
         torch.manual_seed(0)
         model = build(dropout=0.1)
-        pruner, _ = train(v, 0, model, rows, collate, states)
+        pruner, _ = train(v, 0, model, some_rows(), collate, states)
         return pruner
 
     taken, warm = run(variant, states), list(states.states)
@@ -108,6 +122,55 @@ def test_a_run_from_a_warm_state_is_the_run_that_warmed_itself():
     assert len(states.states) == 1 and other.sparsity() >= 0.4
     run(replace(variant, lr=1e-3), states)
     assert len(states.states) == 2
+
+
+def test_a_removed_channel_stands_at_its_mean_for_the_layers_that_read_it():
+    pruner = attached(build(), sparsity=0.4, ramp_steps=0)
+    for mask in pruner.masks.values():
+        mask.threshold.fill_(-1e9)
+    means = Means(pruner)
+    means.gather(some_rows(), collate, 0)
+    pruner.step()
+    pruner.finalize()
+    means.fold()
+    for name, group in pruner.table.groups.items():
+        kept = pruner.masks[name].kept()
+        for reader, cols in group.removed_cols.items():
+            layer, off = pruner.layers[reader].eval(), cols[~kept].flatten()
+            x = torch.randn(5, layer.in_features)
+            removed, stood = x.clone(), x.clone()
+            removed[:, off], stood[:, off] = 0.0, means.means[reader][off]
+            got, before = layer(removed), layer.bias.clone()
+            layer.bias.data.copy_(means.bias[reader])
+            torch.testing.assert_close(got, layer(stood), rtol=1e-4, atol=1e-5)
+            assert (layer(removed) - got).abs().max() > 1e-3
+            layer.bias.data.copy_(before)
+
+
+def test_means_leave_padding_out():
+    pruner = attached(build(), sparsity=0.4, warm_steps=5)
+    name, seen = next(n for n in pruner.layers if n.endswith("lin2")), []
+    rows, means = some_rows(), Means(pruner)
+    means.gather(rows, collate, 0)
+    hook = pruner.layers[name].register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    inputs = collate(list(rows))
+    pruner.model.eval()(**inputs)
+    hook.remove()
+    assert not inputs["attention_mask"].all()
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(means.means[name], seen[0][real].mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_average_is_of_what_was_observed():
+    pruner = attached(build(), sparsity=0.4)
+    average, layer, want = Averaged(pruner), next(iter(pruner.layers.values())), 0.0
+    for _ in range(3):
+        with torch.no_grad():
+            layer.B.add_(torch.randn(layer.B.shape))
+        average.observe()
+        want = want + layer.B.detach() / 3
+    average.take()
+    torch.testing.assert_close(layer.B.detach(), want)
 
 
 def test_one_scale_keeps_the_proportions_of_the_gradients():
