@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from compact_folders import small_model
-
-import prunekern as pk
 
 
 @pytest.fixture(autouse=True)
@@ -19,5 +16,10 @@ def _one_thread_fixed_seed():
 @pytest.fixture
 def saved(tmp_path):
     """A folder with a compact DistilBERT, half of it gone."""
+    # Not above: tests of kernels run where transformers is missing (bench/gpu.py).
+    from compact_folders import small_model
+
+    import prunekern as pk
+
     pk.save(small_model(), tmp_path / "m")
     return tmp_path / "m"
