@@ -15,6 +15,19 @@ from torch import nn
 from .nn import CompactLinear
 
 
+class Head(CompactLinear):
+    """A head that stays in the bits it is held in: given the embeddings' weight again, as `tie_weights()` does, one in
+    bf16 or int8 is rounded from it anew.
+    """
+
+    def __setattr__(self, name, value):
+        kind = self.weights if name == "weight" and "weight" in self._parameters else None
+        super().__setattr__(name, value)
+        if kind in ("bf16", "int8") and value.is_floating_point():
+            self.scale = self._packed = None
+            self.set_weights(kind)
+
+
 def word_head(model: nn.Module) -> nn.Module | None:
     """The output embeddings of a causal language model; None for any other."""
     if not type(model).__name__.endswith("ForCausalLM"):
@@ -55,8 +68,8 @@ def plain_head(model: nn.Module) -> Iterator[None]:
             model.set_output_embeddings(head)
 
 
-def _sharing(weight: nn.Parameter, head: nn.Module) -> CompactLinear:
+def _sharing(weight: nn.Parameter, head: nn.Module) -> Head:
     """A head with this very parameter."""
-    shared = CompactLinear(weight, head.bias)
+    shared = Head(weight, head.bias)
     shared.weight = weight
     return shared.train(head.training)

@@ -103,7 +103,8 @@ class CompactLinear(nn.Module):
         weight, scale = self.plain_weight().detach(), None
         if kind == "int8":
             weight, scale = quantize_weight(weight)
-        self.weight, self.scale, self._packed = _frozen(weight.to(DTYPES[kind])), scale, None
+        self.register_parameter("weight", _frozen(weight.to(DTYPES[kind])))
+        self.scale, self._packed = scale, None
         return self
 
     def plain_weight(self) -> Tensor:

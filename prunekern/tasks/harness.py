@@ -181,13 +181,8 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, progress: Any, 
             self.truncated += sum(len(start) + len(rest) > self.max_length + 1 for _, start, rest in requests)
             return super()._loglikelihood_tokens(requests, *args, **options)
 
-    # lm-eval ties the head to the embeddings again, which would undo one held in bf16 or int8, and gives a tokenizer
-    # without padding token one: the caller's stay as they are.
-    model.tie_weights = lambda *_, **__: None
-    try:
-        lm = Model(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
-    finally:
-        del model.tie_weights
+    # lm-eval gives a tokenizer without padding token one: the caller's stays as it is.
+    lm = Model(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
     lm.set_cache_hook(SimpleNamespace(add_partial=lambda *_: progress.advance(bar)))
     return lm
 

@@ -402,6 +402,23 @@ def test_smaller_weights_of_blocks_and_head(kind, tied, tmp_path):
     assert difference(logits(small, inputs), exact) <= 0.1
 
 
+@pytest.mark.parametrize("kind", ("bf16", "int8"))
+def test_a_rounded_head_tied_again_is_rounded_again(kind, tmp_path):
+    model = build(tie_word_embeddings=True)
+    prune(attached(model), 0.5, seed=10)
+    pk.save(pk.compact(model), tmp_path)
+    small, inputs = pk.load(tmp_path, weights=kind), batch(3)
+    before = logits(small, inputs)
+    small.tie_weights()
+    assert small.lm_head.weights == kind and torch.equal(logits(small, inputs), before)
+    with torch.no_grad():
+        small.model.embed_tokens.weight *= 2
+    small.tie_weights()
+    wanted = pk.load(tmp_path).model.embed_tokens.weight * 2
+    assert small.lm_head.weights == kind and torch.equal(small.model.embed_tokens.weight, wanted)
+    assert 0 < difference(small.lm_head.plain_weight().float(), wanted) <= 1e-2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shrunk_training_equals_masked(family):
     """Loss and gradients of what stays trainable, with and without the pruned channels dropped."""
