@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .linears import Make, dense_layer, full_or
+from .linears import Make, dense_layer, full_or, padded_width
 from .table import Group, Layer, Table, channels
 
 # Rotary embeddings whose channel j is turned together with channel j + head_dim / 2, at a frequency of their own.
 ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-WIDTH_STEP = 8  # padded heads come in multiples of it: memory-efficient and flash attention want 16-byte rows
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def head_layout(key_rows: Tensor, value_rows: Tensor, heads: Heads) -> HeadLayou
     pairs = key_rows[key_rows % d < half]  # first halves stand for their pair
     pair_counts, value_counts = (torch.bincount(r // d, minlength=heads.kv)[alive] for r in (pairs, value_rows))
     widest = max([2 * n for n in pair_counts.tolist()] + value_counts.tolist(), default=0)
-    width = -(-widest // WIDTH_STEP) * WIDTH_STEP if heads.prunes_pairs else d
+    width = padded_width(widest, d) if heads.prunes_pairs else d
 
     def positions(rows: Tensor) -> Tensor:
         head = rows // d

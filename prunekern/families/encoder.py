@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .linears import Make, dense_layer, full_or
+from .linears import Make, dense_layer, full_or, padded_width
 from .table import Group, Layer, Table, channels
 
 
@@ -45,7 +45,7 @@ def encoder_table(model: nn.Module, blocks: Iterable[Block], heads: int) -> Tabl
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Where the kept channels of a layer's heads stand: side by side, and with each head padded to the widest.
+    """Where the kept channels of a layer's heads stand: side by side, and with each head padded to one width.
 
     Heads without a value channel are gone. Of kept query and key channels, head h has qk_first[h] to qk_first[h + 1];
     `query` are their sorted positions in [0, heads * width) when padded. `v_first` and `value`: the same for values.
@@ -66,7 +66,7 @@ def head_layout(query_rows: Tensor, value_rows: Tensor, head_dim: int) -> HeadLa
     query_counts, value_counts = (
         torch.bincount(r // head_dim, minlength=every)[alive] for r in (query_rows, value_rows)
     )
-    width = max([*query_counts.tolist(), *value_counts.tolist()], default=0)
+    width = padded_width(max([*query_counts.tolist(), *value_counts.tolist()], default=0), head_dim)
 
     def positions(rows: Tensor) -> Tensor:
         head = rows // head_dim

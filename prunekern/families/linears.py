@@ -32,6 +32,15 @@ def activation_name(hidden_act) -> str:
     return ACTIVATIONS[hidden_act]
 
 
+def padded_width(widest: int, most: int) -> int:
+    """Of heads that are padded to one width for PyTorch's attention: the widest one's, up to the next multiple of 8.
+
+    In 16 bits, memory-efficient attention takes no other widths with a mask, and flash attention copies to reach one.
+    most: a dense head's.
+    """
+    return max(widest, min(-(-widest // 8) * 8, most))
+
+
 def dense_layer(model: nn.Module, name: str) -> Layer:
     """The linear of that module name, of the size it had before anything was pruned."""
     module = model.get_submodule(name)

@@ -17,7 +17,7 @@ from .launch import cdiv, device_of, launchable, on_device, pick, precision, row
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        z = tl.maximum(z, 0.0)
+        z = tl.where(z < 0.0, 0.0, z)  # NaN stays; tl.maximum would make it 0
     elif ACTIVATION == "gelu":
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -141,8 +141,8 @@ def _fill(tile, out_index, residual, y, M, N, n_out, residual_stride, HAS_RESIDU
 
 
 def dot_dtype(x: Tensor, *weights: Tensor) -> torch.dtype:
-    """What products are made in: fp32 where x or a weight is, else x's 16 bits (int8 fits them exactly)."""
-    return torch.float32 if any(t.dtype == torch.float32 for t in (x, *weights)) else x.dtype
+    """What products are made in: x's 16 bits where every weight has them too (int8 fits them exactly), else fp32."""
+    return x.dtype if {t.dtype for t in weights} <= {x.dtype, torch.int8} else torch.float32
 
 
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

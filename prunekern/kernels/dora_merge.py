@@ -62,6 +62,7 @@ def dora_merge(
         launchable(dora_merge_kernel)[grid](
             V, A, B, gain.float().contiguous(), V if rows is None else rows.contiguous(),
             V if cols is None else cols.contiguous(), W, N, K, A.shape[0], s, V.stride(0), A.stride(0), B.stride(0),
-            HAS_ROWS=rows is not None, HAS_COLS=cols is not None, PRECISION=precision(A.dtype, architecture), **chosen,
+            HAS_ROWS=rows is not None, HAS_COLS=cols is not None, **chosen,
+            PRECISION=precision(A.dtype, architecture, exact=True),
         )  # fmt: skip
     return W

@@ -80,10 +80,15 @@ def by_rank(kernel: str, architecture: str, dtype: torch.dtype, r: int) -> dict:
     return {**chosen, "ONE_BLOCK": r <= chosen["BLOCK_R"]}
 
 
-def precision(dtype: torch.dtype, architecture: str) -> str:
-    """How `tl.dot` multiplies: fp32 in three tf32 products, which keep its accuracy, unless PyTorch may use one."""
+def precision(dtype: torch.dtype, architecture: str, exact: bool = False) -> str:
+    """How `tl.dot` multiplies: fp32 in three tf32 products, which keep its accuracy, unless PyTorch may use one.
+
+    exact: three whatever PyTorch may do.
+    """
     if dtype != torch.float32 or architecture.startswith("gfx"):
         return "ieee"
+    if exact:
+        return "tf32x3"
     matmul = torch.backends.cuda.matmul  # reading allow_tf32 raises once the newer switch was used
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "tf32x3"

@@ -209,8 +209,15 @@ def packs(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> boo
     """Whether packed kernels may compute on x, with these parameters of layers: the dtype fits, no gradient."""
     if (x.dtype is not _f32 and x.dtype is not _bf16) or not _AVAILABLE:
         return False
-    # An exported program goes to other machines: it keeps the plain weight.
-    return not (_is_exporting() or _calls.needs_grad(x, residual, *parameters))
+    return fuses(x, residual, *parameters)
+
+
+def fuses(*tensors: Tensor | None) -> bool:
+    """Whether ops for inference may compute on these: no gradient, and no exported program.
+
+    The latter goes to other machines: it keeps the plain weights, layer by layer.
+    """
+    return not (_is_exporting() or _calls.needs_grad(*tensors))
 
 
 def fits(x: Tensor, weight: Tensor, in_index: Tensor | None) -> bool:

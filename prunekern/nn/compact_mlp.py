@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prunekern.ops.compact_linear import ACTIVATIONS
 from prunekern.ops.compact_mlp import compact_mlp
 
-from .compact_linear import CompactLinear, fits, packs
+from .compact_linear import CompactLinear, fits, fuses, packs
 
 
 class CompactMLP(nn.Module):
@@ -63,15 +63,15 @@ def mlp_call(
     """down(act(up(x))), or down(act(gate(x)) * up(x)), plus the residual, of layers that may live anywhere in a model.
 
     x: [..., in] -> [..., out_features of down]; residual of that shape or None. activation: None for up's own.
-    One kernel call on the packed weights where x is float32 or bfloat16 on the CPU, nothing needs a gradient, all
-    layers hold one kind of weight, and down reads just what up makes; else one call a layer, with the same result up
-    to rounding.
+    One call of `compact_mlp` where nothing needs a gradient, all layers hold one kind of weight, and down reads just
+    what up makes: on the packed weights where x is float32 or bfloat16 on the CPU, on the plain ones of a gated MLP on
+    a GPU. Else one call a layer, with the same result up to rounding.
     """
     if activation is None:
         activation = up.activation
     layers = (up, down) if gate is None else (up, down, gate)
     if _fuses(layers, x, residual):
-        y = _fused(layers, x, residual, activation)
+        y = _fused_plain(*layers, x, residual, activation) if x.is_cuda else _fused(layers, x, residual, activation)
         if y is not None:
             return y
     if gate is None:
@@ -91,6 +91,8 @@ def _fuses(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
     if x.dtype is not _f32 and x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
         return False  # the layers settle on a dtype themselves
     parameters = (weight, last, up._parameters["bias"], down._parameters["bias"])
+    if x.is_cuda and len(layers) == 2:
+        return False  # two launches either way
     if len(layers) == 3:
         gate = layers[2]
         if gate._parameters["weight"].dtype is not dtype or gate._buffers["out_index"] is not None:
@@ -98,6 +100,8 @@ def _fuses(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
         if not _same_index(inputs, gate._buffers["in_index"]):
             return False
         parameters += (gate._parameters["weight"], gate._parameters["bias"])
+    if x.is_cuda:
+        return fuses(x, residual, *parameters)
     return packs(x, residual, *parameters)
 
 
@@ -123,6 +127,15 @@ def _fused(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
     )  # fmt: skip
 
 
+def _fused_plain(up, down, gate, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    index, out_index = up._buffers["in_index"], down._buffers["out_index"]
+    layers = (up, down, gate)
+    weights, biases = ([layer._parameters[name] for layer in layers] for name in ("weight", "bias"))
+    scales = [layer._buffers["scale"] for layer in layers]
+    widths = (up.out_features, down.out_features)
+    return compact_mlp(x, *weights, *biases, *scales, index, out_index, *widths, activation, residual)
+
+
 class _NOTHING:
     """Stands for the gate of an MLP without one."""
 
@@ -134,7 +147,8 @@ _f32 = torch.float32
 
 
 def _same_index(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+    # What lies on a GPU is not read: that would wait for it.
+    return a is b or (a is not None and b is not None and not a.is_cuda and torch.equal(a, b))
 
 
 def _compact(name: str, layer: nn.Module) -> CompactLinear:

@@ -232,6 +232,7 @@ def _forward(x, packed, bias, in_index, out_index, n_out, activation, residual, 
 
 def run_triton(x, weight, bias, in_index, out_index, n_out, activation, residual, scale) -> Tensor:
     """The Triton kernel, or the vendor's product where there is nothing to fuse. Checked arguments, on a GPU."""
+    x, weight, in_index = lined_up(x, weight, in_index)
     if in_index is None and out_index is None and activation == "none" and weight.dtype == x.dtype:
         with _checks.without_autocast(x.device):
             y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -240,6 +241,29 @@ def run_triton(x, weight, bias, in_index, out_index, n_out, activation, residual
     added = None if residual is None else residual.reshape(rows.shape[0], n_out)
     y = triton_op()(rows, weight, bias, in_index, out_index, n_out, activation, added, scale)
     return y.view(*x.shape[:-1], n_out)
+
+
+GATHER_ROWS, PAD_ROWS = 64, 512  # from so many rows on
+STEP = 16  # inputs that whole 16-byte loads go into, whatever the dtype
+
+
+def lined_up(x, weight, in_index) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same product with its inputs side by side, and a multiple of STEP of them, where many rows pay for it.
+
+    Every block of columns reads x again: gathered loads are of one element each, and so are those of a width that is no
+    multiple of 16 bytes. One pass over x costs less. Zero weights meet what pads x: zeros, or a kept channel again.
+    """
+    rows, K = x.numel() // max(1, x.shape[-1]), weight.shape[1]
+    short = -K % STEP if rows >= PAD_ROWS else 0
+    if K == 0 or not (short or (in_index is not None and rows >= GATHER_ROWS)):
+        return x, weight, in_index
+    if short:
+        weight = F.pad(weight, (0, short))
+    if in_index is None:
+        return F.pad(x, (0, short)), weight, None
+    if short:
+        in_index = torch.cat([in_index, in_index[-1:].expand(short)])
+    return x.index_select(-1, in_index), weight, None
 
 
 @functools.cache
@@ -288,7 +312,8 @@ def _backward(ctx, grad):
             f"{OP}: a packed weight is for inference and has no gradient; pass the plain weight [N, K] to train"
         )
     x, weight, bias, in_index, out_index, scale = ctx.saved_tensors
-    dtype = _checks.compute_dtype(x, weight)
+    narrow = x.is_cuda and x.dtype == weight.dtype  # 16-bit products cost a GPU no accuracy: it sums in fp32
+    dtype = x.dtype if narrow else _checks.compute_dtype(x, weight)
     wide = widened(weight, scale, dtype)
     read = x.to(dtype) if in_index is None else x.to(dtype).index_select(-1, in_index)  # [..., K]
     d = grad.to(dtype)
@@ -307,7 +332,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         grad_weight = (rows.t() @ read.reshape(-1, read.shape[-1])).to(weight.dtype)
     if ctx.with_bias and ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(0).to(bias.dtype)
+        grad_bias = rows.sum(0, dtype=_checks.compute_dtype(rows)).to(bias.dtype)
     return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.with_residual else None, None
 
 

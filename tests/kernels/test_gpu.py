@@ -69,6 +69,41 @@ def test_gradients_are_bitwise_repeatable():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_gated_mlp_runs_as_one_op():
+    from prunekern.nn import CompactLinear, CompactMLP
+
+    up, gate, down = (CompactLinear(torch.randn(n, k) / k**0.5) for n, k in ((48, 64), (48, 64), (64, 48)))
+    mlp = CompactMLP(up, down, gate, "silu").cuda().bfloat16()
+    x = torch.randn(700, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = mlp(x)
+    assert "prunekern::compact_mlp" in {event.name for event in profile.events()}
+    u, g = (x.double() @ layer.weight.double().T for layer in (mlp.up, mlp.gate))
+    want = (torch.nn.functional.silu(g) * u) @ mlp.down.weight.double().T
+    assert (y.double() - want).norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize("rows", [5, 100, 600])  # gathered by the kernel; once; once and padded
+def test_compact_linear_and_its_gradients_in_16_bits(rows):
+    from prunekern import ops
+
+    def random(*shape, seed):
+        made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        return made.cuda().bfloat16().requires_grad_()
+
+    x, W, bias = random(rows, 90, seed=0), random(40, 70, seed=1), random(40, seed=2)
+    into, out = torch.arange(10, 80, device="cuda"), torch.arange(0, 80, 2, device="cuda")
+    y = ops.compact_linear(x, W, bias, into, out, 80, "gelu")
+    dy = torch.randn_like(y)
+    got = (y, *torch.autograd.grad(y, (x, W, bias), dy))
+    wide = [t.detach().double().requires_grad_() for t in (x, W, bias)]
+    z = torch.nn.functional.gelu(wide[0][:, into] @ wide[1].T + wide[2])
+    want = z.new_zeros(rows, 80).index_copy(1, out, z)
+    want = (want, *torch.autograd.grad(want, wide, dy.double()))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.bfloat16 and (a.double() - b).norm() <= 2e-2 * b.norm()
+
+
 def test_more_than_two_to_the_31_elements():
     from prunekern import ops
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from prunekern import _native
 from prunekern.nn import CompactLinear, CompactMLP
+from prunekern.nn.compact_mlp import _fused_plain
 from prunekern.ops.compact_linear import compact_linear_reference
 
 native = pytest.mark.skipif(not _native.available(), reason=str(_native.why_not()))
@@ -279,6 +280,18 @@ def test_mlp_of_compact_layers():
     y = mlp(x, x)
     assert torch.equal(y[:, [1, 4, 5]], x[:, [1, 4, 5]])  # removed rows: the residual alone
     assert sorted(mlp.state_dict()) == ["down.bias", "down.weight", "up.weight"]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_gated_mlp_on_plain_weights(kind):
+    """What runs on a GPU, whose kernels take the weights as they are."""
+    kept = torch.tensor([0, 2, 3])
+    gate, up = (CompactLinear(torch.randn(4, 6), bias, weights=kind) for bias in (torch.randn(4), None))
+    mlp = CompactMLP(up, CompactLinear(torch.randn(3, 4), None, None, kept, 6, weights=kind), gate, "silu")
+    x, residual = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    for added in (None, residual):
+        got = _fused_plain(mlp.up, mlp.down, mlp.gate, x, added, "silu")
+        torch.testing.assert_close(got, mlp(x, added), rtol=1e-4, atol=1e-4)
 
 
 def test_mlp_refuses():

@@ -1,5 +1,6 @@
 """Triton kernels of compact layers on the CPU, in Triton's interpreter, against float64. Run by test_interpreter.py."""
 
+import importlib
 import itertools
 import math
 
@@ -9,6 +10,8 @@ from definitions import DEVICE, UNIT, poisoned_empty, random, strided, within
 
 from prunekern.kernels import compact_linear as linear_kernels
 from prunekern.kernels import compact_mlp as mlp_kernels
+
+op = importlib.import_module("prunekern.ops.compact_linear")  # prunekern.ops.compact_linear is the function
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = {
@@ -78,14 +81,48 @@ def test_activations(activation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kinds_of_weights(dtype):
     """int8 with its scale, bf16 and fp32 weights, whatever x is."""
-    x, scale = random(20, 65).to(dtype), random(40, seed=2).abs() / 50
+    x, scale = (random(20, 65) / 1000).to(dtype), random(40, seed=2).abs() / 50
     q = (100 * random(40, 65, seed=3)).clamp(-127, 127).to(torch.int8)
-    weights = [(q, scale), (random(40, 65, seed=4).to(dtype), None)]
-    if dtype != torch.float16:
-        weights += [(random(40, 65, seed=5).bfloat16(), None), (random(40, 65, seed=6), None)]
+    beyond_fp16 = 1e5 * random(40, 65, seed=5).bfloat16()  # a product in x's 16 bits would be infinite
+    weights = [(q, scale), (random(40, 65, seed=4).to(dtype), None), (random(40, 65, seed=6), None)]
+    weights.append((beyond_fp16, None))
     for W, s in weights:
         args = (x, W, None, None, None, 40, "silu", None, s)
         check(linear_kernels.compact_linear(*args), *exact(*args), dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays(activation):
+    x = random(5, 33)
+    x[2, 7] = float("nan")
+    args = (x, random(20, 33, seed=1), None, None, None, 20, activation, None, None)
+    assert torch.equal(linear_kernels.compact_linear(*args).isnan().any(1), x.isnan().any(1))
+
+
+@pytest.mark.parametrize("activation", ("none", "gelu"))
+@pytest.mark.parametrize("scatter", (False, True))
+@pytest.mark.parametrize(("rows", "K"), ((3, 20), (9, 20), (9, 32), (20, 20), (20, 0)))
+def test_inputs_lined_up_for_many_rows(rows, K, scatter, activation, monkeypatch):
+    """Gathered once from 8 rows on, padded to a multiple of 16 from 16 on; what is removed may hold anything."""
+    monkeypatch.setattr(op, "GATHER_ROWS", 8)
+    monkeypatch.setattr(op, "PAD_ROWS", 16)
+    for gather in (False, True):
+        x, W = random(2, rows // 2, 50 if gather else K), random(30, K, seed=1) / 4
+        x = random(rows, 50 if gather else K)[None] if rows % 2 else x
+        in_index, out_index = kept(K, 50, 2) if gather else None, kept(30, 40, 3) if scatter else None
+        n_out = 40 if scatter else 30
+        if gather:
+            removed = torch.ones(50, dtype=torch.bool).index_fill(0, in_index, False)
+            x[..., removed] = float("nan")
+        residual = random(*x.shape[:-1], n_out, seed=4)
+        y = op.run_triton(x, W, None, in_index, out_index, n_out, activation, residual, None)
+        two = (t.reshape(-1, t.shape[-1]) if t.numel() else t.new_zeros(rows, 0) for t in (x, residual))
+        flat, added = two
+        want, bound = exact(flat, W, None, in_index, out_index, n_out, activation, added, None)
+        check(y.reshape(-1, n_out), want, bound + 1e-6, torch.float32)
+        lined, w, index = op.lined_up(x, W, in_index)
+        assert (index is None) == (not gather or (rows >= 8 and K > 0))
+        assert w.shape[1] == (32 if K == 20 and rows >= 16 else K)
 
 
 def test_nothing_kept_leaves_the_residual():
