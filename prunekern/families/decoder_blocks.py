@@ -72,7 +72,11 @@ class CompactCausalAttention(PacksTogether):
         cos, sin = position_embeddings
         query = rotate_pairs(query, cos, sin, at.angle, at.key_first, at.shared_by)
         key = rotate_pairs(key, cos, sin, at.angle, at.key_first)
-        return ragged.attend(query, *self._cached(key, value, past), key_mask)
+        key, value = self._cached(key, value, past)
+        if key_mask is None and x.shape[1] > 1:
+            # No mask for several tokens says that they are the first ones; a static cache holds empty slots after them.
+            key, value = key[:, : x.shape[1]], value[:, : x.shape[1]]
+        return ragged.attend(query, key, value, key_mask)
 
     def _attend_padded(self, x: Tensor, position_embeddings, mask, past, **kwargs) -> tuple[Tensor, Tensor | None]:
         at = self.layout

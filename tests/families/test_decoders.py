@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_decoders import FAMILIES, FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, batch, build, names, reference
 from tiny_models import attached, difference, keep_only, prune, state, unchanged, watch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import prunekern as pk
 from prunekern import _native, checkpoint
@@ -140,13 +140,19 @@ def test_generates_the_same_tokens(family, share):
     assert torch.equal(generated(small, inputs, 16, num_beams=3), beams)
 
 
+@pytest.mark.parametrize("padded", (False, True))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fp32_generates_the_same_tokens(family):
+def test_fp32_generates_the_same_tokens(family, padded):
+    """On the kernels; a static cache has empty slots after the prompt."""
     model = build(family)
     prune(attached(model), 0.4, seed=4)
     small = pk.compact(model)
-    inputs = batch(2, 6)
-    assert torch.equal(generated(small, inputs), generated(model, inputs))
+    inputs = batch(2, 9, padded=padded)
+    want = generated(model, inputs)
+    assert torch.equal(generated(small, inputs), want)
+    assert torch.equal(generated(small, inputs, cache_implementation="static"), want)
+    cache = StaticCache(small.config, max_cache_len=32)
+    assert difference(logits(small, inputs, past_key_values=cache), logits(model, inputs)) <= F32
 
 
 @pytest.mark.parametrize(
