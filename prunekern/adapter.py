@@ -63,6 +63,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike):
     pruner = attach(model, prune_config)
     pruner.load_state_dict(config["pruner"])
     model.load_state_dict(tensors, strict=False)
+    pruner.settle()
     return pruner
 
 
@@ -102,13 +103,24 @@ def model_class(config: dict, adapter: Path) -> type:
 
 
 def load_adapter_state(pruner, path: str | os.PathLike) -> None:
-    """Take an adapter written by `save_adapter` into a model that is attached already. ValueError as `load_adapter`."""
+    """Take an adapter written by `save_adapter` into a model that is attached already.
+
+    ValueError as `load_adapter`, and for an adapter of another config than the pruner's.
+    """
     config, tensors = _read_adapter(Path(path))
+    theirs, ours = PruneConfig.from_dict(config["prune_config"]).to_dict(), pruner.config.to_dict()
+    for name in ours:
+        if theirs[name] != ours[name]:
+            raise ValueError(
+                f"{path}: was trained with {name}={theirs[name]!r}, this run has {name}={ours[name]!r}; resume with "
+                "the config it was trained with, or train into another folder"
+            )
     if not config["pruner"].get("shrunk"):
         _check_adapter(pruner.model, tensors, Path(path))
     pruner.load_state_dict(config["pruner"])
     _check_adapter(pruner.model, tensors, Path(path))
     pruner.model.load_state_dict(tensors, strict=False)
+    pruner.settle()
 
 
 def _read_adapter(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

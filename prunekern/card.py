@@ -27,12 +27,13 @@ def is_ours_to_write(path: Path) -> bool:
 def model_card(model: nn.Module, command: str | None = None) -> str:
     """Markdown with front matter: how to load `model` (compact), what was kept of each layer, sizes, what made it.
 
-    command: as a shell takes it; None: that of this process. ValueError for a model without a plan.
+    command: as a shell takes it; None: this process's if it is `prunekern` itself, else nothing is said of it: the
+    arguments of other programs may hold secrets. ValueError for a model without a plan.
     """
     from . import __version__
 
     plan, name = plan_of(model), type(model).__name__
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command
+    command = _own_command() if command is None else command
     total = sum(p.numel() for p in model.parameters())
     removed = plan.dense_params() - plan.params()
     sizes = [
@@ -44,11 +45,18 @@ def model_card(model: nn.Module, command: str | None = None) -> str:
     lines = ["---", "library_name: transformers", "tags: [prunekern, pruned, dora]", "---", "", MARK, ""]
     lines += [f"# {name}, compact", ""]
     lines += [_INTRO, "", "```python", "import prunekern as pk", "", 'model = pk.load("this folder")', "```", ""]
-    lines += [f"Made from `{base}` by prunekern {__version__}: `{command}`", ""]
+    lines += [f"Made from `{base}` by prunekern {__version__}{f': `{command}`' if command else '.'}", ""]
     lines += ["| | compact | dense | share |", "|---|---|---|---|"]
     lines += [f"| {what} | {kept:,} | {dense:,} | {kept / max(dense, 1):.3f} |" for what, kept, dense in sizes]
     lines += ["", "## What was kept", "", "| layer | rows | of | columns | of |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *_rows(plan), ""])
+
+
+def _own_command() -> str | None:
+    program = Path(sys.argv[0])
+    if program.name in ("prunekern", "prunekern.exe") or program.parts[-2:] == ("prunekern", "__main__.py"):
+        return shlex.join(["prunekern", *sys.argv[1:]])
+    return None
 
 
 def _rows(plan: Plan) -> list[str]:

@@ -31,7 +31,7 @@ def save(
     model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB", command: str | None = None
 ) -> None:  # fmt: skip
     """Write a compact model to the folder `path` in transformers' layout: safetensors, config.json with the plan, and a
-    model card README.md unless there is one of your own (`prunekern.card.model_card`; command: what made the model).
+    model card README.md unless there is one of your own (see `prunekern.card.model_card`, of command too).
 
     The folder is written beside `path` and put in its place in one step: a full disk or a kill leaves the old one
     whole. Other files in the old folder (a tokenizer) are carried over. ValueError for a model that is not compact.

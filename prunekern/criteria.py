@@ -14,13 +14,11 @@ CRITERIA = ("random", "magnitude", "saliency")
 
 
 def check_criterion(pruner: Pruner, criterion: str | Mapping[str, np.ndarray]) -> None:
-    """ValueError unless `criterion` is one of CRITERIA that can be had now, or has a score for every group."""
+    """ValueError unless `criterion` is one of CRITERIA, or has a score for every group."""
     masks = pruner.masks
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
             raise ValueError(f"finalize: criterion must be one of {CRITERIA}, or scores (got {criterion!r})")
-        if criterion == "saliency" and not any(bool(m.saliency.any()) for m in masks.values()):
-            raise ValueError("finalize: criterion 'saliency' needs warm steps; none were taken")
         return
     for carrier, mask in masks.items():
         shape = np.shape(criterion[carrier]) if carrier in criterion else None
@@ -32,11 +30,13 @@ def check_criterion(pruner: Pruner, criterion: str | Mapping[str, np.ndarray]) -
 
 
 def criterion_scores(pruner: Pruner, criterion: str | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """float64 [groups] by carrier; the lowest go first."""
+    """float64 [groups] by carrier; the lowest go first. ValueError for saliency that was never gathered."""
     masks = pruner.masks
     if not isinstance(criterion, str):
         return {c: np.asarray(criterion[c], dtype=float) for c in masks}
     if criterion == "saliency":
+        if not any(bool(m.saliency.any()) for m in masks.values()):
+            raise ValueError("finalize: criterion 'saliency' needs warm steps; none were taken")
         return {c: m.saliency.double().cpu().numpy() for c, m in masks.items()}
     if criterion == "random":
         rng = np.random.default_rng(pruner.config.seed)

@@ -66,8 +66,17 @@ class Pruner:
         return self.config.sparsity * min(1.0, past / self.ramp_steps)
 
     def schedule(self, warm_steps: int, ramp_steps: int) -> None:
-        """Other lengths than the config's, for a trainer that knows how long it runs."""
+        """Other lengths than the config's, for a trainer that knows how long it runs.
+
+        Where the warm steps are over by this and were not before, the logits start from what was gathered till now.
+        """
         self.warm_steps, self.ramp_steps = warm_steps, ramp_steps
+        if self.warm and self.steps >= warm_steps and not self.finalized and self._has_saliency():
+            self._start_from_saliency()
+        self._open_while_warm()
+
+    def settle(self) -> None:
+        """After the model's state was loaded: masks that came out final are not warm any more."""
         self._open_while_warm()
 
     @property
@@ -82,6 +91,9 @@ class Pruner:
         elif self.warm and not warm:
             self._saliency.close()
             self._saliency = None
+
+    def _has_saliency(self) -> bool:
+        return any(bool(mask.saliency.any()) for mask in self.masks.values())
 
     @torch.no_grad()
     def _start_from_saliency(self) -> None:
@@ -190,11 +202,14 @@ class Pruner:
         Returns {"sparsity", "target", "cost", "kept": {carrier: [kept, of]}, "by_kind": {kind: [kept, of]}}; rule
         "stock" adds what it gave up against the learned one: "kept_score" and "given_up", see `stock.compare`.
         ValueError as `check_rule`, and for scores that are not finite; the masks are then left as they were.
+        RuntimeError after `shrink`: what the masks removed is gone.
         """
+        if self.shrunk:
+            raise RuntimeError("finalize: the pruned channels are dropped already (pruner.shrink); masks cannot change")
         self.check_rule(rule, criterion)
         table, config, extra = self.table, self.config, {}
         if self.masks:
-            if rule != "uniform" and self.warm and any(bool(m.saliency.any()) for m in self.masks.values()):
+            if rule != "uniform" and self.warm and self._has_saliency():
                 self._start_from_saliency()
             scores = criterion_scores(self, criterion) if rule == "uniform" else self._logits()
             bad = [c for c, v in scores.items() if not np.isfinite(v).all()]
@@ -213,7 +228,10 @@ class Pruner:
         return self.report() | extra
 
     def check_rule(self, rule: str = "learned", criterion: str | budget.Scores = "magnitude") -> None:
-        """ValueError where `finalize(rule, criterion)` would refuse: so that a trainer can say so before it trains."""
+        """ValueError where `finalize(rule, criterion)` would refuse: so that a trainer can say so before it trains.
+
+        Saliency that is not gathered yet is refused by `finalize` only.
+        """
         if rule not in RULES:
             raise ValueError(f"finalize: rule must be one of {RULES} (got {rule!r})")
         if rule == "uniform":
@@ -277,10 +295,13 @@ class Pruner:
             if name not in self.layers:
                 raise ValueError(f"load_state_dict: low_rank must name adapted layers (got {name!r})")
             self.layers[name].set_low_rank(rank, scale)
-        if state.get("shrunk") is not None and not self.shrunk:
+        if state.get("shrunk") is not None:
             plan = Plan.from_dict(state["shrunk"])
-            check(plan, self.table)
-            self._shrink(plan)
+            if self.shrunk and plan != self.plan():
+                raise ValueError("load_state_dict: the model is shrunk already, to other channels than the state's")
+            if not self.shrunk:
+                check(plan, self.table)
+                self._shrink(plan)
         self.steps = int(state["steps"])
         self.schedule(int(state["warm_steps"]), int(state["ramp_steps"]))
         if self.steps and not self.finalized and not self.warm:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from .adapter import load_adapter_state, save_adapter
 from .bf16_trap import BF16_REASON, bf16_matmul_crashes
@@ -93,8 +95,13 @@ class PruneTrainer(Trainer):
                 "PruneTrainer: fsdp and deepspeed must be off: they split the parameters that masks and shrinking need "
                 "whole; data parallel training (torchrun) is supported"
             )
-        if rule == "stock":  # what it cannot reach does not depend on what is learned
-            pruner.check_rule(rule)
+        if args is not None and args.n_gpu > 1:
+            raise ValueError(
+                f"PruneTrainer: one process must have one GPU (got {args.n_gpu}): start it by torchrun, one process a "
+                "GPU, or set CUDA_VISIBLE_DEVICES"
+            )
+        if not pruner.shrunk:
+            pruner.check_rule(rule, criterion)
         super().__init__(model=model, args=args, **kwargs)
         # Trainer takes any forward(**kwargs) for one that divides its loss by num_items_in_batch, and multiplies with
         # the number of processes to make up for it; of the heads we know only those of language models do.
@@ -125,7 +132,7 @@ class PruneTrainer(Trainer):
 
             def adapters(step: int) -> float:
                 if self.final_learning_rate is None:
-                    return warm_up(step) * (1 - step / max(1, num_training_steps))
+                    return warm_up(step) * max(0.0, 1 - step / max(1, num_training_steps))
                 return warm_up(step) * (1.0 if step < boundary else self.final_learning_rate / self.args.learning_rate)
 
             def warm_up(step: int) -> float:
@@ -135,10 +142,20 @@ class PruneTrainer(Trainer):
                 return warm_up(step) if step < boundary else 0.0
 
             optimizer = self.optimizer if optimizer is None else optimizer
-            by_group = [{"adapters": adapters, "masks": masks}[g["name"]] for g in optimizer.param_groups]
+            by_group = [masks if self._holds_logits(g) else adapters for g in optimizer.param_groups]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_group)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _holds_logits(self, group: dict) -> bool:
+        logits = {id(mask.logits) for mask in self.pruner.masks.values()}
+        count = sum(id(p) in logits for p in group["params"])
+        if 0 < count < len(group["params"]):
+            raise ValueError(
+                "PruneTrainer: optimizers: mask logits must have a group of their own; build the optimizer from "
+                "pruner.param_groups()"
+            )
+        return count > 0
 
     def _finalize(self) -> None:
         self.report = self.pruner.finalize(self.rule, self.criterion)
@@ -209,7 +226,22 @@ class PruneTrainer(Trainer):
             if newest is None:
                 raise FileNotFoundError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(newest)
+        if resume_from_checkpoint:
+            state = self._finished(Path(resume_from_checkpoint))
+            if state is not None:
+                load_adapter_state(self.pruner, resume_from_checkpoint)
+                self.state, self.report = state, self.pruner.report()
+                return TrainOutput(state.global_step, math.nan, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _finished(self, checkpoint: Path) -> TrainerState | None:
+        """The state of a checkpoint that has taken all the steps there are: Trainer would take one more."""
+        file = checkpoint / TRAINER_STATE_NAME
+        state = TrainerState.load_from_json(str(file)) if file.is_file() else None
+        if state is None or (self.args.max_steps <= 0 and state.num_train_epochs != self.args.num_train_epochs):
+            return None
+        most = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        return state if state.global_step >= most else None
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -217,7 +249,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        state = path / "trainer_state.json"  # Trainer writes it last
+        state = path / TRAINER_STATE_NAME  # Trainer writes it last
         if number and state.is_file():
             try:
                 json.loads(state.read_text())
@@ -238,9 +270,12 @@ class _Stages(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         boundary = self.trainer.stage_one_steps(state.max_steps)
         warm, ramp = (round(boundary * share) for share in (self.trainer.warm, self.trainer.ramp))
-        self.trainer.pruner.schedule(warm, max(1, ramp))
-        if self.trainer.pruner.finalized and self.trainer.pruner.masks:  # resumed in stage two
-            self.trainer.report = self.trainer.pruner.report()
+        pruner = self.trainer.pruner
+        if not pruner.finalized:
+            pruner.steps = state.global_step  # of this run: one that was interrupted and starts anew is warm again
+        pruner.schedule(warm, max(1, ramp))
+        if pruner.finalized and pruner.masks:  # resumed in stage two
+            self.trainer.report = pruner.report()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.accelerator.scaler is None:  # a loss scaler meets such gradients, and skips the step, by itself

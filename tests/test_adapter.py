@@ -194,3 +194,23 @@ def test_load_base_refuses_another_base_model(tmp_path):
     wide.save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match=r"tensor 'distilbert.embeddings.*' must have shape \[50, .*\(got \[77, "):
         load_base(tmp_path / "wide", tmp_path / "a")
+
+
+def test_final_before_the_warm_steps_are_over(tmp_path):
+    """Loaded into a pruner that would be warm by its count: the masks are final all the same."""
+    model = build()
+    pruner = attached(model, sparsity=0.4, warm_steps=20)
+    model.train()
+    optimizer = torch.optim.SGD(pruner.param_groups(0.1))
+    for seed in range(3):
+        model(**batch(seed=seed), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    pruner.finalize()
+    pk.save_adapter(pruner, tmp_path)
+    again = build().train()
+    loaded = pk.load_adapter(again, tmp_path)
+    assert loaded.finalized and not loaded.warm
+    assert loaded.expected_sparsity() == pruner.expected_sparsity() > 0.3
+    assert torch.equal(logits(again, batch()), logits(model, batch()))

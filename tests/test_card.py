@@ -33,6 +33,17 @@ def test_the_card_says_what_was_kept(small):
         model_card(build())
 
 
+@pytest.mark.parametrize(
+    "program, said", [("/bin/prunekern", True), ("/lib/prunekern/__main__.py", True), ("deploy.py", False)]
+)
+def test_only_our_own_command_is_written_down(program, said, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program, "--hf-token", "hf_secret"])
+    pk.save(small, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert ("`prunekern --hf-token hf_secret`" in card) is said and ("hf_secret" in card) is said
+    assert f"by prunekern {pk.__version__}" in card
+
+
 def test_save_writes_a_card_until_it_is_yours(small, tmp_path):
     card = tmp_path / "a" / "README.md"
     pk.save(small, tmp_path / "a", command="how it was made")

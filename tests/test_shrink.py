@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from tiny_models import FAMILIES, attached, batch, build, difference, logits, names, state, unchanged
+from transformers.optimization import Adafactor
 
 import prunekern as pk
+from prunekern.adapter import load_adapter_state
 
 LABELS = torch.tensor([0, 1, 2, 0])
 OWN = {"distilbert": ["q_lin", "v_lin"], "bert": ["query", "value"], "roberta": ["query", "value"]}
@@ -107,6 +109,22 @@ def test_optimiser_state_follows(optimizer):
     assert not any(n.endswith("lin.weight") or ".mask." in n for n in moved)
 
 
+def test_factored_moments_follow_and_others_are_forgotten():
+    model, pruner, made, _ = trained(optimizer=lambda groups: Adafactor(groups, lr=1e-3, relative_step=False))
+    name = names("distilbert")["down"]
+    layer, kept = pruner.layers[name], pruner.plan().layers[name]
+    made.state[layer.magnitude]["history"] = torch.zeros(7, 3)
+    old = {p: copy.deepcopy(made.state[p]) for p in (layer.A, layer.B)}
+    assert 0 < kept.rows.numel() < layer.B.shape[0] and 0 < kept.cols.numel() < layer.A.shape[1]
+    pruner.shrink(made)
+    for p, key, index in ((layer.A, "col", kept.cols), (layer.B, "row", kept.rows)):
+        assert torch.equal(made.state[p][f"exp_avg_sq_{key}"], old[p][f"exp_avg_sq_{key}"][index])
+        other = {"col": "row", "row": "col"}[key]
+        assert torch.equal(made.state[p][f"exp_avg_sq_{other}"], old[p][f"exp_avg_sq_{other}"])
+    assert layer.magnitude not in made.state
+    assert torch.isfinite(step(model, pruner, made, 7))
+
+
 def test_magnitude_moments_are_those_of_the_scaled_magnitude():
     """Adam's step is blind to the scale of a gradient: moments over c and c squared give the same step."""
     model, pruner, made, _ = trained()
@@ -131,6 +149,8 @@ def test_refused_before_finalize_and_idempotent_after():
     pruner.shrink()
     before = state(model)
     pruner.shrink()
+    with pytest.raises(RuntimeError, match="finalize: the pruned channels are dropped already"):
+        pruner.finalize("uniform", "random")
     unchanged(model, before)
 
 
@@ -168,6 +188,21 @@ def test_saved_and_loaded(family, tmp_path):
     assert loaded.shrunk and loaded.finalized and loaded.plan() == pruner.plan() and loaded.steps == pruner.steps
     assert torch.equal(logits(again, batch()), logits(model, batch()))
     assert difference(logits(pk.compact(again), batch()), logits(model, batch())) < 1e-4
+
+
+def test_adapter_of_another_plan_into_a_shrunk_model_is_refused(tmp_path):
+    (_, first, _, _), (model, second, _, _) = trained(), trained()
+    first.shrink()
+    pk.save_adapter(first, tmp_path / "a")
+    with torch.no_grad():
+        for mask in second.masks.values():
+            mask.finalize(mask.kept().flip(0))  # as many of each
+    second.shrink()
+    before = state(model)
+    with pytest.raises(ValueError, match="the model is shrunk already, to other channels than the state's"):
+        load_adapter_state(second, tmp_path / "a")
+    unchanged(model, before)
+    load_adapter_state(first, tmp_path / "a")
 
 
 def test_adapter_of_another_plan_is_refused(tmp_path):

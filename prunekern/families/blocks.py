@@ -74,7 +74,10 @@ class CompactSelfAttention(PacksTogether):
     def attend(self, x: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """x: [batch, tokens, hidden] -> [batch, tokens, kept value channels], and attention weights or None."""
         if self.padded[0] == 0:  # no value channel is left in the layer: o adds its bias to the residual
-            return x.new_zeros(*x.shape[:-1], 0), None
+            weights = None
+            if self.config._attn_implementation == "eager":  # of no head, so that the other layers' keep their places
+                weights = x.new_zeros(len(x), 0, x.shape[1], x.shape[1])
+            return x.new_zeros(*x.shape[:-1], 0), weights
         layers = self._layers()
         if self._runs_ragged(x, layers):
             forbids_keys_only, key_mask = key_mask_of(mask)

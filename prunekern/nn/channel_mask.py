@@ -108,6 +108,8 @@ class ChannelMask(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._is_final = bool(self.final)
         self.logits.requires_grad_(not self._is_final)
+        if self._is_final:
+            self.open(False)
 
     def extra_repr(self) -> str:
         return f"groups={self.logits.numel()}, final={self._is_final}"

@@ -100,12 +100,17 @@ def shrink_linear(layer: nn.Module, rows: Tensor, cols: Tensor, state: dict | No
 
 
 def _keep(parameter: nn.Parameter, sides, state: dict | None) -> None:
-    """Select along dimensions, in the parameter, its gradient and the optimiser's tensors of its shape."""
+    """Select along dimensions, in the parameter and the optimiser's tensors of its shape, or of its factors'.
+
+    An optimiser that keeps something else of the parameter forgets it, and begins anew with it.
+    """
     shape = parameter.shape
 
-    def select(tensor: Tensor) -> Tensor:
+    def select(tensor: Tensor, without: int | None = None) -> Tensor:
+        """without: the dimension of the parameter that the tensor has not."""
         for dim, index in sides:
-            tensor = tensor.index_select(dim, index)
+            if dim != without:
+                tensor = tensor.index_select(dim if without is None else 0, index)
         return tensor
 
     parameter.grad = None
@@ -115,10 +120,17 @@ def _keep(parameter: nn.Parameter, sides, state: dict | None) -> None:
     parameter.data = kept.new_empty(0, dtype=torch.float32 if kept.dtype == torch.float64 else torch.float64)
     parameter.data = kept
     if state is not None and parameter in state:
-        own = state[parameter]
-        for name, value in own.items():
-            if isinstance(value, Tensor) and value.shape == shape:
+        own, left_out = state[parameter], {"exp_avg_sq_row": 1, "exp_avg_sq_col": 0}  # Adafactor's names
+        for name, value in list(own.items()):
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape == shape:
                 own[name] = select(value)
+            elif name in left_out and len(shape) == 2 and value.shape == (shape[1 - left_out[name]],):
+                own[name] = select(value, left_out[name])
+            else:
+                del state[parameter]
+                return
 
 
 # The gradient of c m is that of m divided by c; so are what optimisers keep of it, by its power.
