@@ -93,6 +93,7 @@ VARIANTS = {
     "recipe, lagrangian": replace(RECIPE, budget="lagrangian"),
     # schedule
     "recipe, warm 140": replace(RECIPE, warm=140, stage_one=200),
+    "recipe, warm 170": replace(RECIPE, warm=170, stage_one=230),
     "recipe, no ramp": replace(RECIPE, ramp=1),
     "recipe, ramp 60": replace(RECIPE, ramp=60),
     "recipe, stage one to the end": replace(RECIPE, stage_one=249),

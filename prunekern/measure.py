@@ -41,7 +41,15 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float = 3.0,
 def latency(
     models: Mapping[str, nn.Module], batch: int, tokens: int, seconds: float = 3.0, thread_count: int = 1
 ) -> dict[str, float]:
-    """Fastest forward pass of each model, in seconds, on `batch` full sequences of `tokens` random ids."""
+    """Fastest forward pass of each model, in seconds, on `batch` full sequences of `tokens` random ids.
+
+    ValueError for more tokens than a model has positions for.
+    """
+    for name, model in models.items():
+        most = getattr(model.config, "max_position_embeddings", tokens)
+        most -= 2 * (model.config.model_type == "roberta")  # its positions begin after those of padding
+        if tokens > most:
+            raise ValueError(f"latency: tokens must be at most {most} for the {name} model (got {tokens})")
     vocabulary = min(model.config.vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(0)
     device = next(next(iter(models.values())).parameters()).device

@@ -23,9 +23,8 @@ class RichProgress(TrainerCallback):
         if not model.training or labels is None or logits is None or output.loss is None:
             return
         seen = {"loss": output.loss.item()}
-        if logits.shape[-1] > 1 and not labels.is_floating_point():
-            mask = labels >= 0
-            seen["accuracy"] = (logits.argmax(-1) == labels)[mask].float().mean().item()
+        if logits.dim() == 2 and logits.shape[-1] > 1 and not labels.is_floating_point():
+            seen["accuracy"] = (logits.argmax(-1) == labels).float().mean().item()
         for name, value in seen.items():
             self.means[name] = value if name not in self.means else 0.95 * self.means[name] + 0.05 * value
 

@@ -45,13 +45,16 @@ class TrainOptions:
 def load_dense(model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0) -> tuple[nn.Module, object]:
     """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub.
 
-    seed: of the head's first weights, where the checkpoint has none.
+    seed: of the head's first weights, where the checkpoint has none. In the checkpoint's dtype where there is a GPU,
+    else in fp32.
     """
     from transformers import AutoTokenizer, set_seed
 
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    dense = with_head(task.model_class(), model, task.name, **task.model_kwargs())
+    # Products in 16 bits kill the process on some CPUs, and are slow on most.
+    dtype = {} if torch.cuda.is_available() else {"dtype": torch.float32}
+    dense = with_head(task.model_class(), model, task.name, **task.model_kwargs(), **dtype)
     if tokenizer.pad_token is None:  # decoders often come without one; what stands there is masked
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(dense.config, "pad_token_id", None) is None:  # a classifier of theirs reads the last token that is none

@@ -95,6 +95,10 @@ class PruneTrainer(Trainer):
                 "PruneTrainer: fsdp and deepspeed must be off: they split the parameters that masks and shrinking need "
                 "whole; data parallel training (torchrun) is supported"
             )
+        if args is not None and final_learning_rate is not None and not args.learning_rate > 0:
+            raise ValueError(
+                f"PruneTrainer: learning_rate must be positive with a final_learning_rate (got {args.learning_rate})"
+            )
         if args is not None and args.n_gpu > 1:
             raise ValueError(
                 f"PruneTrainer: one process must have one GPU (got {args.n_gpu}): start it by torchrun, one process a "
@@ -172,6 +176,7 @@ class PruneTrainer(Trainer):
                 process_group=old.process_group,
                 find_unused_parameters=old.find_unused_parameters,
                 gradient_as_bucket_view=old.gradient_as_bucket_view,
+                static_graph=old.static_graph,
             )
             self._rewrapped = self.model_wrapped = new
             self.accelerator._models = [new if m is old else m for m in self.accelerator._models]

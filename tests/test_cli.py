@@ -68,9 +68,26 @@ def test_train_eval_bench(files, tmp_path):
     assert scored.exit_code == 0, scored.output
     assert f"{100 * report['score']['compact']['accuracy']:.2f}" in scored.output
 
-    timed = invoke("bench", out / "compact", "--shapes", "1x8", "--seconds", 0.1)
+    timed = invoke("bench", out / "compact", "--shapes", "1x8", "--seconds", 0.1, "--threads", 0)
     assert timed.exit_code == 0, timed.output
     assert "1 x 8" in timed.output
+    long = invoke("bench", out / "compact", "--shapes", "1x99999", "--seconds", 0.1)
+    assert isinstance(long.exception, ValueError) and "tokens must be at most" in str(long.exception)
+
+    rows = [json.loads(line) for line in (files / "test.jsonl").read_text().splitlines()]
+    assert f"test ({len(rows)})" in scored.output and "warning" not in scored.output
+    names = sorted({row["label"] for row in rows})
+    for split in ("train", "validation", "test"):
+        text = (files / f"{split}.jsonl").read_text()
+        (tmp_path / f"{split}.jsonl").write_text(text.replace(f'"{names[0]}"', '"a"').replace(f'"{names[1]}"', '"b"'))
+    renamed = invoke("eval", out / "compact", *data(tmp_path))
+    assert renamed.exit_code == 0, renamed.output
+    assert "labels are compared by number" in renamed.output
+    config = json.loads((out / "compact" / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate(reversed(names))}
+    (out / "compact" / "config.json").write_text(json.dumps(config))
+    swapped = invoke("eval", out / "compact", *data(files))
+    assert isinstance(swapped.exception, ValueError) and f"has the labels {names[::-1]}" in str(swapped.exception)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +99,8 @@ def test_train_eval_bench(files, tmp_path):
         (["--preset", "none"], "preset must be one of"),
         (["--text", "sentence"], "sentence"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--max-steps", "0"], "--max-steps must be positive"),
+        (["--rule", "lerned"], "rule must be one of"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_status_2(files, tmp_path, change, message):

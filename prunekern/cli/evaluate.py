@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
@@ -71,9 +72,27 @@ def evaluate_command(
     loaded = _loaded(data_task.model_class(), model, weights, f"a task like {data_task.name}")
     if isinstance(data_task, Task) and loaded.config.num_labels != data_task.num_labels:
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
-    metrics, _ = evaluate(loaded, AutoTokenizer.from_pretrained(model), data_task, max_length, console=console)
+    if isinstance(data_task, Task) and data_task.label_names is not None:
+        _compare_labels(model, [loaded.config.id2label[i] for i in range(loaded.config.num_labels)], data_task)
+    metrics, scored = evaluate(loaded, AutoTokenizer.from_pretrained(model), data_task, max_length, console=console)
     for name, value in metrics.items():
-        console.print(f"{data_task.name}, {data_task.score_split}: {name} {data_task.show(value)}")
+        rows = f"{data_task.score_split} ({len(scored):,})"
+        console.print(f"{data_task.name}, {rows}: {name} {data_task.show(value)}")
+
+
+def _compare_labels(model: Path, known: list[str], task) -> None:
+    """Labels are scored by number. ValueError where the model has the data's names in another order; a warning where it
+    has other names; nothing where it has none.
+    """
+    theirs, ours = ([str(label).casefold() for label in names] for names in (known, task.label_names))
+    if theirs == ours or theirs == [f"label_{i}" for i in range(len(theirs))]:
+        return
+    if sorted(theirs) == sorted(ours):
+        raise ValueError(f"{model}: has the labels {known}, {task.name} has them as {list(task.label_names)}")
+    console.print(
+        f"[yellow]warning:[/] labels are compared by number: the model's are {known}, the data's "
+        f"{list(task.label_names)}"
+    )
 
 
 def _loaded(cls, model: Path, weights: str, purpose: str):
@@ -82,7 +101,7 @@ def _loaded(cls, model: Path, weights: str, purpose: str):
     from ..checkpoint import set_weights
     from ..recipe import with_head
 
-    loaded, found = with_head(cls, str(model), purpose, output_loading_info=True)
+    loaded, found = with_head(cls, str(model), purpose, output_loading_info=True, dtype=torch.float32)
     if found["missing_keys"]:  # transformers draws them at random: a score of that would be a coin toss
         raise ValueError(f"{model}: has no tensor {min(found['missing_keys'])!r}; it was not trained for {purpose}")
     return set_weights(loaded, weights)

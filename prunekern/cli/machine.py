@@ -16,10 +16,12 @@ def bench(
     model: Annotated[Path, typer.Argument(help="Folder of a compact model.")],
     weights: Weights = "fp32",
     shapes: Annotated[str, typer.Option(help="batch x tokens, with commas between.")] = "1x128,8x128",
-    threads: Annotated[int, typer.Option(help="Threads of torch and the C++ kernels.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0: torch's default.")] = 1,
     seconds: Annotated[float, typer.Option(help="About how long to measure each shape.")] = 5.0,
 ) -> None:
     """Time a compact model beside its dense twin (same config, random weights), interleaved in one process."""
+    import torch
+
     from ..checkpoint import load
     from ..measure import dense_twin, latency
     from ..plan import plan as plan_of
@@ -30,6 +32,8 @@ def bench(
             raise ValueError
     except ValueError:
         raise typer.BadParameter(f"--shapes must look like 1x128,8x128 (got {shapes!r})") from None
+    set_threads(threads)
+    threads = torch.get_num_threads()
     small = load(model, weights)
     plan = plan_of(small)
     ideal = plan.dense_macs() / plan.macs() if plan.macs() else float("inf")

@@ -73,6 +73,8 @@ def train(
     from ..recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
 
     set_threads(threads)
+    if not (max_steps > 0 or (max_steps == -1 and epochs > 0)):
+        raise ValueError(f"--max-steps must be positive, or -1 and --epochs positive (got {max_steps} and {epochs})")
     config = PruneConfig(
         rank=rank, alpha=alpha, dropout=dropout, preset=preset, sparsity=sparsity, cost=cost, align=align, seed=seed
     )

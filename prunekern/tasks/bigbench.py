@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -23,8 +22,9 @@ def unpacked(name: str, members: Mapping[str, str]) -> Path:
     if not all((folder / file).is_file() for file in members.values()):
         with scratch(folder.parent) as part:
             unpack(fetch(BIGBENCH), {_INSIDE + member: file for member, file in members.items()}, part / "made")
-            with contextlib.suppress(OSError):  # another process was faster
-                os.replace(part / "made", folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in members.values():  # one by one: the folder may be there, and lack some
+                os.replace(part / "made" / file, folder / file)
     return folder
 
 

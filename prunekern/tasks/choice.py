@@ -146,8 +146,8 @@ def _encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 def _encode_batch(rows: Mapping[str, list], tokenizer, max_length: int) -> dict[str, list]:
     contexts, continuations = ([text for row in rows[name] for text in row] for name in ("contexts", "continuations"))
-    whole = tokenizer([c + e for c, e in zip(contexts, continuations, strict=True)])["input_ids"]
-    known = tokenizer(contexts)["input_ids"]
+    whole = _without_end(tokenizer, [c + e for c, e in zip(contexts, continuations, strict=True)])
+    known = _without_end(tokenizer, contexts)
     counts = [max(1, len(ids) - len(before)) for ids, before in zip(whole, known, strict=True)]
     for ids, count, continuation in zip(whole, counts, continuations, strict=True):
         if count >= min(max_length, len(ids)):
@@ -163,6 +163,12 @@ def _encode_batch(rows: Mapping[str, list], tokenizer, max_length: int) -> dict[
         encoded["length"].append(max(map(len, encoded["input_ids"][-1])))
         first = choices.stop
     return encoded
+
+
+def _without_end(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids, without the end that some tokenizers put after every text: a continuation goes on where it stands."""
+    end = tokenizer.eos_token_id
+    return [i[:-1] if end is not None and i and i[-1] == end else i for i in tokenizer(texts)["input_ids"]]
 
 
 def choice_task(name: str, items: Mapping[str, Sequence[Item]]) -> ChoiceTask:

@@ -54,6 +54,7 @@ def _require(path: Path, columns: Iterable[str], present: Sequence[str]) -> None
 def _separated(delimiter: str) -> Any:
     def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         with open(path, encoding="utf-8-sig", newline="") as file:
+            csv.field_size_limit(2**31 - 1)  # a text may be longer than csv's 131,072 characters
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             line = 0
             try:

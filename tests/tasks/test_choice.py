@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_decoders import VOCAB, build
 from tiny_tokenizer import WORDS, word_tokenizer
+from tokenizers import processors
 
 import prunekern as pk
 from prunekern import tasks
@@ -68,6 +69,20 @@ def test_the_objective_is_the_cross_entropy_of_the_choices(tokenizer):
     loss.backward()
     grads = [p.grad for p in model.parameters()]
     assert all(g is not None and g.isfinite().all() for g in grads) and any(g.abs().max() > 0 for g in grads)
+
+
+def test_a_tokenizer_that_ends_every_text_counts_the_same_tokens(tokenizer):
+    ending = word_tokenizer()
+    end, begin = ending.eos_token, ending.bos_token
+    both = [(end, ending.eos_token_id), (begin, ending.bos_token_id)]
+    ending._tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A {end}", special_tokens=both)
+    assert ending("the cat")["input_ids"][-1] == ending.eos_token_id
+    every = items(6)
+    task = choice_task("it", dict.fromkeys(("train", "validation", "test"), every))
+    plain, ended = (task.encode(t, 32)["test"] for t in (tokenizer, ending))
+    assert plain["counted"] == ended["counted"]
+    for a, b in zip(plain["input_ids"], ended["input_ids"], strict=True):
+        assert b == [[ending.bos_token_id, *ids] for ids in a]
 
 
 def test_a_long_context_loses_its_beginning(tokenizer):

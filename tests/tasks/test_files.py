@@ -47,6 +47,14 @@ def test_every_format_gives_the_same_task(tmp_path, extension):
     assert task.score_split == "test"
 
 
+@pytest.mark.parametrize("extension", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_texts_of_any_length(tmp_path, extension):
+    long = "long " * 40_000
+    rows = [{"text": f"{long}{n}", "label": "ab"[n % 2]} for n in range(20)]
+    task = tasks.get(write(tmp_path / f"train{extension}", rows), text="text", label="label")
+    assert {len(text) for text in task.splits["train"]["text"]} <= {200_001, 200_002}
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     path = write(tmp_path / "excel.csv", [{"text": f"t{n}", "label": n % 2} for n in range(20)])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
