@@ -2,23 +2,27 @@
 
     python bench/gpu.py                  # about 8 minutes; writes bench/results/gpu-NAME.json and .png
     python bench/gpu.py --skip-tests --only gain,training
+    python bench/gpu.py --only tests     # the GPU tests alone, added to the JSON that is there
     python bench/gpu.py --device cpu     # a rehearsal without a GPU, small, through the references; nothing is written
 
 No network, no pip and no build (the GPU path needs no C++); runs on PyTorch 2.11 with Triton 3.6 and newer. Answers
-come first: a part whose kernel is off by more than the rounding of its dtype gives no figures. The JSON is written
-after every part. The tests come last, as most of their time is compilation.
+come first: a case whose kernel is off by more than the rounding of its dtype gives no figures. Every part is a process
+of its own, so that one that dies takes no other along, and the JSON is written after each; what failed is in its
+"errors". The tests come last, as most of their time is compilation.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +38,7 @@ from prunekern import kernels
 
 PARTS = ("gain", "training", "passes", "routes", "compact", "models", "decoders")
 LIMIT = 570  # seconds in all
+LEAST = 20  # seconds, below which nothing is started any more
 # What is promised of an H200: table, figure, rows it is about, bound (at least; at most where negative).
 PROMISES = (
     ("gain", "of_copy_bandwidth", lambda r: r["rank"] <= 64, 0.80),
@@ -48,7 +53,7 @@ PROMISES = (
 )
 
 
-def run_tests(out: Path, limit: int) -> dict:
+def run_tests(out: Path, limit: float) -> dict:
     """The GPU tests, in a process of their own; the log is kept beside the figures."""
     start, log = time.perf_counter(), out / "gpu-tests.log"
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_gpu.py", "-p", "no:cacheprovider"]
@@ -115,44 +120,17 @@ def small(device: torch.device) -> dict:
     """The parts at sizes a CPU gets through in seconds, in fp32: a rehearsal of the code, not of the figures."""
     shapes, ranks, fp32 = ((64, 48),), (4,), torch.float32
     return {
-        "gain": functools.partial(layers.gain, device, 1e10, 1e11, shapes, ranks, fp32),
-        "training": functools.partial(layers.training, device, shapes, ranks, 32, fp32),
-        "compact": functools.partial(layers.compact, device, shapes, (1, 16), 0.25, fp32),
-        "models": functools.partial(models, device, rehearsal=True),
-        "decoders": functools.partial(decoders, device, rehearsal=True),
+        "gain": lambda: layers.gain(device, 1e10, 1e11, shapes, ranks, fp32),
+        "training": lambda: layers.training(device, shapes, ranks, 32, fp32),
+        "compact": lambda: layers.compact(device, shapes, (1, 16), 0.25, fp32),
+        "models": lambda: models(device, rehearsal=True),
+        "decoders": lambda: decoders(device, rehearsal=True),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--out", default=str(report.RESULTS))
-    args = parser.parse_args()
-    only = args.only.split(",")
-    if not set(only) <= set(PARTS):
-        parser.error(f"--only: {args.only!r} must name some of {', '.join(PARTS)}")
-    if args.device == "cuda" and (not torch.cuda.is_available() or kernels.problem()):
-        parser.error(
-            f"--device cuda: {kernels.problem() or 'there is no GPU that PyTorch sees'}; --device cpu rehearses"
-        )
-    device, start = torch.device(args.device), time.perf_counter()
-    if args.device == "cpu":
-        for name, part in small(device).items():
-            if name in only:
-                report.table(name, part())
-        return
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    gpu = torch.cuda.get_device_name()
-    path = out / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-')}.json"
-    facts = {"command": "python bench/gpu.py", "gpu": gpu, "torch": torch.__version__, **ceilings(device)}
-    facts |= {"triton": __import__("triton").__version__, "python": sys.version.split()[0], "errors": {}}
-    copy_bytes, flops = facts["copy_bytes"], facts["product_flops"]
-    print(f"{gpu}: copy {copy_bytes / 1e12:.2f} TB/s, bf16 product {flops / 1e12:.0f} TFLOP/s")
-    parts = {
-        "gain": lambda: layers.gain(device, copy_bytes, flops),
+def full(device: torch.device, copy_bytes: float, product_flops: float) -> dict:
+    return {
+        "gain": lambda: layers.gain(device, copy_bytes, product_flops),
         "training": lambda: layers.training(device),
         "passes": lambda: layers.passes(device, copy_bytes),
         "routes": lambda: layers.routes(device),
@@ -160,41 +138,122 @@ def main() -> None:
         "models": lambda: models(device),
         "decoders": lambda: decoders(device),
     }
-    found: dict = {}
-    for name in (n for n in parts if n in only):
+
+
+def run_cases(cases: Iterable[Callable[[], dict | list[dict]]]) -> Iterator[dict]:
+    """Rows; of a case that fails, {"error": traceback}."""
+    for case in cases:
         try:
-            found[name] = parts[name]()
-            report.table(name, found[name])
-        except (Exception, SystemExit) as error:  # one wrong answer must not take the other figures along
-            facts["errors"][name] = f"{type(error).__name__}: {error}"
-            print(f"{name}: {facts['errors'][name]}")
-        _write(path, facts, found, start)
-    if not args.skip_tests:
-        facts["tests"] = run_tests(out, max(60, round(LIMIT - (time.perf_counter() - start))))
-    _write(path, facts, found, start)
-    if kept(found):
-        report.table("promises", kept(found))
-    plot(found, gpu, path.with_suffix(".png"))
+            rows = case()
+        except (Exception, SystemExit):  # one wrong answer must not take the other figures along
+            rows = {"error": traceback.format_exc()}
+        yield from rows if isinstance(rows, list) else (rows,)
+
+
+def run_part(name: str, facts: dict, folder: Path, limit: float, device: str = "cuda") -> tuple[list[dict], list[str]]:
+    """(rows, errors) of a part, in a process of its own that adds each row to a file as it comes."""
+    file = folder / f"{name}.jsonl"
+    file.touch()
+    ceilings = json.dumps({key: facts[key] for key in ("copy_bytes", "product_flops")})
+    command = [sys.executable, __file__, "--device", device, "--part", name, "--rows", str(file), "--facts", ceilings]
+    errors = []
+    try:
+        code = subprocess.run(command, timeout=limit).returncode
+        if code:
+            errors.append(f"the process ended with {code}")
+    except subprocess.TimeoutExpired:
+        errors.append(f"time was up after {limit:.0f} s")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    return [r for r in found if "error" not in r], [r["error"] for r in found if "error" in r] + errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--only", default=",".join((*PARTS, "tests")), help=f"of {', '.join(PARTS)}, tests")
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--out", default=str(report.RESULTS))
+    for hidden in ("--part", "--rows", "--facts"):  # of the process of a part
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    only = args.only.split(",")
+    if not set(only) <= {*PARTS, "tests"}:
+        parser.error(f"--only: {args.only!r} must name some of {', '.join(PARTS)}, tests")
+    if args.device == "cuda" and (not torch.cuda.is_available() or kernels.problem()):
+        parser.error(
+            f"--device cuda: {kernels.problem() or 'there is no GPU that PyTorch sees'}; --device cpu rehearses"
+        )
+    device = torch.device(args.device)
+    if args.part:
+        parts = small(device) if args.device == "cpu" else full(device, **json.loads(args.facts))
+        with open(args.rows, "a") as file:
+            for row in run_cases(parts[args.part]()):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+        return
+    if args.device == "cpu":
+        for name in small(device):
+            if name in only:
+                rows = list(run_cases(small(device)[name]()))
+                report.table(name, rows)
+                if any("error" in row for row in rows):
+                    sys.exit(1)
+        return
+    measure(device, [name for name in PARTS if name in only], "tests" in only and not args.skip_tests, Path(args.out))
+
+
+def measure(device: torch.device, names: list[str], tests: bool, out: Path) -> None:
+    """Parts and tests, into the JSON of this GPU: what it holds of other parts stays."""
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name()
+    path = out / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-')}.json"
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    facts |= {"command": "python bench/gpu.py", "gpu": gpu, "torch": torch.__version__, **ceilings(device)}
+    facts |= {"triton": __import__("triton").__version__, "python": sys.version.split()[0]}
+    facts["errors"] = {name: found for name, found in facts.get("errors", {}).items() if name not in names}
+    print(f"{gpu}: copy {facts['copy_bytes'] / 1e12:.2f} TB/s, product {facts['product_flops'] / 1e12:.0f} TFLOP/s")
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            left = LIMIT - (time.perf_counter() - start)
+            rows, errors = run_part(name, facts, Path(folder), left) if left > LEAST else ([], ["no time was left"])
+            facts.pop(name, None)
+            if rows:
+                facts[name] = rows
+                report.table(name, rows)
+            if errors:
+                facts["errors"][name] = errors
+                print(f"{name}:", *errors, sep="\n")
+            _write(path, facts, start)
+    if tests:
+        left = LIMIT - (time.perf_counter() - start)
+        facts["tests"] = run_tests(out, left) if left > LEAST else {"green": False, "exit": "no time was left"}
+        _write(path, facts, start)
+    if kept(facts):
+        report.table("promises", kept(facts))
+    plot(facts, gpu, path.with_suffix(".png"))
     print(f"wrote {path.name}")
     sys.exit(bool(facts["errors"]) or not facts.get("tests", {"green": True})["green"])
 
 
-def _write(path: Path, facts: dict, found: dict, start: float) -> None:
-    whole = {**facts, "seconds": round(time.perf_counter() - start), "promises": kept(found), **found}
-    path.write_text(json.dumps(whole, indent=2) + "\n")
-    print(f"{whole['seconds']} s so far", flush=True)
+def _write(path: Path, facts: dict, start: float) -> None:
+    facts["seconds"], facts["promises"] = round(time.perf_counter() - start), kept(facts)
+    path.with_suffix(".part").write_text(json.dumps(facts, indent=2) + "\n")
+    path.with_suffix(".part").replace(path)
+    print(f"{facts['seconds']} s so far", flush=True)
 
 
-def models(device, **options) -> list[dict]:
-    from gpu_models import models as run  # transformers may be missing or another one
+def models(device, **options) -> list:
+    from gpu_models import models as cases  # transformers may be missing or another one
 
-    return run(device, **options)
+    return cases(device, **options)
 
 
-def decoders(device, **options) -> list[dict]:
-    from gpu_models import decoders as run
+def decoders(device, **options) -> list:
+    from gpu_models import decoders as cases
 
-    return run(device, **options)
+    return cases(device, **options)
 
 
 if __name__ == "__main__":

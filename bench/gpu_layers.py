@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from gpu_timing import median_seconds, peak_memory, sets_for
@@ -16,6 +18,7 @@ from prunekern.kernels import dora_linear as dora_kernels
 SHAPES = ((4096, 4096), (11008, 4096))
 RANKS = (16, 64, 384)
 SCALE = 2.0
+Cases = list[Callable[[], dict]]  # one row each, so that one that fails takes no other along
 
 
 def close(name: str, got: torch.Tensor, want: torch.Tensor, bound: float) -> None:
@@ -54,9 +57,9 @@ def our_layer(weight: torch.Tensor, rank: int) -> nn.Module:
     return layer
 
 
-def gain(device, copy_bytes: float, product_flops: float, shapes=SHAPES, ranks=RANKS, dtype=torch.bfloat16):
+def gain(device, copy_bytes: float, product_flops: float, shapes=SHAPES, ranks=RANKS, dtype=torch.bfloat16) -> Cases:
     """dora_gain against PEFT's norm and the floors: V once at copy bandwidth, its products at the product's rate."""
-    return [_gain(device, copy_bytes, product_flops, N, K, r, dtype) for N, K in shapes for r in ranks]
+    return [partial(_gain, device, copy_bytes, product_flops, N, K, r, dtype) for N, K in shapes for r in ranks]
 
 
 def _gain(device, copy_bytes, product_flops, N, K, r, dtype) -> dict:
@@ -94,9 +97,9 @@ def _peft_norm(layer: nn.Module) -> torch.Tensor:
     return layer.lora_magnitude_vector["default"].get_weight_norm(layer.weight, low.detach(), SCALE)
 
 
-def training(device, shapes=SHAPES, ranks=RANKS, tokens=8192, dtype=torch.bfloat16) -> list[dict]:
+def training(device, shapes=SHAPES, ranks=RANKS, tokens=8192, dtype=torch.bfloat16) -> Cases:
     """Forward and backward of one layer, our norm's refresh included, against PEFT's LoRA and DoRA layers."""
-    return [_training(device, N, K, r, tokens, dtype) for N, K in shapes for r in ranks]
+    return [partial(_training, device, N, K, r, tokens, dtype) for N, K in shapes for r in ranks]
 
 
 def _training(device, N, K, r, tokens, dtype) -> dict:
@@ -126,13 +129,13 @@ def _training(device, N, K, r, tokens, dtype) -> dict:
 
 
 def _gradients(layer, x, dy) -> list[torch.Tensor]:
-    for parameter in (x, *layer.parameters()):
-        parameter.grad = None
     _step(layer, x, dy)
     return [p.grad.clone() for p in (x, *layer.parameters()) if p.grad is not None]
 
 
 def _step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
+    for parameter in (x, *layer.parameters()):  # added to, they would cost everyone the same on top
+        parameter.grad = None
     if isinstance(layer, pk.nn.MaskedDoRALinear):
         layer.refresh()  # once an optimiser step; PEFT takes its norm in the forward pass
     layer(x).backward(dy)
@@ -147,15 +150,19 @@ def _check_layer(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
         close(f"gradient {i}", a, b, 2e-2)
 
 
-def passes(device, copy_bytes: float, shapes=SHAPES, ranks=RANKS, tokens=8192, dtype=torch.bfloat16) -> list[dict]:
+def passes(device, copy_bytes: float, shapes=SHAPES, ranks=RANKS, tokens=8192, dtype=torch.bfloat16) -> Cases:
     """The compose kernels by themselves, forward and backward, against copy bandwidth."""
-    return [_passes(device, copy_bytes, N, r, tokens, dtype) for N, _ in shapes for r in ranks]
+    return [partial(_passes, device, copy_bytes, N, r, tokens, dtype) for N, _ in shapes for r in ranks]
 
 
 def _passes(device, copy_bytes, N, r, tokens, dtype) -> dict:
     import triton
 
-    z, dy = (torch.randn(tokens, N, device=device, dtype=dtype) for _ in range(2))
+    sets = [
+        [torch.randn(tokens, N, device=device, dtype=dtype) for _ in range(2)]
+        for _ in range(sets_for(2 * tokens * N * dtype.itemsize, device))
+    ]
+    z = sets[0][0]
     p, B = torch.randn(tokens, r, device=device, dtype=dtype), torch.randn(N, r, device=device, dtype=dtype)
     factor, y = torch.rand(N, device=device), torch.empty_like(z)
     chosen = dora_kernels.by_rank("dora_compose", dora_kernels.device_of(z)[0], dtype, r)
@@ -163,16 +170,20 @@ def _passes(device, copy_bytes, N, r, tokens, dtype) -> dict:
     grid = (triton.cdiv(tokens, chosen["BLOCK_T"]) * triton.cdiv(N, chosen["BLOCK_N"]),)
     flags = {"ADD_LOW": add_low, "HAS_BIAS": False, "PRECISION": "ieee"}
 
-    def compose():
+    def compose(z):
         dora_kernels.dora_compose_kernel[grid](z, p, B, factor, factor, y, tokens, N, r, SCALE, r, r, **flags, **chosen)
 
-    def backward():
+    def backward(z, dy):
         dora_kernels.backward(dy, z, p, B, factor, None, SCALE, add_low, True, True, False, False)
 
-    compose()
+    compose(z)
     low = SCALE * p.double() @ B.double().T if add_low else 0
     close("compose", y, factor * (z.double() + low), 1e-2)
-    seconds = median_seconds({"compose": [compose], "backward": [backward]}, device)
+    calls = {
+        "compose": [lambda z=z: compose(z) for z, _ in sets],
+        "backward": [lambda z=z, dy=dy: backward(z, dy) for z, dy in sets],
+    }
+    seconds = median_seconds(calls, device)
     row = {"T x N": f"{tokens} x {N}", "rank": r}
     for name, moved in (("compose", 2 * z.nbytes), ("backward", 3 * z.nbytes)):
         row[f"{name}_us"] = round(1e6 * seconds[name], 1)
@@ -180,9 +191,13 @@ def _passes(device, copy_bytes, N, r, tokens, dtype) -> dict:
     return row
 
 
-def routes(device, shape=(4096, 4096), rank=16, rows_tried=(1, 16, 64, 256, 1024, 8192), dtype=torch.bfloat16):
+def routes(device, shape=(4096, 4096), rank=16, rows_tried=(1, 16, 64, 256, 1024, 8192), dtype=torch.bfloat16) -> Cases:
     """The two routes of the forward pass by number of rows: what `takes_fused` should choose."""
-    (N, K), found = shape, []
+    return [partial(_routes, device, shape, rank, rows, dtype) for rows in rows_tried]
+
+
+def _routes(device, shape, rank, rows, dtype) -> dict:
+    N, K = shape
     V = [torch.randn(N, K, device=device, dtype=dtype) / K**0.5 for _ in range(sets_for(2 * N * K, device))]
     A, B = torch.randn(rank, K, device=device, dtype=dtype), torch.randn(N, rank, device=device, dtype=dtype)
     factor = torch.rand(N, device=device)
@@ -192,35 +207,42 @@ def routes(device, shape=(4096, 4096), rank=16, rows_tried=(1, 16, 64, 256, 1024
         dora_kernels.FUSED_BELOW = bound
         dora_kernels.forward(x, v, A, B, factor, None, SCALE, None, False)
 
-    for rows in rows_tried:
-        x = torch.randn(rows, K, device=device, dtype=dtype)
-        calls = {
-            name: [lambda x=x, v=v, bound=bound: call(x, v, bound) for v in V]
-            for name, bound in (("compose", 0), ("fused", 10**9))
-        }
+    x = torch.randn(rows, K, device=device, dtype=dtype)
+    calls = {
+        name: [lambda v=v, bound=bound: call(x, v, bound) for v in V]
+        for name, bound in (("compose", 0), ("fused", 10**9))
+    }
+    try:
         seconds = median_seconds(calls, device, 0.3)
-        found.append(
-            {
-                "rows": rows,
-                "compose_us": round(1e6 * seconds["compose"], 1),
-                "fused_us": round(1e6 * seconds["fused"], 1),
-                "faster": min(seconds, key=seconds.get),
-                "taken": "fused" if rows < kept else "compose",
-            }
-        )
-    dora_kernels.FUSED_BELOW = kept
-    return found
+    finally:
+        dora_kernels.FUSED_BELOW = kept
+    return {
+        "rows": rows,
+        "compose_us": round(1e6 * seconds["compose"], 1),
+        "fused_us": round(1e6 * seconds["fused"], 1),
+        "faster": min(seconds, key=seconds.get),
+        "taken": "fused" if rows < kept else "compose",
+    }
 
 
-def compact(device, shapes=SHAPES, rows_tried=(1, 16, 1024, 8192), share=0.25, dtype=torch.bfloat16) -> list[dict]:
-    """compact_linear with ragged indices against the vendor's product of the same kept sizes, contiguous."""
-    return [_compact(device, n_out, n_in, rows, share, dtype) for n_out, n_in in shapes for rows in rows_tried]
+def compact(device, shapes=SHAPES, rows_tried=(1, 16, 1024, 8192), share=0.25, dtype=torch.bfloat16) -> Cases:
+    """compact_linear with ragged indices against the vendor's product of the same kept sizes, contiguous; the last
+    shape again with a kept input less, whose rows are not aligned.
+    """
+    sizes = [(n_out, n_in, round(n_in * (1 - share))) for n_out, n_in in shapes]
+    sizes.append((*shapes[-1], sizes[-1][2] - 1))
+    return [
+        partial(_compact, device, n_out, n_in, kept, rows, share, dtype)
+        for n_out, n_in, kept in sizes
+        for rows in rows_tried
+    ]
 
 
-def _compact(device, n_out, n_in, rows, share, dtype) -> dict:
+def _compact(device, n_out, n_in, kept_in, rows, share, dtype) -> dict:
     generator = torch.Generator().manual_seed(0)
     out, into = (
-        torch.randperm(n, generator=generator)[: round(n * (1 - share))].sort().values.to(device) for n in (n_out, n_in)
+        torch.randperm(n, generator=generator)[:kept].sort().values.to(device)
+        for n, kept in ((n_out, round(n_out * (1 - share))), (n_in, kept_in))
     )
     N, K = out.numel(), into.numel()
     Ws = [torch.randn(N, K, device=device, dtype=dtype) / K**0.5 for _ in range(sets_for(2 * N * K, device))]
@@ -237,6 +259,6 @@ def _compact(device, n_out, n_in, rows, share, dtype) -> dict:
     }
     calls = {name: [lambda f=f, w=w: f(w) for w in Ws] for name, f in named.items()}
     seconds = median_seconds(calls, device, 0.3)
-    row = {"n_out x n_in": f"{n_out} x {n_in}", "rows": rows}
+    row = {"n_out x n_in": f"{n_out} x {n_in}", "kept": f"{N} x {K}", "rows": rows}
     row |= {f"{name}, us": round(1e6 * s, 1) for name, s in seconds.items()}
     return row | {f"{n}, of vendor": round(seconds["vendor"] / s, 3) for n, s in seconds.items() if n != "vendor"}

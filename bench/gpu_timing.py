@@ -16,59 +16,82 @@ def sets_for(bytes_of_one: int, device: torch.device) -> int:
 
 
 def median_seconds(
-    calls: dict[str, Sequence[Callable[[], object]]], device: torch.device, seconds: float = 0.4, graphed: bool = True
+    calls: dict[str, Sequence[Callable[[], object]]],
+    device: torch.device,
+    seconds: float = 0.4,
+    graphed: bool = True,
+    check: Callable[[str, object], None] | None = None,
 ) -> dict[str, float]:
     """Median time of a call of each name, in turn with the others. calls: name -> the same call on sets of inputs.
 
-    On a GPU one pass over the sets is recorded as a CUDA graph and replayed, so that short kernels are timed and not
-    Python's launches; graphed=False where that cannot be (backward passes), long enough to hide them.
+    On a GPU one pass over the sets is recorded as a CUDA graph and replayed; graphed=False where that cannot be
+    (backward passes). Either way the GPU is kept busy until all is submitted, so that kernels are timed and not
+    launches. check(name, what the call on the first set gave) is called before anything is timed, on what is timed.
     """
-    rounds = {name: _rounds(some, device, graphed) for name, some in calls.items()}
+    rounds = {name: _Round(some, device, graphed) for name, some in calls.items()}
+    for name, one in rounds.items():
+        one.run()
+        if check is not None:
+            check(name, one.first)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds * len(calls)
     while time.perf_counter() < end or any(len(s) < 5 for s in samples.values()):
-        for name, (call, count) in rounds.items():
-            samples[name].append(_time(call, device) / count)
+        for name, one in rounds.items():
+            samples[name].append(_time(one, device) / one.count)
     return {name: sorted(s)[len(s) // 2] for name, s in samples.items()}
 
 
-def _rounds(some: Sequence[Callable[[], object]], device: torch.device, graphed: bool):
-    """(what runs the call on every set, how many calls that is), warmed up."""
+class _Round:
+    """run: runs the call on every set, warmed up. first: what that on the first set gave. count: of the sets. cycles:
+    of the GPU's clock in which all is submitted for certain.
+    """
 
-    def every():
-        for call in some:
+    def __init__(self, some: Sequence[Callable[[], object]], device: torch.device, graphed: bool):
+        self.some, self.count, self.cycles = some, len(some), 200_000
+        self.run, self.first = self.every, None
+        if device.type != "cuda":
+            self.every()
+            return
+        # Kernels are launched as the op's own implementation does: PyTorch's tracing wrapper costs a millisecond.
+        with set_wrap_triton_enabled(False):
+            if graphed:
+                self.run = self._recorded(device)
+                return
+            for _ in range(3):
+                torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                self.every()
+                self.cycles = round(2 * (time.perf_counter() - start) * 2e9)
+
+    def every(self) -> None:
+        self.first = self.some[0]()
+        for call in self.some[1:]:
             call()
 
-    if device.type != "cuda":
-        every()
-        return every, len(some)
-    # Kernels are launched as the op's own implementation does: PyTorch's tracing wrapper costs a millisecond a call.
-    with set_wrap_triton_enabled(False):
-        if not graphed:
-            for _ in range(3):
-                every()
-            return every, len(some)
+    def _recorded(self, device: torch.device) -> Callable[[], None]:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(2):
-                every()
+                self.every()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            every()
-    return graph.replay, len(some)
+            self.every()
+        return graph.replay
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
+def _time(one: _Round, device: torch.device) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
-        call()
+        one.run()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    torch.cuda._sleep(one.cycles)
     begin.record()
-    call()
+    with set_wrap_triton_enabled(False):
+        one.run()
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3

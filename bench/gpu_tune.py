@@ -15,11 +15,12 @@ import argparse
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from prunekern.kernels.launch import configs, device_of, pick
 
 SCALE = 2.0
 LIMIT = 540  # seconds in all
+MOST = 40  # candidates of a subject: compiling is what takes the time
 Calls = list[Callable[[], torch.Tensor]]
 
 
@@ -52,9 +54,21 @@ class Subject:
     make: Callable[[torch.device, torch.dtype], tuple[Calls, torch.Tensor]]
     grid: dict[str, tuple[int, ...]]
 
-    def candidates(self) -> Iterator[dict[str, int]]:
-        for values in itertools.product(*self.grid.values()):
-            yield dict(zip(self.grid, values, strict=True))
+    def candidates(self) -> list[dict[str, int]]:
+        """At most MOST that may fit, spread over the grid, the same ones every time."""
+        every = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        some = [entry for entry in every if may_fit(entry)]
+        return random.Random(0).sample(some, MOST) if len(some) > MOST else some
+
+
+def may_fit(entry: dict[str, int]) -> bool:
+    """By an H100's shared memory (227 KiB a block) and registers (65,536 a block, 255 a thread), for 16-bit operands;
+    what the kernel needs besides tiles and accumulator is not counted.
+    """
+    rows, columns = entry.get("BLOCK_M") or entry.get("BLOCK_T") or entry["BLOCK_N"], entry["BLOCK_N"]
+    depth, stages = entry.get("BLOCK_K", 0), max(entry.get("STAGES", 1), entry.get("num_stages", 1))
+    registers = rows * (columns if depth == 0 or "BLOCK_M" in entry else depth // 2) // (32 * entry["num_warps"])
+    return 2 * stages * (rows + columns) * depth <= 227 * 1024 and registers <= 160
 
 
 def gain(N: int, K: int, r: int, as_it_is: int = dora_gain.AS_IT_IS):
@@ -198,7 +212,7 @@ def tune(subject: Subject, device: torch.device, dtype: torch.dtype, end: float,
     architecture, bits = device_of(calls[0]())[0], str(8 * dtype.itemsize)
     kept = configs()[architecture][subject.kernel][bits]
     shipped = pick(subject.kernel, architecture, dtype, subject.size)
-    tried = [("shipped", shipped), *(("", entry) for entry in list(subject.candidates())[:most]), ("shipped", shipped)]
+    tried = [("shipped", shipped), *(("", entry) for entry in subject.candidates()[:most]), ("shipped", shipped)]
     rows = []
     for what, entry in tried:
         if time.perf_counter() > end and not what:
@@ -222,7 +236,7 @@ def warm(names: list[str], device: torch.device, dtype: torch.dtype, part: int, 
         subject = subjects(small)[name]
         calls, _ = subject.make(device, dtype)
         architecture = device_of(calls[0]())[0]
-        for entry in list(subject.candidates())[part::parts]:
+        for entry in subject.candidates()[part::parts]:
             use(subject, architecture, str(8 * dtype.itemsize), entry)
             try:
                 calls[0]()
@@ -250,24 +264,42 @@ def main() -> None:
         return warm(names, device, dtype, *map(int, args.warm.split("/")), small)
     found = {}
     for name in names:
+        if time.perf_counter() > start + LIMIT:
+            print(f"{name} and what follows: no time was left; --only names them")
+            break
         if not small:
             command = [sys.executable, __file__, "--only", name, "--warm"]
             shares = [f"{i}/{args.processes}" for i in range(args.processes)]
-            for process in [subprocess.Popen([*command, share]) for share in shares]:
-                process.wait()
+            wait([subprocess.Popen([*command, share]) for share in shares], start + LIMIT)
         rows = found[name] = tune(known[name], device, dtype, start + LIMIT, 2 if small else 10**6)
         best = [{"us": r["us"], "what": r["what"], **r["entry"]} for r in rows if "us" in r]
         columns = dict.fromkeys(key for row in best for key in row)
         shown = [{key: row.get(key) for key in columns} for row in best if row["what"] or row in best[:5]]
         report.table(f"{name}: {len(best)} of {len(rows)} run ({time.perf_counter() - start:.0f} s so far)", shown)
-    if small:
-        return
+        if not small:
+            write(Path(args.out), dtype, found)
+
+
+def wait(processes: list[subprocess.Popen], end: float) -> None:
+    """For all of them, not beyond `end`: what they have compiled by then is kept."""
+    for process in processes:
+        try:
+            process.wait(max(0.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def write(out: Path, dtype: torch.dtype, found: dict[str, list[dict]]) -> None:
+    """Subjects found now, beside those of earlier runs on this GPU."""
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-")
-    path = Path(args.out) / f"gpu-tune-{gpu}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"command": "python bench/gpu_tune.py", "gpu": gpu, "torch": torch.__version__}
-    path.write_text(json.dumps({**facts, "dtype": str(dtype), **found}, indent=1) + "\n")
-    print(f"wrote {path.name}")
+    path = out / f"gpu-tune-{gpu}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    facts |= {"command": "python bench/gpu_tune.py", "gpu": gpu, "torch": torch.__version__, "dtype": str(dtype)}
+    path.with_suffix(".part").write_text(json.dumps({**facts, **found}, indent=1) + "\n")
+    path.with_suffix(".part").replace(path)
+    print(f"wrote {path.name}", flush=True)
 
 
 if __name__ == "__main__":

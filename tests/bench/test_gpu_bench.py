@@ -17,16 +17,19 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 
 def test_layers_are_checked_and_timed():
-    (row,) = layers.gain(CPU, 1e10, 1e11, ((24, 20),), (3,), FP32)
+    (case,) = layers.gain(CPU, 1e10, 1e11, ((24, 20),), (3,), FP32)
+    row = case()
     assert row["us"] > 0 and row["x_PEFT"] == pytest.approx(row["PEFT_us"] / row["us"], rel=0.05)
-    (row,) = layers.training(CPU, ((24, 20),), (3,), 16, FP32)
+    (case,) = layers.training(CPU, ((24, 20),), (3,), 16, FP32)
+    row = case()
     assert row["bitwise_repeatable"] is True and row["x_LoRA"] > 0
-    (row,) = layers.compact(CPU, ((24, 20),), (5,), 0.25, FP32)
-    assert row["vendor, us"] > 0 and row["gather, of vendor"] > 0
+    aligned, odd = (case() for case in layers.compact(CPU, ((24, 20),), (5,), 0.25, FP32))
+    assert aligned["kept"] == "18 x 15" and odd["kept"] == "18 x 14"
+    assert aligned["vendor, us"] > 0 and odd["gather, of vendor"] > 0
 
 
 def test_decoders_are_checked_and_timed():
-    prefill, decode = decoders(CPU, rehearsal=True)
+    ((prefill, decode),) = (case() for case in decoders(CPU, rehearsal=True))
     assert prefill["batch x tokens"] == "1 x 8, prefill" and decode["batch x tokens"] == "1 x 1 after 8"
     assert all(row["removed_%"] >= 24.4 and row["compact_ms"] > 0 for row in (prefill, decode))
 
@@ -59,6 +62,30 @@ def test_promises_are_judged_by_their_worst_figure():
     assert rows["of_copy_bandwidth"]["worst"] == 0.7 and rows["of_copy_bandwidth"]["held"] is False
     assert rows["x_PEFT"]["held"] and rows["x_LoRA"]["held"] and rows["x_LoRA"]["asked"] == "at most 1.1"
     assert "compose_of_copy" not in rows
+
+
+def test_a_case_that_fails_takes_no_other_along():
+    def fails():
+        layers.close("it", torch.ones(2), torch.zeros(2), 1e-6)
+
+    first, error, *last = gpu.run_cases([lambda: {"a": 1}, fails, lambda: [{"a": 2}, {"a": 3}]])
+    assert first == {"a": 1} and last == [{"a": 2}, {"a": 3}]
+    assert "it: wrong answer" in error["error"] and "Traceback" in error["error"]
+
+
+def test_a_part_is_a_process_of_its_own(tmp_path, monkeypatch):
+    facts = {"copy_bytes": 1e10, "product_flops": 1e11}
+    (row,), errors = gpu.run_part("gain", facts, tmp_path, 300, "cpu")
+    assert row["us"] > 0 and errors == []
+    assert gpu.run_part("passes", facts, tmp_path, 300, "cpu") == ([], ["the process ended with 1"])  # needs a GPU
+    assert gpu.run_part("gain", facts, tmp_path, 0.01, "cpu")[1] == ["time was up after 0 s"]
+
+
+def test_what_is_timed_is_what_is_checked():
+    seen = []
+    calls = {"a": [lambda: 1, lambda: 2], "b": [lambda: 3]}
+    median_seconds(calls, CPU, 0.0, check=lambda name, first: seen.append((name, first)))
+    assert seen == [("a", 1), ("b", 3)]
 
 
 def test_inputs_take_turns():
