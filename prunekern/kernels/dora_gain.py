@@ -101,12 +101,32 @@ def dora_gain_finish_kernel(
     _finish(sqnorm, m, m_b, gain, inv_norm, rows, row_in, HAS_MASK)
 
 
+MOST_CHUNKS = 8
+
+
+def chunks_for(tiles: int, slots: int, most: int) -> int:
+    """Into how many chunks of K row blocks are cut: the fewest that keep nearly as many of the slots (programs that run
+    at once) busy as any other number, to the last round.
+
+    344 programs of one length on 264 slots take as long as 528: three chunks of each take 4 rounds of a third.
+    """
+    if tiles >= 4 * slots:
+        return 1
+
+    def busy(chunks: int) -> float:
+        return tiles * chunks / (slots * cdiv(tiles * chunks, slots))
+
+    some = range(1, max(1, min(most, MOST_CHUNKS)) + 1)
+    best = max(map(busy, some))
+    return next(chunks for chunks in some if busy(chunks) >= 0.95 * best)
+
+
 def dora_gain(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float) -> tuple[Tensor, Tensor]:
     """(gain, inv_norm), fp32 [N], as `prunekern.ops.dora_gain` says. Products are made in V's dtype, sums in fp32.
 
-    Reads V once. Up to rank 64 a row block sees all of K, or a few chunks of it where there would not be a program
-    for every multiprocessor; above, tiles of the matrix V + s B A are programs of their own and their sums are added
-    up in order by a second launch.
+    Reads V once. Up to rank 64 a row block sees all of K, or a few chunks of it where the row blocks do not fill the
+    multiprocessors evenly (`chunks_for`); above, tiles of the matrix V + s B A are programs of their own and their sums
+    are added up in order by a second launch.
     """
     (N, K), r = V.shape, A.shape[0]
     gain, inv_norm = (torch.empty(N, dtype=torch.float32, device=V.device) for _ in range(2))
@@ -119,7 +139,9 @@ def dora_gain(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s:
         A = A.to(V.dtype)
     tiles = cdiv(N, chosen["BLOCK_N"])
     if chosen["ONE_BLOCK"]:
-        split = min(cdiv(processors, tiles), cdiv(K, 2 * chosen["BLOCK_K"]))
+        # As many at once as registers leave room for (bench/results/aot.json: about 104 a thread, and 138).
+        resident = 2 if r <= AS_IT_IS else 1
+        split = chunks_for(tiles, resident * processors, cdiv(K, 2 * chosen["BLOCK_K"]))
     else:
         split, B = cdiv(K, chosen["BLOCK_K"]), B.to(V.dtype)  # read once a tile: narrow, and ready for the product
     split = max(1, min(split, 65535))

@@ -9,6 +9,7 @@ import torch
 
 from prunekern import kernels
 from prunekern.kernels import launch
+from prunekern.kernels.dora_gain import chunks_for
 
 KERNELS = ("dora_gain", "dora_compose", "dora_fused", "dora_backward", "dora_merge", "compact_linear", "compact_gated")
 
@@ -81,3 +82,14 @@ def test_float64_and_a_large_rank_take_the_reference():
 
 def test_cpu_tensors_never_ask_for_triton():
     assert not kernels.usable(torch.zeros(2))
+
+
+def test_row_blocks_are_cut_so_that_no_multiprocessor_waits_long():
+    # 4096 and 11008 rows on 132 multiprocessors: blocks of 32 two at once, blocks of 64 one at once
+    assert [chunks_for(*case, 8) for case in ((128, 264), (344, 264), (64, 132), (172, 132))] == [2, 3, 2, 3]
+    assert chunks_for(1, 264, 8) == 8 and chunks_for(1, 264, 1) == 1 and chunks_for(1, 264, 0) == 1  # K too small
+    assert chunks_for(264, 264, 8) == chunks_for(528, 264, 8) == chunks_for(10_000, 264, 8) == 1
+    for tiles in range(1, 600):
+        chunks = chunks_for(tiles, 264, 8)
+        rounds = -(-tiles * chunks // 264) / chunks  # of a whole row block's length
+        assert rounds <= -(-tiles // 264) and (tiles < 200 or tiles / 264 / rounds > 0.8)
