@@ -41,8 +41,14 @@ bool view(PyObject* object, dlpack::Tensor& tensor) {
     PyErr_Clear();
     return false;
   }
-  return tensor.device_type == dlpack::kCpu && tensor.lanes == 1 && tensor.byte_offset == 0 &&
-         tensor.ndim >= 1 && tensor.ndim <= kMaxDims;
+  if (tensor.device_type != dlpack::kCpu || tensor.lanes != 1 || tensor.byte_offset != 0 || tensor.ndim < 1 ||
+      tensor.ndim > kMaxDims)
+    return false;
+  if (tensor.data != nullptr) return true;
+  for (int i = 0; i < tensor.ndim;
+       ++i)  // elements without memory: a storage that was given up, or zeros not stored
+    if (tensor.shape[i] == 0) return true;
+  return false;
 }
 
 bool view_index(PyObject* object, const std::int64_t*& index, std::int64_t& length) {

@@ -39,8 +39,12 @@ void parallel(int threads, const std::function<void(int, int)>& part) {
       failures[i] = std::current_exception();
     }
   };
-  for (int i = 1; i < threads; ++i) others.emplace_back(guarded, i);
-  guarded(0);
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(guarded, i);
+    guarded(0);
+  } catch (...) {  // no thread to be had: those that run must be joined all the same
+    failure = std::current_exception();
+  }
   for (std::thread& other : others) other.join();
   for (const std::exception_ptr& one : failures)
     if (failure == nullptr) failure = one;

@@ -4,6 +4,11 @@
 // reason, so NaN goes through.
 #pragma once
 
+#ifdef __FAST_MATH__
+#error \
+    "prunekern must be compiled without -ffast-math: NaN and rounding by magic numbers need IEEE arithmetic"
+#endif
+
 #include "kernel.h"
 
 namespace prunekern {

@@ -146,6 +146,10 @@ void softmax(const SoftmaxArgs& args) {
       }
       a = power_of_2<V>(V::sub(a, shift));
       b = power_of_2<V>(V::sub(b, shift));
+      if (p + 1 == panels) {  // not 2^-126: where all scores are -inf, as much as a key that is there
+        a = V::select_positive(present[0], a, V::set(0.0f));
+        b = V::select_positive(present[1], b, V::set(0.0f));
+      }
       low = V::add(low, a);
       high = V::add(high, b);
       V::store(out + p * kPanel, a);

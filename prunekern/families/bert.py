@@ -8,7 +8,8 @@ from torch import nn
 from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
-from .blocks import CompactSelfAttention, add_residual, is_hooked, run_ffn
+from ..nn.hooked import is_hooked
+from .blocks import CompactSelfAttention, add_residual, run_ffn
 from .encoder import Block, compact_attention_linears, compact_ffn_linears, encoder_table
 from .linears import Make, activation_name
 from .table import Table

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..nn import CompactAttention, CompactLinear, mlp_call, pick_channels
+from ..nn.hooked import is_hooked
 from ..ops.packing import is_packable, version_of
 from .encoder import HeadLayout
 
@@ -168,16 +169,6 @@ def _is_causal(mask: Tensor) -> bool:
     queries, keys = mask.shape[2:]
     seen = torch.ones(queries, keys, dtype=_bool, device=mask.device).tril(keys - queries)
     return torch.equal(mask, mask[:, :, -1:] & seen)
-
-
-def is_hooked(*layers: nn.Module) -> bool:
-    """Whether someone listens to one of these modules, or put another forward in its place (accelerate does): then
-    they must be called, each by itself.
-    """
-    for layer in layers:  # any() would cost a generator
-        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
-            return True
-    return False
 
 
 def is_shrunk(*layers: nn.Module) -> bool:

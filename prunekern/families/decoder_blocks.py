@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..nn import CompactAttention, mlp_call, pick_channels, place_channels
+from ..nn.hooked import is_hooked
 from ..ops import rotate_pairs
-from .blocks import PacksTogether, causal_key_mask_of, for_each, is_hooked, is_shrunk
+from .blocks import PacksTogether, causal_key_mask_of, for_each, is_shrunk
 from .decoder import HeadLayout
 from .decoder_step import Step, make_step, takes
 

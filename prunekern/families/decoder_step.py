@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .. import _native
 from ..nn import CompactLinear
+from ..nn.hooked import is_hooked
 from ..nn.packed import Packed
 from ..ops import _calls
 from ..ops.compact_linear import NUMBER
 from ..ops.packing import is_packable
-from .blocks import is_hooked
 from .cache_room import find_room, take
 from .norms import FAST_NORMS
 
@@ -31,7 +31,7 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("up_proj", "gate_proj", "d
 class Step:
     """The arguments of one block and what they were made of; see `make_step`."""
 
-    __slots__ = ("_layer", "_index", "_same", "_hooks", "_tensors")
+    __slots__ = ("_layer", "_index", "_same", "_hooks", "_tensors", "_packed")
 
     def __init__(self, block: nn.Module, qkv: Packed, o: Packed, mlp: tuple[Packed, Packed, Packed]):
         attention, ffn, norm, ffn_norm = _parts(block)
@@ -39,6 +39,7 @@ class Step:
         weights = [w for p in (qkv, o) for w in (p.weight, p.bias, p.scale)]
         ffn_weights = [w for p in mlp for w in (p.weight, p.bias, p.scale)]
         self._index = attention.layer_idx
+        self._packed = (qkv, o, *mlp)  # they keep the memory whose addresses are compared
         self._layer = (
             norm.weight, norm.variance_epsilon, *weights, o_proj.out_index, at.angle, at.key_first, at.value_first,
             at.shared_by, attention.ragged.scale, ffn_norm.weight, ffn_norm.variance_epsilon, *ffn_weights,

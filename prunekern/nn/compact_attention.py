@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunekern.ops.compact_attention import compact_attention
 from prunekern.ops.compact_linear import compact_linear
-from prunekern.ops.packing import is_packable
+from prunekern.ops.packing import is_packable, may_pack
 
 from .compact_linear import CompactLinear, packs
 from .packed import Packed
@@ -95,6 +95,8 @@ class CompactAttention(nn.Module):
         packed = self._packed
         if packed is not None and self._layers == layers and packed.is_fresh():
             return packed
+        if not all(may_pack(layer._parameters["weight"]) for layer in layers):
+            return None
         return self.pack_layers(layers)
 
     def pack_layers(self, layers: Layers) -> Packed:

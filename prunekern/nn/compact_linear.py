@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prunekern import _native
 from prunekern.ops import _calls, _checks
 from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
-from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, is_packable, quantize_weight
+from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, may_pack, quantize_weight
 
 from .packed import Packed
 
@@ -141,16 +141,17 @@ class CompactLinear(nn.Module):
         if _is_compiling():
             return packed if packed is not None and packed.tensors[0] is weight else None
         if packed is None or not packed.is_fresh():
-            packed = self._packed = Packed((self,)) if is_packable(weight) else None
+            packed = self._packed = Packed((self,)) if may_pack(weight) else None
         return packed
 
     def pack(self) -> CompactLinear:
         """Packs the weight now instead of at the first call; returns self. Does nothing where nothing packs.
 
         Call it before torch.compile (a graph uses the packed weight that is there when it is traced), and after
-        changing, in place, a weight made under inference_mode (torch does not count changes of those).
+        changing a weight in place where torch does not count changes: through `weight.data` or `weight.numpy()`, or of
+        one made under inference_mode. Steps of optimisers count, fused ones too.
         """
-        self._packed = Packed((self,)) if is_packable(self.weight) else None
+        self._packed = Packed((self,)) if may_pack(self.weight) else None
         return self
 
     def extra_repr(self) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunekern.ops.compact_linear import ACTIVATIONS
+from prunekern.ops.compact_linear import ACTIVATIONS, activate
 from prunekern.ops.compact_mlp import compact_mlp
 
 from .compact_linear import CompactLinear, fits, fuses, packs
+from .hooked import is_hooked
 
 
 class CompactMLP(nn.Module):
@@ -18,7 +19,8 @@ class CompactMLP(nn.Module):
         up, down, gate: CompactLinear without an activation of their own, or nn.Linear (its weights are shared).
         activation: none, relu, gelu (erf), gelu_tanh or silu.
 
-    One kernel call (`prunekern.ops.compact_mlp`) where `mlp_call` says so, else one call a layer.
+    One kernel call (`prunekern.ops.compact_mlp`) where `mlp_call` says so, else one call a layer; layers with hooks, or
+    another forward in place of theirs, are called as modules.
     Raises TypeError or ValueError naming the argument.
     """
 
@@ -45,7 +47,12 @@ class CompactMLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., in] -> [..., out_features of down]; residual of that shape or None."""
         modules = self._modules
-        return mlp_call(modules["up"], modules["down"], x, residual, self.activation, modules["gate"])
+        up, down, gate = modules["up"], modules["down"], modules["gate"]
+        if is_hooked(up, down) or (gate is not None and is_hooked(gate)):
+            hidden = up(x) if gate is None else gate(x)
+            hidden = activate(hidden, self.activation)
+            return down(hidden if gate is None else hidden * up(x), residual)
+        return mlp_call(up, down, x, residual, self.activation, gate)
 
     def extra_repr(self) -> str:
         """The activation."""

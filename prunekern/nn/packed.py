@@ -32,7 +32,6 @@ class Packed:
         if not weights or not all(map(is_packable, weights)) or len({(w.dtype, w.shape[1]) for w in weights}) > 1:
             got = ", ".join(f"{list(w.shape)} {w.dtype} on {w.device}" for w in weights)
             raise ValueError(f"Packed: weights must share K and be all {', all '.join(KIND.values())} (got {got})")
-        self.weight = pack_weight(weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights]))
         self.bias = _joined_bias(layers)
         self.scale = _joined_scale(layers)
         owners = [(layer._parameters, name) for name in ("weight", "bias") for layer in layers]
@@ -43,6 +42,8 @@ class Packed:
         copied = [t if t is not None and t is not self.bias and t is not self.scale else None for t in self.tensors]
         self.addresses = tuple(0 if t is None else t.data_ptr() for t in copied)
         self.versions = tuple(-1 if t is None else version_of(t) for t in copied)
+        # After the versions: what another thread changes meanwhile is packed again.
+        self.weight = pack_weight(weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights]))
         self._checks = tuple(
             (*o, *c) for o, *c in zip(owners, self.tensors, self.addresses, self.versions, strict=True)
         )

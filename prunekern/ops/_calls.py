@@ -45,6 +45,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     """tensor [..., n] as rows: (tensor, address, row stride), copied only where no single stride describes them."""
     tensor = tensor.resolve_neg()
+    has_memory("a tensor for the C++ core", tensor)
     if tensor.dim() == 2:
         if tensor.stride(1) != 1 or tensor.stride(0) < 0:
             tensor = tensor.contiguous()
@@ -58,7 +59,16 @@ def plain_memory(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Ten
     """The tensor contiguous, without a sign kept aside, in `dtype`; None stays None."""
     if tensor is None:
         return None
+    has_memory("a tensor for the C++ core", tensor)
     return tensor.resolve_neg().contiguous().to(dtype or tensor.dtype)
+
+
+def has_memory(what: str, tensor: Tensor) -> None:
+    """ValueError for a tensor with elements but no storage: fake, of zeros that are not stored, or of a storage that
+    was given up (FSDP does that between uses).
+    """
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(f"{what} has no memory (got {list(tensor.shape)} {type(tensor).__name__})")
 
 
 def address(tensor: Tensor | None) -> int:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from prunekern import _native
 
-from . import _checks
+from . import _calls, _checks
 
 # The kinds a weight is held in. The dtype tells which: of a plain weight [N, K] as of its panels.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 WEIGHTS = tuple(DTYPES)
 KIND = {dtype: kind for kind, dtype in DTYPES.items()}
 _AVAILABLE = _native.available()
+_PLAIN = (Tensor, torch.nn.Parameter)
 ELEMENT = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # what the kernels read and write besides weights
 
 _PAGE = 2**21  # bytes of a huge page
@@ -71,6 +72,7 @@ def pack_weight(weight: Tensor) -> Tensor:
         )
     weight = weight.detach().resolve_neg()
     n, k = weight.shape
+    _calls.has_memory("pack_weight: weight", weight)
     packed = _empty_panels(panel_shape(n, k, weight.dtype), weight.dtype)
     if weight.dtype == torch.float32:
         core.pack_weight(weight.data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.data_ptr())
@@ -115,6 +117,11 @@ def is_packed(weight: Tensor) -> bool:
 def is_packable(weight: Tensor) -> bool:
     """Whether `pack_weight` takes a plain weight of this dtype and device on this machine."""
     return weight.dtype in KIND and weight.is_cpu and _AVAILABLE
+
+
+def may_pack(weight: Tensor) -> bool:
+    """Whether a weight can be packed here and now: not while a tracer looks on, whose tensors hold no numbers."""
+    return type(weight) in _PLAIN and is_packable(weight) and _calls.unwatched()
 
 
 def version_of(weight: Tensor) -> int:

@@ -244,6 +244,19 @@ def test_changed_weights_are_noticed(kind, change, which, calls):
     assert torch.equal(got, want) and not torch.equal(got, before) and len(calls) == 2 * LAYERS
 
 
+def test_memory_that_came_back_is_not_taken_for_the_old(calls):
+    """Rounded and widened again, a weight may lie where the old one lay."""
+    small = compact()
+    for _ in range(12):
+        cache = start(small)
+        go_on(small, cache)
+        for block in small.model.layers:
+            block.mlp.down_proj.weight.data.mul_(1.01)
+            block.mlp.down_proj.bfloat16().float()
+        for block in small.model.layers:
+            assert block._step is not None and not block._step.is_fresh()
+
+
 def test_changed_modules_are_noticed(calls):
     small = compact()
     cache, block = start(small), small.model.layers[0]

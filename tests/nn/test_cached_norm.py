@@ -188,3 +188,15 @@ def test_cast_to_16_bit_keeps_gain_in_fp32(norm_grad):
 def test_state_dict_holds_no_cache():
     layer = trained()
     assert not {"inv_norm", "v_sqnorm"} & set(layer.state_dict())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_norm_follows_every_optimiser(fused):
+    """Without `Pruner.step`; fused ones leave PyTorch's version counters as they are."""
+    layer, x = trained().train(), torch.randn(4, K)
+    made = torch.optim.AdamW([layer.A, layer.B], lr=0.3, fused=fused)
+    for _ in range(2):
+        made.zero_grad()
+        layer(x).square().sum().backward()
+        made.step()
+        close(layer(x), definition(layer, x), torch.float32)

@@ -294,6 +294,21 @@ def test_gated_mlp_on_plain_weights(kind):
         torch.testing.assert_close(got, mlp(x, added), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_hooks_of_an_mlps_layers_are_called(gated):
+    up, down, gate = nn.Linear(24, 50), nn.Linear(50, 24), nn.Linear(24, 50) if gated else None
+    mlp, x, seen = CompactMLP(up, down, gate, "silu"), torch.randn(2, 7, 24), []
+    with torch.no_grad():
+        want = mlp(x, x)
+        hooks = [m.register_forward_hook(lambda m, args, y: seen.append(m)) for m in mlp.children()]
+        torch.testing.assert_close(mlp(x, x), want, rtol=1e-4, atol=1e-5)
+        assert set(seen) == set(mlp.children())
+        for hook in hooks:
+            hook.remove()
+        mlp.down.forward = lambda hidden, residual: residual  # as accelerate replaces it
+        assert torch.equal(mlp(x, x), x)
+
+
 def test_mlp_refuses():
     a, b = CompactLinear(torch.zeros(4, 6)), CompactLinear(torch.zeros(6, 4))
     with pytest.raises(ValueError, match=re.escape("activation must be one of none, relu")):

@@ -7,9 +7,11 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunekern import _native
-from prunekern.nn import CompactLinear
+from prunekern.nn import CompactAttention, CompactLinear, CompactMLP
 from prunekern.nn.packed import pack_all
 from prunekern.ops.packing import _PAGE, pack_weight, side_by_side, unpack_weight
 
@@ -56,3 +58,63 @@ def test_more_than_a_chunk_and_nothing_at_all():
     alone = [pack_weight(w) for w in weights]
     assert all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
     assert len({p.untyped_storage().data_ptr() for p in packed[:4]}) == 2
+
+
+@native
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_steps_of_optimisers_are_noticed(optimizer, fused):
+    """Fused ones leave PyTorch's version counters as they are."""
+    layer, x = CompactLinear(torch.randn(24, 16), torch.randn(24)).requires_grad_(), torch.randn(3, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        layer.pack()(x), compiled(x)
+    made = optimizer(layer.parameters(), lr=0.5, fused=fused)
+    for _ in range(2):
+        made.zero_grad()
+        layer(x).square().sum().backward()
+        made.step()
+        want = nn.functional.linear(x, layer.weight, layer.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)
+
+
+@native
+@pytest.mark.parametrize("what", ["linear", "mlp", "attention"])
+def test_nothing_is_packed_under_a_tracer(what):
+    """Its tensors have no memory: the core would write to address 0."""
+    q, k, v = (CompactLinear(torch.randn(16, 16)) for _ in range(3))
+    if what == "attention":
+        module, rest = CompactAttention((0, 16), (0, 16), 0.25), ((q, k, v),)
+    else:
+        module, rest = (q if what == "linear" else CompactMLP(q, k)), ()
+    x = torch.randn(2, 4, 16)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        fake = module(x, *rest)
+        assert fake.shape == x.shape and type(fake) is not torch.Tensor
+        made_here = CompactLinear(torch.randn(8, 16))
+        assert made_here(x).shape == (2, 4, 8) and made_here.pack()._packed is None
+    with torch.no_grad():
+        graph = make_fx(lambda x: module(x, *rest), tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(graph(x), module(x, *rest), rtol=1e-4, atol=1e-4)
+
+
+@native
+def test_tensors_without_memory_are_refused():
+    layer, x = CompactLinear(torch.randn(24, 16)), torch.randn(3, 16)
+    with torch.no_grad():
+        layer(x)
+        zeros = layer(torch.zeros(3, 16))
+        try:
+            assert torch.equal(layer(torch._efficientzerotensor(3, 16)), zeros)
+        except ValueError as error:
+            assert "has no memory" in str(error)
+        x.untyped_storage().resize_(0)  # as FSDP does between uses
+        with pytest.raises(ValueError, match=r"has no memory \(got \[3, 16\] Tensor\)"):
+            layer(x)
+        weight = torch.randn(24, 16)
+        weight.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"pack_weight: weight has no memory \(got \[24, 16\] Tensor\)"):
+            pack_weight(weight)

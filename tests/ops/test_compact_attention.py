@@ -292,3 +292,14 @@ def test_refusals(change, error, text):
     args = {"q": q, "k": k, "v": v, "qk_first": QK, "v_first": V, "key_mask": None} | change
     with pytest.raises(error, match=re.escape(f"compact_attention: {text}")):
         compact_attention(**args)
+
+
+@native
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("keys", [5, 16, 70])
+def test_logits_of_minus_infinity_weigh_alike(queries, keys):
+    """All of them: the mean of the keys that are there, whatever the vector's width."""
+    q, k, v = inputs(2, queries, keys, (0, 8), (0, 12))
+    q[..., 0], k[..., 0] = float("inf"), float("-inf")
+    y = compact_attention(q, k, v, (0, 8), (0, 12), None, 1.0)
+    torch.testing.assert_close(y, v.mean(1, keepdim=True).expand_as(y), rtol=1e-5, atol=1e-5)
