@@ -15,6 +15,7 @@ from .attach import attach
 from .config import PruneConfig
 from .folders import replacing
 from .nn import MaskedDoRALinear
+from .ops import row_sqnorm
 from .tensors import read_header
 
 ADAPTER_FORMAT = 2
@@ -41,6 +42,7 @@ def save_adapter(pruner, path: str | os.PathLike) -> None:
         save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
         config = {"format": ADAPTER_FORMAT, "prune_config": pruner.config.to_dict(), "pruner": pruner.state_dict()}
         # What `prunekern compact BASE ADAPTER OUT` needs to rebuild the model: its class, and its head's size.
+        config["base_norms"] = pruner.base_norms()
         config["base_model"] = getattr(pruner.model.config, "_name_or_path", "") or None
         config["architecture"] = type(pruner.model).__name__
         config["model_config"] = pruner.model.config.to_diff_dict()
@@ -51,7 +53,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike):
     """Attach the adapter in the folder `path` to its dense base model, in place; returns the `Pruner`.
 
     ValueError when the adapter is of another format, or does not fit the model (the first tensor that is missing,
-    unknown or of another shape is named); the model is then left as it was.
+    unknown or of another shape is named, or the first layer whose weight is another base model's); the model is then
+    left as it was.
     """
 
     config, tensors = _read_adapter(Path(path))
@@ -60,6 +63,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike):
     trial = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()})
     attach(trial, prune_config).load_state_dict(config["pruner"])
     _check_adapter(trial, tensors, Path(path))
+    weights = {name: model.get_submodule(name).weight for name in config["base_norms"]}
+    for name, weight in weights.items():
+        if not weight.is_meta:
+            check_base(config, name, row_sqnorm(weight).double().sum().item(), path)
     pruner = attach(model, prune_config)
     pruner.load_state_dict(config["pruner"])
     model.load_state_dict(tensors, strict=False)
@@ -117,10 +124,25 @@ def load_adapter_state(pruner, path: str | os.PathLike) -> None:
             )
     if not config["pruner"].get("shrunk"):
         _check_adapter(pruner.model, tensors, Path(path))
+    for name, norm in pruner.base_norms().items():
+        check_base(config, name, norm, path)
     pruner.load_state_dict(config["pruner"])
     _check_adapter(pruner.model, tensors, Path(path))
     pruner.model.load_state_dict(tensors, strict=False)
     pruner.settle()
+
+
+def check_base(config: dict, name: str, norm: float, adapter: str | os.PathLike) -> None:
+    """ValueError unless `norm` is near the sum of squares that layer `name` had where the adapter was trained.
+
+    What another dtype or quantisation rounds does not count. Adapters of before this was written down pass.
+    """
+    wanted = config["base_norms"].get(name, norm)
+    if not abs(norm - wanted) <= 1e-3 * wanted:
+        raise ValueError(
+            f"{adapter}: was trained on another base model: the squares of {name + '.weight'!r} sum up to {wanted:.6g} "
+            f"there, to {norm:.6g} here"
+        )
 
 
 def _read_adapter(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -139,6 +161,9 @@ def _read_adapter(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{file}: format must be {ADAPTER_FORMAT} (got {got!r})")
     if not isinstance(config.get("prune_config"), dict) or not isinstance(config.get("pruner"), dict):
         raise ValueError(f"{file}: must hold prune_config and pruner")
+    norms = config.setdefault("base_norms", {})
+    if not isinstance(norms, dict) or not all(type(norm) in (int, float) for norm in norms.values()):
+        raise ValueError(f"{file}: base_norms must be numbers by layer name (got {norms!r})")
     for name in ("steps", "warm_steps", "ramp_steps"):
         if type(config["pruner"].get(name)) is not int or config["pruner"][name] < 0:
             raise ValueError(

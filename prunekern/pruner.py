@@ -29,6 +29,7 @@ class Pruner:
         self.warm_steps, self.ramp_steps = config.warm_steps, config.ramp_steps
         self._saliency: Saliency | None = None
         self._last: np.ndarray | None = None  # deterministic masks after the last step
+        self._base_norms: dict[str, float] | None = None  # once channels are dropped
         self._open_while_warm()
 
     @property
@@ -255,8 +256,19 @@ class Pruner:
         if not self.shrunk:
             self._shrink(self.plan(), None if optimizer is None else optimizer.state)
 
+    def base_norms(self) -> dict[str, float]:
+        """Sum of squares of every adapted layer's frozen weight before `shrink`, by module name: tells base models
+        apart. Empty for a model without storage.
+        """
+        if self._base_norms is not None:
+            return self._base_norms
+        norms = {n: layer.v_sqnorm.double().sum() for n, layer in self.layers.items() if not layer.v_sqnorm.is_meta}
+        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
+
     @torch.no_grad()
     def _shrink(self, plan: Plan, state: dict | None = None) -> None:
+        self._base_norms = self.base_norms()
+
         def make(name: str, in_index, out_index, out_features: int, activation: str) -> nn.Module:
             kept = plan.layers[name]
             layer = shrink_linear(self.model.get_submodule(name), kept.rows, kept.cols, state)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from . import card, ops
-from .adapter import _check_adapter, _read_adapter, model_class
+from .adapter import _check_adapter, _read_adapter, check_base, model_class
 from .attach import attach
 from .checkpoint import _is_model_file
 from .compact import mark
@@ -82,7 +82,7 @@ class _Source:
     def __init__(self, base: Path, adapter: Path):
         config, _ = _read_adapter(adapter)
         self.cls = model_class(config, adapter)
-        self.where = adapter
+        self.where, self.trained = adapter, config
         self.config = self.cls.config_class.from_dict(config["model_config"])
         self.config.name_or_path = str(base)
         _check_base(base, self.config.model_type, adapter)
@@ -206,6 +206,9 @@ class _Source:
         if layer not in self.scales:
             return self._selected(layer, V)  # partners outside the targets
         kept, s = self.plan.layers[layer], self.scales[layer]
+        if layer in self.trained["base_norms"]:
+            squares = (ops.row_sqnorm(rows.to(self.dtype, copy=True)).double().sum().item() for rows in V.split(ROWS))
+            check_base(self.trained, layer, sum(squares), self.where)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         # Copied, as V is below: where a mapped tensor begins in memory can change the last bits of a product.
         A, B, magnitude = (self.adapter.read(f"{layer}.{n}").to(dtype, copy=True) for n in ("A", "B", "magnitude"))

@@ -214,3 +214,25 @@ def test_final_before_the_warm_steps_are_over(tmp_path):
     assert loaded.finalized and not loaded.warm
     assert loaded.expected_sparsity() == pruner.expected_sparsity() > 0.3
     assert torch.equal(logits(again, batch()), logits(model, batch()))
+
+
+@pytest.mark.parametrize("shrunk", (False, True))
+def test_a_base_with_other_weights_is_refused(shrunk, tmp_path):
+    pruner = attached(build(), sparsity=0.4)
+    pruner.finalize()
+    if shrunk:
+        pruner.shrink()
+    pk.save_adapter(pruner, tmp_path)
+    pk.load_adapter(build().bfloat16(), tmp_path)  # the same weights, rounded
+    other = build()
+    name = names("distilbert", 1)["up"]
+    with torch.no_grad():
+        other.get_submodule(name).weight.mul_(1.01)
+    before = state(other)
+    with pytest.raises(
+        ValueError, match=f"another base model: the squares of '{name}.weight' sum up to"
+    ):
+        pk.load_adapter(other, tmp_path)
+    unchanged(other, before)
+    edit_json(tmp_path / "adapter_config.json", lambda config: config.pop("base_norms"))  # as older ones are
+    pk.load_adapter(build(), tmp_path)

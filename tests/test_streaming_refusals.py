@@ -52,6 +52,11 @@ def test_truncated_shard(folder, keep):
     refused(folder, f"{file.name}: is truncated")
 
 
+def test_weights_of_another_base(folder):
+    change_tensor(folder, f"{Q}.weight", lambda weight: 1.01 * weight)
+    refused(folder, rf"adapter: was trained on another base model: the squares of '{Q}.weight' sum up to")
+
+
 def test_damaged_shards(folder):
     file = folder / "base" / shard_of(folder, f"{Q}.weight")
     whole = file.read_bytes()
