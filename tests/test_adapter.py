@@ -229,9 +229,7 @@ def test_a_base_with_other_weights_is_refused(shrunk, tmp_path):
     with torch.no_grad():
         other.get_submodule(name).weight.mul_(1.01)
     before = state(other)
-    with pytest.raises(
-        ValueError, match=f"another base model: the squares of '{name}.weight' sum up to"
-    ):
+    with pytest.raises(ValueError, match=f"another base model: the squares of '{name}.weight' sum up to"):
         pk.load_adapter(other, tmp_path)
     unchanged(other, before)
     edit_json(tmp_path / "adapter_config.json", lambda config: config.pop("base_norms"))  # as older ones are
