@@ -64,8 +64,8 @@ class Lagrangian:
             kept[carrier] = budget._sigmoid(mask.logits.detach().double().numpy())
         cost, dense = pruner.table.cost(kept, pruner.config.cost), budget.dense_cost(pruner.table, pruner.config.cost)
         for carrier, mask in pruner.masks.items():
-            more = {**kept, carrier: kept[carrier] * (1 + 1e-4)}
-            slope = (pruner.table.cost(more, pruner.config.cost) - cost) / (1e-4 * kept[carrier].sum())
+            less = {**kept, carrier: kept[carrier] * (1 - 1e-4)}  # not more: probabilities near 1 would pass it
+            slope = (cost - pruner.table.cost(less, pruner.config.cost)) / (1e-4 * kept[carrier].sum())
             probability = torch.sigmoid(mask.logits)
             share = share - (probability - probability.detach()).sum() * (slope / dense)
         self.gap = pruner.target() - (1 - cost / dense)

@@ -59,6 +59,10 @@ def test_hard_concrete_takes_values_between_and_is_binary_when_final():
 
 def test_lagrangian_has_the_gradient_of_the_expected_share():
     pruner = attached(build(), sparsity=0.4, ramp_steps=0)
+    with torch.no_grad():
+        for mask in pruner.masks.values():  # as wide as after the warm steps: probabilities up to 1
+            mask.logits.normal_(std=4, generator=torch.Generator().manual_seed(mask.logits.numel()))
+            mask.logits[3] = 0.5
     penalty = Lagrangian(pruner)
     penalty.first = 1.0
     penalty.penalty().backward()
