@@ -35,7 +35,7 @@ def machine() -> dict:
         model = names[0] if names else model
     return {
         "cpu": model,
-        "cores": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

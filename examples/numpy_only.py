@@ -5,8 +5,8 @@
 The file holds `weight` [kept_out, kept_in] float32 and, where the layer has them, `bias`, `in_index`, `out_index`
 (int64); its metadata `out_features` and `activation`. From torch, with a `prunekern.nn.CompactLinear` called layer:
 
-    tensors = {k: v.contiguous() for k in ("weight", "bias", "in_index", "out_index")
-               if (v := getattr(layer, k)) is not None}
+    tensors = {k: v.float() for k, v in layer.state_dict().items()}  # int8 and bf16 become fp32
+    tensors |= {k: v for k in ("in_index", "out_index") if (v := getattr(layer, k)) is not None}
     save_file(tensors, "layer.safetensors", {"out_features": str(layer.out_features), "activation": layer.activation})
 
 Without a file one with random numbers is made. The answer is checked against float64.
@@ -40,6 +40,8 @@ class Layer:
         )
         self.out_features, self.activation = int(meta["out_features"]), meta["activation"]
         n, k = self.weight.shape
+        if tensors["weight"].dtype != np.float32 or self.activation not in ACTIVATIONS:
+            raise ValueError(f"{path}: needs a float32 weight and one of {', '.join(ACTIVATIONS)}")
         assert self.bias.shape == (n,)
         assert self.in_index is None or self.in_index.shape == (k,)
         assert n == (self.out_features if self.out_index is None else len(self.out_index))
@@ -66,7 +68,7 @@ class Layer:
         """The same in float64, without the core."""
         kept = x if self.in_index is None else x[:, self.in_index]
         z = kept.astype(np.float64) @ self.weight.astype(np.float64).T + self.bias
-        act = {"none": lambda z: z, "relu": lambda z: np.maximum(z, 0), "gelu": gelu}[self.activation](z)
+        act = ACTIVATIONS[self.activation](z)
         y = residual.astype(np.float64)
         y[:, slice(None) if self.out_index is None else self.out_index] += act
         return y
@@ -80,6 +82,15 @@ def address(array):
 def gelu(z):
     """z Phi(z)."""
     return z * 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
+
+
+ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": lambda z: np.maximum(z, 0),
+    "gelu": gelu,
+    "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    "silu": lambda z: z / (1 + np.exp(-z)),
+}
 
 
 def example_file(folder):

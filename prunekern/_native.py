@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 try:
     # Before torch, `_C` would load the system's OpenMP beside torch's own; after it, both share one.
     import torch  # noqa: F401
@@ -13,7 +15,10 @@ except ImportError as error:  # no compiler at install time, or a library of the
 else:
     _reason = ""
 
-_REMEDY = "install a C++17 compiler (apt-get install g++), then: pip install --force-reinstall --no-deps prunekern"
+_REMEDY = (
+    "install a C++17 compiler (apt-get install g++), then prunekern again (from its source: pip install "
+    "--force-reinstall --no-deps .)"
+)
 
 
 def available() -> bool:
@@ -45,3 +50,7 @@ def core():
     if reason is not None:
         raise RuntimeError(reason)
     return _C
+
+
+if _C is not None and _unusable() is not None:  # asked for by PRUNEKERN_ISA, so someone expects it
+    warnings.warn(f"prunekern: PyTorch is used in place of the C++ kernels: {_unusable()}", stacklevel=2)

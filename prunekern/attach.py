@@ -18,9 +18,10 @@ def attach(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
     """Replace the targeted linears of `model` by `MaskedDoRALinear`s, in place, and return their `Pruner`.
 
     Everything is frozen but adapters, magnitudes, mask logits and the task head (what lies outside the base model,
-    and its pooler; input and output embeddings stay frozen). ValueError: an architecture without a family,
-    targets that match nothing, a sparsity the targets cannot reach, an activation that is not zero at zero, a model
-    that is attached or compact already. RuntimeError: under bf16 autocast on a CPU whose bf16 products crash.
+    and its pooler; input and output embeddings stay frozen). ValueError: an architecture without a family, targets
+    that match nothing, a sparsity the targets cannot reach, an align larger than a layer, an activation that is not
+    zero at zero, a model that is attached or compact already. RuntimeError: under bf16 autocast on a CPU whose bf16
+    products crash.
     """
     config = PruneConfig() if config is None else config
     if not isinstance(config, PruneConfig):
@@ -85,6 +86,12 @@ def _refuse_unreachable(table: Table, masked: list[str], config: PruneConfig) ->
             f"PruneConfig: sparsity must be 0 when no target carries a channel group (got {config.sparsity}); "
             "keys fall with queries: name the query projection"
         )
+    for name in masked:
+        if config.align > table.groups[name].count:
+            raise ValueError(
+                f"PruneConfig: align must be at most {table.groups[name].count}, the channel groups of {name!r} "
+                f"(got {config.align})"
+            )
     most = most_removable(table, masked, config.cost) if masked else 0.0
     if config.sparsity > most:
         chosen = f"preset {config.preset!r}" if config.preset else f"targets {list(config.targets)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from dataclasses import asdict, dataclass, fields
 
@@ -21,7 +22,7 @@ class PruneConfig:
     targets: module names, or their last parts ("q_lin"); layers among them that carry a channel group get a mask.
     sparsity: share of the block linears' parameters or multiply-adds to remove, in [0, 1).
     cost: "params" (biases counted) or "macs".
-    align: kept channels of each layer come in multiples of this.
+    align: kept channels of each layer come in multiples of this, or all stay; at most the groups of the smallest mask.
     norm_grad: "detached" (row norm constant in the backward pass) or "full".
     seed: of adapter initialisation and mask noise.
     warm_steps: optimiser steps with all masks on, in which saliency is gathered; the logits then start from it. 0: they
@@ -54,17 +55,19 @@ class PruneConfig:
         def refuse(name: str, accepted: str):
             raise ValueError(f"PruneConfig: {name} must be {accepted} (got {getattr(self, name)!r})")
 
-        def number(name: str, low: float, high: float, accepted: str, kinds=(int, float)):
+        def number(name: str, low: float, high: float, accepted: str, kind=numbers.Real):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 refuse(name, accepted)
+            if type(value) not in (int, float):  # numpy's, which JSON does not take
+                object.__setattr__(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
         if self.warm_steps is None:
             object.__setattr__(self, "warm_steps", 0 if self.preset == "paper" and self.targets is None else 100)
         for name in ("rank", "align"):
-            number(name, 1, math.inf, "an integer of at least 1", int)
+            number(name, 1, math.inf, "an integer of at least 1", numbers.Integral)
         for name in ("seed", "warm_steps", "ramp_steps"):
-            number(name, 0, math.inf, "a non-negative integer", int)
+            number(name, 0, math.inf, "a non-negative integer", numbers.Integral)
         number("sparsity", 0, math.nextafter(1.0, 0), "in [0, 1)")
         number("dropout", 0, math.nextafter(1.0, 0), "in [0, 1)")
         number("alpha", math.ulp(0.0), sys.float_info.max, "positive and finite")
@@ -88,10 +91,12 @@ class PruneConfig:
             object.__setattr__(self, "targets", tuple(self.targets))
 
     def to_dict(self) -> dict:
+        """Fields by name, as JSON takes them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> PruneConfig:
+        """The inverse of `to_dict`. ValueError for a field that is none, or a value that is not accepted."""
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"PruneConfig: unknown field {unknown[0]!r}; accepted: {[f.name for f in fields(cls)]}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import families
+from .config import COSTS
 from .families import Table
 from .nn import ChannelMask, MaskedDoRALinear
 
@@ -30,6 +31,7 @@ class LayerPlan:
         return self.rows.numel() * (self.cols.numel() + self.bias)
 
     def dense_params(self) -> int:
+        """Of the layer before anything was removed."""
         return self.out_features * (self.in_features + self.bias)
 
 
@@ -48,13 +50,19 @@ class Plan:
         return tokens * sum(layer.rows.numel() * layer.cols.numel() for layer in self.layers.values())
 
     def dense_params(self) -> int:
+        """Parameters of the block linears before anything was removed."""
         return sum(layer.dense_params() for layer in self.layers.values())
 
     def dense_macs(self, tokens: int = 1) -> int:
+        """Multiply-adds of the block linears before anything was removed."""
         return tokens * sum(layer.out_features * layer.in_features for layer in self.layers.values())
 
     def sparsity(self, cost: str = "params") -> float:
-        """Share of the block linears' parameters ("params") or multiply-adds ("macs") that is gone."""
+        """Share of the block linears' parameters ("params") or multiply-adds ("macs") that is gone. ValueError for
+        another cost.
+        """
+        if cost not in COSTS:
+            raise ValueError(f"sparsity: cost must be one of {COSTS} (got {cost!r})")
         kept, dense = (self.params(), self.dense_params()) if cost == "params" else (self.macs(), self.dense_macs())
         return 1.0 - kept / dense
 

@@ -39,6 +39,7 @@ class Pruner:
 
     @property
     def finalized(self) -> bool:
+        """Whether the masks are final."""
         return all(mask._is_final for mask in self.masks.values())
 
     # -- for the optimiser ---------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class Pruner:
             self._saliency = None
 
     def _has_saliency(self) -> bool:
-        return any(bool(mask.saliency.any()) for mask in self.masks.values())
+        return any(not mask.saliency.is_meta and bool(mask.saliency.any()) for mask in self.masks.values())
 
     @torch.no_grad()
     def _start_from_saliency(self) -> None:
@@ -242,6 +243,7 @@ class Pruner:
 
     @property
     def shrunk(self) -> bool:
+        """Whether the pruned channels are dropped."""
         return any(getattr(layer, "is_shrunk", False) for layer in self.layers.values())
 
     def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> None:

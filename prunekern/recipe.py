@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import time
 import warnings
@@ -50,6 +51,7 @@ def load_dense(model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0
     """
     from transformers import AutoTokenizer, set_seed
 
+    refuse_missing(model)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
     # Products in 16 bits kill the process on some CPUs, and are slow on most.
@@ -60,6 +62,12 @@ def load_dense(model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0
     if getattr(dense.config, "pad_token_id", None) is None:  # a classifier of theirs reads the last token that is none
         dense.config.pad_token_id = tokenizer.pad_token_id
     return dense, tokenizer
+
+
+def refuse_missing(model: str) -> None:
+    """FileNotFoundError for what can only be a path and is not there: the hub would be asked for it."""
+    if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise FileNotFoundError(f"{model}: no such folder")
 
 
 def with_head(auto_class: type, model: str, purpose: str, **options):
@@ -135,10 +143,12 @@ def fine_tune(
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
+    # A run killed before its first checkpoint starts again, and ends the same.
+    resume = resume and last_checkpoint(out / "checkpoints") is not None
+    _same_run(out / "checkpoints" / "run.json", task, options, encoded["train"], resume)
     start = time.perf_counter()
     try:
-        # A run killed before its first checkpoint starts again, and ends the same.
-        trainer.train(resume_from_checkpoint=resume and last_checkpoint(out / "checkpoints") is not None)
+        trainer.train(resume_from_checkpoint=resume)
     finally:
         progress.close()
     return pruner, {
@@ -147,6 +157,30 @@ def fine_tune(
         "steps": trainer.state.global_step,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
+
+
+# What a run may be resumed with in place of what it began with.
+_MAY_CHANGE = ("epochs", "max_steps", "save_steps")
+
+
+def _same_run(file: Path, task, options: TrainOptions, rows, resume: bool) -> None:
+    """Write down what a run is made of; when it is resumed, ValueError unless it is made of the same."""
+    digest = hashlib.sha256()
+    for batch in rows.iter(1000):
+        digest.update(json.dumps(batch, sort_keys=True).encode())
+    made_of = {k: v for k, v in asdict(options).items() if k not in _MAY_CHANGE}
+    made_of |= {"task": task.name, "training rows": f"{len(rows)}, sha256 {digest.hexdigest()[:16]}"}
+    if not resume:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(made_of, indent=2) + "\n")
+        return
+    began = json.loads(file.read_text()) if file.is_file() else {}
+    for name, value in made_of.items():
+        if began.get(name, value) != value:
+            raise ValueError(
+                f"{file.parent}: the run began with {name} {began[name]!r}, to be resumed with {value!r}; resume it as "
+                "it began, or train into another folder"
+            )
 
 
 @torch.inference_mode()

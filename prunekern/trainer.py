@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from .adapter import load_adapter_state, save_adapter
@@ -118,7 +120,13 @@ class PruneTrainer(Trainer):
         self.add_callback(_Stages(self))
 
     def stage_one_steps(self, max_steps: int) -> int:
+        """Of a run of so many steps."""
         return max(1, round(max_steps * self.stage_one))
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _ByEpoch(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     # -- optimiser -----------------------------------------------------------------------------------------------
 
@@ -264,6 +272,28 @@ def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
                 continue
             found.append((int(number[1]), path))
     return max(found)[1] if found else None
+
+
+class _ByEpoch(torch.utils.data.Sampler):
+    """Rows of like length together, in an order that is a function of seed and epoch alone.
+
+    transformers draws it from the global generator, which a run resumed in a later epoch finds in another state.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+        sampler.generator = torch.Generator()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self):
+        mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
+        self.sampler.generator.manual_seed(int(mixed) & (2**63 - 1))
+        return iter(self.sampler)
 
 
 class _Stages(TrainerCallback):

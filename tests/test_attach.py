@@ -329,3 +329,11 @@ def test_public_names():
     assert callable(pk.attach) and callable(pk.plan) and callable(pk.compact)
     with pytest.raises(AttributeError, match="has no attribute 'nope'"):
         _ = pk.nope
+
+
+def test_align_beyond_a_layer_is_refused():
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"align must be at most \d+, the channel groups of '.*' \(got 1000\)"):
+        pk.attach(model, pk.PruneConfig(align=1000))
+    unchanged(model, before)

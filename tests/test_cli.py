@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import prunekern
+import prunekern as pk
 from prunekern.cli import app
 from prunekern.tasks.harness import evaluate_tasks
 
@@ -68,6 +68,12 @@ def test_train_eval_bench(files, tmp_path):
     assert scored.exit_code == 0, scored.output
     assert f"{100 * report['score']['compact']['accuracy']:.2f}" in scored.output
 
+    again = invoke("compact", files / "dense", out / "adapter", tmp_path / "streamed")
+    assert again.exit_code == 0, again.output
+    one, two = (pk.load(folder) for folder in (out / "compact", tmp_path / "streamed"))
+    assert pk.plan(one) == pk.plan(two)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
     timed = invoke("bench", out / "compact", "--shapes", "1x8", "--seconds", 0.1, "--threads", 0)
     assert timed.exit_code == 0, timed.output
     assert "1 x 8" in timed.output
@@ -117,6 +123,31 @@ def test_what_a_user_gets_wrong_is_one_line_and_status_2(files, tmp_path, change
     assert not (tmp_path / "run" / "compact").exists()
 
 
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(files, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    for args in (
+        ["eval", tmp_path / "no", *data(files)],
+        ["train", "--model", tmp_path / "no", *data(files), "--out", tmp_path / "run"],
+        ["compact", tmp_path / "no", tmp_path / "adapter", tmp_path / "out"],
+    ):
+        result = invoke(*args)
+        assert isinstance(result.exception, FileNotFoundError) and "no such folder" in str(result.exception)
+
+
+@pytest.mark.parametrize("missing, extra", [("datasets", "hf"), ("matplotlib", "hf"), ("lm_eval", "eval")])
+def test_a_missing_extra_is_named_before_anything_is_trained(missing, extra, files, decoder, tmp_path):
+    train = ["train", "--model", files / "dense", *data(files), "--out", tmp_path / "run", "--max-steps", 2]
+    scores = ["eval", decoder / "small", "--tasks", "piqa", "--local", decoder / "items"]
+    code = f"import sys; sys.modules[{missing!r}] = None; from prunekern.cli import main; main()"
+    args = map(str, scores if missing == "lm_eval" else train)
+    result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert result.returncode == 2 and f"prunekern[{extra}]" in result.stderr.splitlines()[-1], result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_task_or_data(files, tmp_path):
     neither = invoke("train", "--model", files / "dense", "--out", tmp_path)
     both = invoke("train", "--model", files / "dense", "--out", tmp_path, "--task", "sst2", *data(files))
@@ -127,9 +158,9 @@ def test_task_or_data(files, tmp_path):
 def test_info_names_version_and_isa():
     result = invoke("info")
     assert result.exit_code == 0
-    assert prunekern.__version__ in result.output
+    assert pk.__version__ in result.output
     assert torch.__version__ in result.output
-    if prunekern._native.available():
+    if pk._native.available():
         assert "GFLOP/s" in result.output and "GB/s" in result.output and "amx" in result.output
 
 
@@ -147,7 +178,7 @@ def decoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoder")
     masked = build(max_position_embeddings=64)
     prune(attached(masked), 0.3)
-    prunekern.save(prunekern.compact(masked), folder / "small")
+    pk.save(pk.compact(masked), folder / "small")
     word_tokenizer().save_pretrained(folder / "small")
     rows = {
         "piqa": [
@@ -164,7 +195,7 @@ def decoder(tmp_path_factory):
 
 
 def test_eval_by_lm_eval(decoder, tmp_path):
-    small, out = prunekern.load(decoder / "small", "bf16"), tmp_path / "scores.json"
+    small, out = pk.load(decoder / "small", "bf16"), tmp_path / "scores.json"
     common = ["--local", decoder / "items", "--weights", "bf16", "--threads", 1]
     result = invoke("eval", decoder / "small", "--tasks", "piqa, boolq", *common, "--json", out)
     assert result.exit_code == 0, result.output

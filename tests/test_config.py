@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import prunekern as pk
@@ -89,3 +90,11 @@ def test_bounds_that_are_allowed():
 def test_from_dict_refuses_an_unknown_field_by_name():
     with pytest.raises(ValueError, match=r"PruneConfig: unknown field 'spars'; accepted: \['rank', "):
         pk.PruneConfig.from_dict({"spars": 0.5})
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    config = pk.PruneConfig(sparsity=np.float32(0.25), rank=np.int64(4), alpha=np.float64(8), seed=np.uint8(3))
+    assert (config.sparsity, config.rank, config.alpha, config.seed) == (0.25, 4, 8.0, 3)
+    assert pk.PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"rank must be an integer of at least 1 \(got np.float32\(4.0\)\)"):
+        pk.PruneConfig(rank=np.float32(4))

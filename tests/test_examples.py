@@ -20,15 +20,17 @@ def test_example_runs(path):
 
 
 @pytest.mark.skipif(not _native.available(), reason=str(_native.why_not()))
-def test_numpy_runs_a_layer_saved_from_torch(tmp_path):
+@pytest.mark.parametrize("activation, weights", [("relu", "fp32"), ("silu", "int8"), ("gelu_tanh", "bf16")])
+def test_numpy_runs_a_layer_saved_from_torch(activation, weights, tmp_path):
     import torch
     from safetensors.torch import save_file
 
     layer = CompactLinear(
-        torch.randn(33, 20), torch.randn(33), range(1, 41, 2), range(33), out_features=50, activation="relu"
-    )
-    names = ("weight", "bias", "in_index", "out_index")
-    tensors = {k: v.contiguous() for k in names if (v := getattr(layer, k)) is not None}
+        torch.randn(33, 20), torch.randn(33), range(1, 41, 2), range(33), out_features=50, activation=activation,
+        weights=weights,
+    )  # fmt: skip
+    tensors = {k: v.float() for k, v in layer.state_dict().items()}
+    tensors |= {k: v for k in ("in_index", "out_index") if (v := getattr(layer, k)) is not None}
     path = tmp_path / "layer.safetensors"
     save_file(tensors, path, {"out_features": str(layer.out_features), "activation": layer.activation})
     script = next(path for path in EXAMPLES if path.stem == "numpy_only")

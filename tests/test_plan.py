@@ -251,3 +251,9 @@ def test_checks_do_not_change_the_plan():
     before = copy.deepcopy(plan.to_dict())
     check(plan, table(model))
     assert plan.to_dict() == before
+
+
+def test_share_of_what_nobody_counts_is_refused():
+    plan = pk.plan(prune(attached(build()), 0.4, seed=1).model)
+    with pytest.raises(ValueError, match=r"sparsity: cost must be one of \('params', 'macs'\) \(got 'flops'\)"):
+        plan.sparsity("flops")

@@ -88,6 +88,30 @@ def test_any_config(options, tmp_path):
     check(tmp_path, on_disk(tmp_path, build("distilbert", "sequence"), **options))
 
 
+@pytest.mark.parametrize("steps", [3, 8])
+@pytest.mark.parametrize("family,task", [("bert", "sequence"), ("llama", "causal")])
+def test_adapters_of_a_run_with_warm_steps(family, task, steps, tmp_path):
+    """Saved while warm, and after; loaded by others than the run itself."""
+    model = build(family, task)
+    model.save_pretrained(tmp_path / "base")
+    pruner = attached(model, sparsity=0.4, warm_steps=5, ramp_steps=2)
+    optimizer = torch.optim.SGD(pruner.param_groups(1e-2))
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch(model)).logits.square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    for last in (False, True):  # as a checkpoint in the middle, and at the end
+        if last:
+            pruner.finalize()
+        pk.save_adapter(pruner, tmp_path / "adapter")
+        loaded = pk.load_adapter(build(family, task), tmp_path / "adapter")
+        assert loaded.warm is (steps < 5 and not last) and loaded.steps == steps
+        assert loaded.plan() == pruner.plan()
+        check(tmp_path, pruner)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family,task", [("bert", "sequence"), ("llama", "causal")])
 @pytest.mark.parametrize("shrink", [False, True])

@@ -22,6 +22,25 @@ def test_a_finished_run_resumed_again_and_again_stays_as_it_is(tmp_path):
     assert longer.state.global_step == STEPS + 2
 
 
+@pytest.mark.parametrize("step", (4, 8))
+def test_rows_grouped_by_length_come_in_the_same_order_after_a_resume(step, tmp_path):
+    """An epoch has 6 steps: step 8 is in the second, whose order a checkpoint does not hold."""
+    options = {"train_sampling_strategy": "group_by_length"}
+    whole = fresh(tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(Stop):
+        fresh(tmp_path / "stopped", callbacks=[stop_at(step + 1)], **options).train()
+    again = fresh(tmp_path / "stopped", **options)
+    again.train(resume_from_checkpoint=True)
+    same(result(again), result(whole))
+    sampler = again._get_train_sampler()
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(len(sampler)))
+
+
 def test_learning_rates_are_never_negative(tmp_path):
     trainer = fresh(tmp_path, save_strategy="no")
     trainer.final_learning_rate = None

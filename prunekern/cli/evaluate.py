@@ -61,6 +61,8 @@ def evaluate_command(
     from ..tasks import Task
 
     set_threads(threads)
+    if not model.is_dir():
+        raise FileNotFoundError(f"{model}: no such folder")
     columns = {"text": text, "choices": choices, "label": label, "validation": validation, "test": test}
     if tasks is not None:
         if any(o is not None for o in (task, data, *columns.values())):

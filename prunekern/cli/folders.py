@@ -18,8 +18,10 @@ def compact(
 ) -> None:
     """Merge a trained adapter into its base model and remove what its masks prune, one linear in memory at a time."""
     from ..demo.models import MODEL_NAMES, demo_model
+    from ..recipe import refuse_missing
     from ..streaming import compact_files
 
+    refuse_missing(base)
     source = Path(demo_model(base) if base in MODEL_NAMES else base)
     if source.is_dir() and not list(source.glob("*.bin")):
         plan = compact_files(source, adapter, out, console=console)

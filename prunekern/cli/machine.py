@@ -22,6 +22,7 @@ def bench(
     """Time a compact model beside its dense twin (same config, random weights), interleaved in one process."""
     import torch
 
+    from .. import _native
     from ..checkpoint import load
     from ..measure import dense_twin, latency
     from ..plan import plan as plan_of
@@ -34,6 +35,8 @@ def bench(
         raise typer.BadParameter(f"--shapes must look like 1x128,8x128 (got {shapes!r})") from None
     set_threads(threads)
     threads = torch.get_num_threads()
+    if not _native.available():
+        console.print(f"[yellow]warning:[/] {_native.why_not()}")
     small = load(model, weights)
     plan = plan_of(small)
     ideal = plan.dense_macs() / plan.macs() if plan.macs() else float("inf")

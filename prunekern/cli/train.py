@@ -43,7 +43,7 @@ def train(
     rank: int = 8,
     alpha: float = 16.0,
     dropout: float = 0.0,
-    align: Annotated[int, typer.Option(help="Kept channels of a layer come in multiples of this.")] = 1,
+    align: Annotated[int, typer.Option(help="Kept channels of a layer come in multiples of this, or all stay.")] = 1,
     epochs: float = 3.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: by --epochs.")] = -1,
     batch_size: int = 8,
@@ -67,6 +67,8 @@ def train(
     threads: Threads = 0,
 ) -> None:
     """Fine-tune with DoRA and masks, remove what they prune, save OUT/compact, OUT/adapter, OUT/report.json, .png."""
+    import matplotlib  # noqa: F401  (what is missing must be known before training, not after)
+
     from ..config import PruneConfig
     from ..curves import plot
     from ..demo.models import MODEL_NAMES, demo_model

@@ -55,7 +55,8 @@ class CompactAttention(nn.Module):
     ) -> Tensor:  # fmt: skip
         """x: [batch, tokens, in] -> [batch, tokens, shared_by v_first[-1]].
 
-        layers: (q, k, v). key_mask: bool [batch, tokens], True where a key may be read, or None. fuses: as `project`.
+        layers: one tuple (q, k, v) of CompactLinear. key_mask: bool [batch, tokens], True where a key may be read, or
+        None. fuses: as `project`. TypeError or ValueError for layers that do not make the heads' channels.
         """
         return self.attend(*self.project(x, layers, fuses), key_mask)
 
@@ -67,6 +68,8 @@ class CompactAttention(nn.Module):
 
     def project(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Sequence[Tensor]:
         """q, k and v of x, kept channels only: three tensors, or three parts of one. fuses: the answer, if known."""
+        if fuses is None:
+            self._check(layers)
         packed = self.packed_for(x, layers, fuses)
         if packed is None:
             return [layer.run(x, None, layer.activation, scatter=False) for layer in layers]
@@ -74,6 +77,14 @@ class CompactAttention(nn.Module):
         sizes = (self.shared_by * keys, keys, values)
         y = compact_linear(x, packed.weight, packed.bias, None, None, sum(sizes), "none", None, packed.scale)
         return y.split_with_sizes(sizes, -1)
+
+    def _check(self, layers: Layers) -> None:
+        sizes = (self.shared_by * self.qk_first[-1], self.qk_first[-1], self.v_first[-1])
+        for name, layer, size in zip("qkv", layers, sizes, strict=True):
+            if not isinstance(layer, CompactLinear):
+                raise TypeError(f"CompactAttention: {name} must be CompactLinear (got {type(layer).__name__})")
+            if layer.weight.shape[0] != size:
+                raise ValueError(f"CompactAttention: {name} must make {size} channels (got {layer.weight.shape[0]})")
 
     def fuses(self, x: Tensor, layers: Layers) -> bool:
         """Whether the kernels can run x: float32, or 16 bits like the weights, on the CPU, nothing wants a gradient."""

@@ -11,7 +11,9 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
-    """Raises ValueError unless `tensor.shape` equals `expected` (None: any size)."""
+    """Raises ValueError unless `tensor.shape` equals `expected` (None: any size), TypeError for what is no tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor (got {type(tensor).__name__})")
     got = tuple(tensor.shape)
     if len(got) != len(expected) or any(e is not None and g != e for g, e in zip(got, expected, strict=True)):
         want = ", ".join("*" if e is None else str(e) for e in expected)

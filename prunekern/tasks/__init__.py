@@ -7,9 +7,9 @@
     task = get("winogrande")                                      # multiple choice, for the same; "science"
     task = get("train.jsonl", text="body", label="topic")         # .csv, .tsv, .jsonl, .parquet; .txt: running text
     task = get("items.jsonl", choices="options", label="answer")  # multiple choice: .jsonl, .parquet
-    encoded = task.encode(tokenizer, max_length=128)              # DatasetDict: input_ids, attention_mask,
-    labels, length trainer = Trainer(..., data_collator=task.collator(tokenizer),
-    compute_metrics=task.compute_metrics)
+    # DatasetDict: input_ids, attention_mask, labels, length
+    encoded = task.encode(tokenizer, max_length=128)
+    trainer = Trainer(..., data_collator=task.collator(tokenizer), compute_metrics=task.compute_metrics)
 
 Importing this imports neither torch, datasets nor transformers; functions do, when called.
 """

@@ -180,3 +180,12 @@ def test_no_channels_at_all(x):
     values = x @ layers[2].weight.T
     mean = (values * MASK[..., None]).sum(1) / MASK.sum(1, keepdim=True)
     torch.testing.assert_close(y, mean[:, None].expand_as(y), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_do_not_make_the_heads_channels_are_refused():
+    attention = CompactAttention((0, 4), (0, 4), 1.0)
+    q, wide, x = CompactLinear(torch.randn(4, 8)), CompactLinear(torch.randn(7, 8)), torch.randn(2, 3, 8)
+    with pytest.raises(TypeError, match=r"CompactAttention: k must be CompactLinear \(got Linear\)"):
+        attention(x, (q, torch.nn.Linear(8, 4), q))
+    with pytest.raises(ValueError, match=r"CompactAttention: v must make 4 channels \(got 7\)"):
+        attention(x, (q, q, wide))

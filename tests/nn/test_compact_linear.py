@@ -319,3 +319,8 @@ def test_mlp_refuses():
         CompactMLP(CompactLinear(torch.zeros(4, 6), activation="relu"), b)
     with pytest.raises(ValueError, match=re.escape("gate must make 4 channels like up (got 5)")):
         CompactMLP(a, b, CompactLinear(torch.zeros(5, 6)))
+
+
+def test_arrays_are_no_tensors():
+    with pytest.raises(TypeError, match=r"CompactLinear: weight must be a torch.Tensor \(got ndarray\)"):
+        CompactLinear(torch.zeros(4, 6).numpy())
