@@ -72,9 +72,20 @@ def _separated(delimiter: str) -> Any:
             except csv.Error as error:
                 raise DataError(f"{path} line {line + 1}: not valid CSV ({error})") from error
             except UnicodeDecodeError as error:
-                raise DataError(f"{path} after line {line}: not UTF-8 ({error.reason})") from error
+                raise DataError(f"{path} line {_undecodable(path)}: not UTF-8 ({error.reason})") from error
 
     return read_rows
+
+
+def _undecodable(path: Path) -> int:
+    """The first line that is not UTF-8: text is decoded in blocks, whose errors do not tell."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:

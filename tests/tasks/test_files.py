@@ -314,7 +314,7 @@ def test_malformed_lines(tmp_path, name, content, pattern):
     refused(tmp_path / name, pattern)
 
 
-@pytest.mark.parametrize("extension, place", [(".csv", "after line"), (".jsonl", "line 21")])
+@pytest.mark.parametrize("extension, place", [(".csv", "line 22"), (".jsonl", "line 21")])
 def test_other_encodings(tmp_path, extension, place):
     path = write(tmp_path / f"a{extension}", [*GOOD, {"text": "cafe", "label": 1}])
     path.write_bytes(path.read_bytes().replace(b"cafe", b"caf\xe9"))
