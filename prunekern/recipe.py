@@ -21,6 +21,7 @@ from .config import PruneConfig
 from .pruner import Pruner
 from .stock import save_stock
 from .tasks import ChoiceTask, LanguageTask, Task
+from .tokenizer_files import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ def load_dense(model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0
     seed: of the head's first weights, where the checkpoint has none. In the checkpoint's dtype where there is a GPU,
     else in fp32.
     """
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
     refuse_missing(model)
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     # Products in 16 bits kill the process on some CPUs, and are slow on most.
     dtype = {} if torch.cuda.is_available() else {"dtype": torch.float32}
     dense = with_head(task.model_class(), model, task.name, **task.model_kwargs(), **dtype)

@@ -73,6 +73,12 @@ def test_train_eval_bench(files, tmp_path):
     one, two = (pk.load(folder) for folder in (out / "compact", tmp_path / "streamed"))
     assert pk.plan(one) == pk.plan(two)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    same = invoke("eval", tmp_path / "streamed", *data(files))  # with the base's tokenizer
+    assert same.output.splitlines()[-1] == scored.output.splitlines()[-1]
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # transformers then makes an empty one
+        (tmp_path / "streamed" / name).unlink()
+    without = invoke("eval", tmp_path / "streamed", *data(files))
+    assert isinstance(without.exception, FileNotFoundError) and "has no tokenizer" in str(without.exception)
 
     timed = invoke("bench", out / "compact", "--shapes", "1x8", "--seconds", 0.1, "--threads", 0)
     assert timed.exit_code == 0, timed.output

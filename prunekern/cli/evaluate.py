@@ -55,10 +55,9 @@ def evaluate_command(
     threads: Threads = 0,
 ) -> None:
     """Score a saved model on a task, or on several of lm-eval's."""
-    from transformers import AutoTokenizer
-
     from ..recipe import evaluate
     from ..tasks import Task
+    from ..tokenizer_files import load_tokenizer
 
     set_threads(threads)
     if not model.is_dir():
@@ -76,7 +75,7 @@ def evaluate_command(
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
     if isinstance(data_task, Task) and data_task.label_names is not None:
         _compare_labels(model, [loaded.config.id2label[i] for i in range(loaded.config.num_labels)], data_task)
-    metrics, scored = evaluate(loaded, AutoTokenizer.from_pretrained(model), data_task, max_length, console=console)
+    metrics, scored = evaluate(loaded, load_tokenizer(model), data_task, max_length, console=console)
     for name, value in metrics.items():
         rows = f"{data_task.score_split} ({len(scored):,})"
         console.print(f"{data_task.name}, {rows}: {name} {data_task.show(value)}")
@@ -110,14 +109,15 @@ def _loaded(cls, model: Path, weights: str, purpose: str):
 
 
 def _lm_eval(model: Path, tasks: str, local, limit, batch_size: int, json_file: Path | None, weights: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from ..tasks.harness import evaluate_tasks
+    from ..tokenizer_files import load_tokenizer
 
     if json_file is not None and not json_file.absolute().parent.is_dir():  # not after hours of scoring
         raise typer.BadParameter(f"--json: there is no folder {json_file.parent}")
     loaded = _loaded(AutoModelForCausalLM, model, weights, "predicting text")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     names = [name.strip() for name in tasks.split(",")]
     try:
         scores = evaluate_tasks(loaded, tokenizer, names, local, limit, batch_size, console=console)

@@ -20,11 +20,13 @@ def compact(
     from ..demo.models import MODEL_NAMES, demo_model
     from ..recipe import refuse_missing
     from ..streaming import compact_files
+    from ..tokenizer_files import copy_tokenizer, load_tokenizer
 
     refuse_missing(base)
     source = Path(demo_model(base) if base in MODEL_NAMES else base)
     if source.is_dir() and not list(source.glob("*.bin")):
         plan = compact_files(source, adapter, out, console=console)
+        copy_tokenizer(source, out)
     else:  # a hub name, or .bin weights: through memory
         from ..adapter import load_adapter, load_base
         from ..checkpoint import save
@@ -33,6 +35,10 @@ def compact(
         dense = load_base(base, adapter)
         plan = load_adapter(dense, adapter).plan()
         save(make_compact(dense), out)
+        if source.is_dir():
+            copy_tokenizer(source, out)
+        else:
+            load_tokenizer(base).save_pretrained(out)
     console.print(f"{out}: {plan.params():,} of {plan.dense_params():,} block parameters kept")
 
 
