@@ -63,10 +63,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike):
     trial = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()})
     attach(trial, prune_config).load_state_dict(config["pruner"])
     _check_adapter(trial, tensors, Path(path))
-    weights = {name: model.get_submodule(name).weight for name in config["base_norms"]}
-    for name, weight in weights.items():
-        if not weight.is_meta:
-            check_base(config, name, row_sqnorm(weight).double().sum().item(), path)
+    for name, module in model.named_modules():
+        if name in config["base_norms"] and not module.weight.is_meta:
+            check_base(config, name, row_sqnorm(module.weight).double().sum().item(), path)
     pruner = attach(model, prune_config)
     pruner.load_state_dict(config["pruner"])
     model.load_state_dict(tensors, strict=False)
