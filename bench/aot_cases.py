@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 
 from prunekern.kernels import launch
+from prunekern.kernels.compact_finish import compact_finish_kernel
 from prunekern.kernels.compact_linear import compact_linear_kernel
 from prunekern.kernels.compact_mlp import compact_gated_kernel
 from prunekern.kernels.dora_gain import dora_gain_finish_kernel, dora_gain_kernel
@@ -85,11 +86,12 @@ def _dora(architecture, dtype, ranks, integer) -> Iterator[Case]:
         for split in (1, 4) if chosen["ONE_BLOCK"] else (16,):
             some = {**constants, "HAS_MASK": True, "SPLIT": split}
             yield _case(dora_gain_kernel, f"{label} split {split}", architecture, types, some, chosen, mma)
-        types = typed("z p B y", "gain bias", "T N r p_stride b_stride")
+        types = typed("z p B y", "gain bias", "T N r p_stride b_stride chunk")
         chosen = launch.by_rank("dora_compose", architecture, dtype, r)
-        some = {**constants, "HAS_BIAS": True, "ADD_LOW": chosen["ONE_BLOCK"]}
-        yield _case(dora_compose_kernel, label, architecture, types, some, chosen, mma and chosen["ONE_BLOCK"])
-        rank = {name: chosen[name] for name in ("BLOCK_R", "ONE_BLOCK")}
+        one_block = chosen.pop("ONE_BLOCK")
+        some = {**constants, "HAS_BIAS": True, "ADD_LOW": one_block}
+        yield _case(dora_compose_kernel, label, architecture, types, some, chosen, mma and one_block)
+        rank = {"BLOCK_R": chosen["BLOCK_R"], "ONE_BLOCK": one_block}
         types = typed("x V p B y z", "gain bias", "T N K r x_stride v_stride p_stride b_stride")
         for keep_z in (True, False):
             some = {**constants, **rank, "HAS_BIAS": True, "KEEP_Z": keep_z}
@@ -99,7 +101,8 @@ def _dora(architecture, dtype, ranks, integer) -> Iterator[Case]:
         types = typed("dy z p B dz", "gain bias d_gain d_bias d_probe", "T N r dy_stride p_stride b_stride chunk")
         chosen = launch.by_rank("dora_backward", architecture, dtype, r)
         want = {"WANT_DZ": True, "WANT_GAIN": True, "WANT_BIAS": True, "HAS_BIAS": True}
-        for add_low, probe in ((True, False), (True, True), (False, True))[0 if chosen["ONE_BLOCK"] else 2 :]:
+        one_block = chosen.pop("ONE_BLOCK")
+        for add_low, probe in ((False, False), (False, True), (True, True))[: 3 if one_block else 2]:
             some = {**constants, **want, "ADD_LOW": add_low, "WANT_PROBE": probe}
             end = f"{label}{', low rank added' if add_low else ''}{', probe' if probe else ''}"
             yield _case(dora_backward_kernel, end, architecture, types, some, chosen, mma and add_low)
@@ -140,3 +143,10 @@ def _compact(architecture, dtype, integer) -> Iterator[Case]:
         some |= {"GATHER": False, "ACTIVATION": "silu"}
         label = f"{NAMES[dtype]}, {rows} row{'s' if rows > 1 else ''}"
         yield _case(compact_gated_kernel, label, architecture, types, some, chosen, mma)
+    chosen = launch.pick("compact_finish", architecture, dtype, 4096)
+    types = {name: pointer for name in ("z", "up", "bias", "up_bias", "residual", "y")} | {"out_index": "*i64"}
+    types |= {n: integer for n in ("M", "N", "n_out", "residual_stride", "chunk")}
+    for what, scatter, gated in (("scatter + residual", True, False), ("gate", False, True)):
+        some = {"HAS_BIAS": True, "HAS_UP": gated, "HAS_UP_BIAS": gated, "SCATTER": scatter, "HAS_RESIDUAL": scatter}
+        some |= {"ACTIVATION": "silu" if gated else "none", "SEARCH": 12 if scatter else 0}
+        yield _case(compact_finish_kernel, f"{NAMES[dtype]} {what}", architecture, types, some, chosen, False)

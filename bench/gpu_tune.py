@@ -33,7 +33,7 @@ import torch
 from gpu_timing import median_seconds, sets_for
 
 from prunekern import kernels, ops
-from prunekern.kernels import dora_gain
+from prunekern.kernels import compact_finish, dora_gain
 from prunekern.kernels import dora_linear as dora_kernels
 from prunekern.kernels.launch import configs, device_of, pick
 
@@ -140,7 +140,37 @@ def linear(n_out: int, n_in: int, rows: int, share: float = 0.25):
         residual = torch.randn(rows, n_out, device=device, dtype=dtype)
         want = residual.double()
         want[:, out] += x.double() @ Ws[0].double().T
-        return [lambda w=w: ops.compact_linear(x, w, None, None, out, n_out, "none", residual) for w in Ws], want
+
+        def call(w):
+            kept, compact_finish.VENDOR_ROWS = compact_finish.VENDOR_ROWS, 10**9  # our product is what is tuned
+            try:
+                return ops.compact_linear(x, w, None, None, out, n_out, "none", residual)
+            finally:
+                compact_finish.VENDOR_ROWS = kept
+
+        return [lambda w=w: call(w) for w in Ws], want
+
+    return make
+
+
+def finish(n_out: int, rows: int, share: float = 0.25):
+    """What follows the vendor's product, scattered, with a residual."""
+
+    def make(device, dtype):
+        generator = torch.Generator().manual_seed(0)
+        out = torch.randperm(n_out, generator=generator)[: round(n_out * (1 - share))].sort().values.to(device)
+        count = sets_for(2 * rows * n_out, device)
+        zs = [torch.randn(rows, out.numel(), device=device, dtype=dtype) for _ in range(count)]
+        residual = torch.randn(rows, n_out, device=device, dtype=dtype)
+        want = residual.double()
+        want[:, out] += zs[0].double()
+
+        def call(z):
+            if device.type != "cuda":
+                return residual.index_add(1, out, z)
+            return compact_finish.compact_finish(z, None, out, n_out, "none", residual)
+
+        return [lambda z=z: call(z) for z in zs], want
 
     return make
 
@@ -159,7 +189,11 @@ def gated(H: int, K: int, rows: int):
                 return torch.nn.functional.silu(x @ g.T) * (x @ u.T)
             from prunekern.kernels.compact_mlp import compact_gated
 
-            return compact_gated(x, u, g, None, None, None, None, None, "silu")
+            kept, compact_finish.VENDOR_ROWS = compact_finish.VENDOR_ROWS, 10**9
+            try:
+                return compact_gated(x, u, g, None, None, None, None, None, "silu")
+            finally:
+                compact_finish.VENDOR_ROWS = kept
 
         return [lambda u=u, g=g: call(u, g) for u, g in sets], torch.nn.functional.silu(gate) * up
 
@@ -180,12 +214,10 @@ def subjects(small: bool) -> dict[str, Subject]:
     for r in (4,) if small else (16, 64):
         norm = {"BLOCK_N": (16, 32, 64, 128), "BLOCK_K": (64, 128, 256), "STAGES": (2, 3, 4)}
         found[f"gain-{r}"] = Subject("dora_gain", r, gain(N, K, r), {**norm, **TILES})
-        pass_ = {"BLOCK_T": (32, 64, 128), "BLOCK_N": (64, 128, 256)}
-        found[f"compose-{r}"] = Subject("dora_compose", r, composed(N, T, r), {**pass_, **TILES})
-        back = {**pass_, "STAGES": (1, 2, 3, 4)}
-        found[f"backward-{r}"] = Subject("dora_backward", r, backward(N, T, r), {**back, "num_warps": (4, 8)} | {
-            "num_stages": (3,)
-        })  # fmt: skip
+        pass_ = {"BLOCK_T": (16, 32, 64, 128), "BLOCK_N": (64, 128, 256), "STAGES": (1, 2, 3, 4)}
+        pass_ |= {"num_warps": (4, 8), "num_stages": (2,)}
+        found[f"compose-{r}"] = Subject("dora_compose", r, composed(N, T, r), pass_)
+        found[f"backward-{r}"] = Subject("dora_backward", r, backward(N, T, r), pass_)
     if not small:
         norm = {"BLOCK_N": (64, 128, 256), "BLOCK_K": (64, 128), "BLOCK_R": (32, 64, 128), "STAGES": (1,)}
         found["gain-64-uncast"] = Subject("dora_gain", 64, gain(N, K, 64, 64), found["gain-64"].grid)
@@ -194,6 +226,8 @@ def subjects(small: bool) -> dict[str, Subject]:
         grid = {**(FEW if rows <= 16 else ROWS), "num_warps": (4, 8), **stages}
         found[f"linear-{rows}"] = Subject("compact_linear", rows, linear(N, ffn, rows), grid)
         found[f"gated-{rows}"] = Subject("compact_gated", rows, gated(ffn, K, rows), grid)
+    pass_ = {"BLOCK_M": (4, 8, 16, 32, 64), "BLOCK_N": (64, 128, 256, 512), "STAGES": (1, 2, 3), "num_warps": (2, 4, 8)}
+    found["finish"] = Subject("compact_finish", T, finish(N, T), {**pass_, "num_stages": (2,)})
     return found
 
 

@@ -3,7 +3,7 @@
     y = scatter(act(gather(x) W^T + bias)) + residual
 
 Every column of y is written once: kept ones by the product's programs, removed ones by programs of the same launch that
-look each column up in out_index.
+look each column up in out_index. Many rows go through the vendor's product and `compact_finish` instead.
 """
 
 import torch
@@ -11,39 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compact_finish import compact_finish, takes_vendor
 from .launch import cdiv, device_of, launchable, on_device, pick, precision, rows_of
-
-
-@triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        z = tl.where(z < 0.0, 0.0, z)  # NaN stays; tl.maximum would make it 0
-    elif ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh u) is sigmoid(2 u)
-        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    elif ACTIVATION == "silu":
-        z = z * tl.sigmoid(z)
-    return z
-
-
-@triton.jit
-def _widen(w, DOT: tl.constexpr):
-    """A tile of weights in the dtype of the products; int8 by way of fp32, exactly."""
-    if w.dtype == tl.int8:
-        w = w.to(tl.float32)
-    return w.to(DOT)
-
-
-@triton.jit
-def _tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """(row block, column block) of this program: groups of GROUP row blocks walk the columns together."""
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP * tiles_n)
-    within = tl.program_id(0) % (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    return group * GROUP + within % height, within // height
+from .pieces import TL_DTYPE, activate, dot_dtype, position, tile_of, widen
 
 
 @triton.jit
@@ -61,7 +31,7 @@ def compact_linear_kernel(
             _fill(tl.program_id(0) - tiles, out_index, residual, y, M, N, n_out, residual_stride,
                   HAS_RESIDUAL, SEARCH, BLOCK_M, BLOCK_N)  # fmt: skip
             return
-    block_m, block_n = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in, column_in = rows < M, columns < N
@@ -74,7 +44,7 @@ def compact_linear_kernel(
         at = tl.load(in_index + k + ks, mask=k_in, other=0) if GATHER else k + ks
         a = tl.load(x_rows + at[None, :], mask=row_in[:, None] & k_in[None, :], other=0.0)
         b = tl.load(w_at, mask=k_in[:, None] & column_in[None, :], other=0)
-        acc = tl.dot(a.to(DOT), _widen(b, DOT), acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(DOT), widen(b, DOT), acc, input_precision=PRECISION)
         w_at += BLOCK_K
     # One 64-bit base a program and 32-bit offsets: 64-bit addresses of a whole tile would not fit the registers.
     first = (block_m * BLOCK_M).to(tl.int64)
@@ -105,7 +75,7 @@ def _write(acc, columns, bias, scale, out_index, residual, y, row_in, N, n_out, 
         acc *= tl.load(scale + columns, mask=column_in, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
-    acc = _activate(acc, ACTIVATION)
+    acc = activate(acc, ACTIVATION)
     place = columns
     if SCATTER:
         place = tl.load(out_index + columns, mask=column_in, other=0).to(tl.int32)
@@ -121,15 +91,7 @@ def _fill(tile, out_index, residual, y, M, N, n_out, residual_stride, HAS_RESIDU
     tiles_n = tl.cdiv(n_out, BLOCK_N)
     rows = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    low = tl.zeros((BLOCK_N,), tl.int32)  # entries of out_index below it are less than the column
-    high = low + N
-    for _ in tl.static_range(SEARCH):
-        middle = (low + high) // 2
-        open_ = low < high
-        less = tl.load(out_index + middle, mask=open_, other=0) < columns
-        low = tl.where(open_ & less, middle + 1, low)
-        high = tl.where(open_ & (less == 0), middle, high)
-    kept = tl.load(out_index + low, mask=low < N, other=-1) == columns
+    _, kept = position(columns, out_index, N, SEARCH)
     removed = (kept == 0) & (columns < n_out)
     inside = (rows < M)[:, None] & removed[None, :]
     wide = rows.to(tl.int64)[:, None]
@@ -138,14 +100,6 @@ def _fill(tile, out_index, residual, y, M, N, n_out, residual_stride, HAS_RESIDU
     else:
         value = tl.zeros((BLOCK_M, BLOCK_N), y.dtype.element_ty)
     tl.store(y + wide * n_out + columns[None, :], value, mask=inside)
-
-
-def dot_dtype(x: Tensor, *weights: Tensor) -> torch.dtype:
-    """What products are made in: x's 16 bits where every weight has them too (int8 fits them exactly), else fp32."""
-    return x.dtype if {t.dtype for t in weights} <= {x.dtype, torch.int8} else torch.float32
-
-
-TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def compact_linear(
@@ -159,6 +113,8 @@ def compact_linear(
         return y
     if N == 0:
         return y.zero_() if residual is None else y.copy_(residual)
+    if takes_vendor(x, in_index, W):
+        return compact_finish(x @ W.T, bias, out_index, n_out, activation, residual)
     architecture, _ = device_of(x)
     dtype = dot_dtype(x, W)
     chosen = pick("compact_linear", architecture, dtype, M)

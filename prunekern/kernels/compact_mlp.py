@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compact_linear import TL_DTYPE, _activate, _tile_of, _widen, dot_dtype
+from .compact_finish import compact_finish, takes_vendor
 from .launch import cdiv, device_of, launchable, on_device, pick, precision, rows_of
+from .pieces import TL_DTYPE, activate, dot_dtype, tile_of, widen
 
 
 @triton.jit
@@ -18,7 +19,7 @@ def compact_gated_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x [M, in], up and gate [H, K], hidden [M, H] contiguous."""
-    block_m, block_n = _tile_of(M, H, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = tile_of(M, H, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in, column_in = rows < M, columns < H
@@ -33,8 +34,8 @@ def compact_gated_kernel(
         at = tl.load(in_index + k + ks, mask=k_in, other=0) if GATHER else k + ks
         a = tl.load(x_rows + at[None, :], mask=row_in[:, None] & k_in[None, :], other=0.0).to(DOT)
         weight_in = k_in[:, None] & column_in[None, :]
-        u_acc = tl.dot(a, _widen(tl.load(u_at, mask=weight_in, other=0), DOT), u_acc, input_precision=PRECISION)
-        g_acc = tl.dot(a, _widen(tl.load(g_at, mask=weight_in, other=0), DOT), g_acc, input_precision=PRECISION)
+        u_acc = tl.dot(a, widen(tl.load(u_at, mask=weight_in, other=0), DOT), u_acc, input_precision=PRECISION)
+        g_acc = tl.dot(a, widen(tl.load(g_at, mask=weight_in, other=0), DOT), g_acc, input_precision=PRECISION)
         u_at += BLOCK_K
         g_at += BLOCK_K
     if HAS_UP_SCALE:
@@ -45,7 +46,7 @@ def compact_gated_kernel(
         u_acc += tl.load(up_bias + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
     if HAS_GATE_BIAS:
         g_acc += tl.load(gate_bias + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
-    out = _activate(g_acc, ACTIVATION) * u_acc
+    out = activate(g_acc, ACTIVATION) * u_acc
     at = rows.to(tl.int64)[:, None] * H + columns[None, :]
     tl.store(hidden + at, out.to(hidden.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
 
@@ -59,6 +60,8 @@ def compact_gated(
     hidden = torch.empty(M, H, dtype=x.dtype, device=x.device)
     if M == 0 or H == 0:
         return hidden
+    if takes_vendor(x, in_index, up, gate):
+        return compact_finish(x @ gate.T, gate_bias, None, H, activation, None, x @ up.T, up_bias)
     architecture, _ = device_of(x)
     dtype = dot_dtype(x, up, gate)
     chosen = pick("compact_gated", architecture, dtype, M)

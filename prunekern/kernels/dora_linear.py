@@ -3,9 +3,11 @@
     z = x V^T + s p B^T  with p = x A^T        y = gain * z + bias
 
 `compose` takes z0 = x V^T from the vendor's GEMM and does the rest in one pass over the output (above rank 64 the
-vendor adds p B^T too: the pass would recompute it from many small tiles, twice); `fused` is a GEMM
+vendor adds p B^T too: the pass would make it of many small tiles); `fused` is a GEMM
 whose last K blocks are p B^T and whose epilogue is gain and bias. `backward` is one pass over dy: dz = gain * dy, and
-by blocks of rows the sums of dy * z and dy, to be added up in order afterwards: no atomics, bitwise repeatable.
+by blocks of rows the sums of dy * z and dy, to be added up in order afterwards: no atomics, bitwise repeatable. It
+makes no product either: where z lacks s p B^T, its part of the sum of dy * z is s <B, dy^T p> by rows, and dy^T p is
+what the gradient of B is made of anyway.
 """
 
 import torch
@@ -17,49 +19,56 @@ from .launch import by_rank, cdiv, device_of, launchable, on_device, pick, preci
 
 
 @triton.jit
-def _low_rank(acc, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
-              BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc [BLOCK_T, BLOCK_N] + p B^T. p [T, r] and B [N, r] in one dtype; ONE_BLOCK: r <= BLOCK_R."""
+def _factor(B, columns, column_in, r, b_stride, BLOCK_R: tl.constexpr):
+    """B^T [BLOCK_R, BLOCK_N] of these columns; r <= BLOCK_R."""
     ranks = tl.arange(0, BLOCK_R)
-    p_at = p + rows.to(tl.int64)[:, None] * p_stride + ranks[None, :]
-    b_at = B + columns.to(tl.int64)[None, :] * b_stride + ranks[:, None]
-    if ONE_BLOCK:
-        low = tl.load(p_at, mask=row_in[:, None] & (ranks < r)[None, :], other=0.0)
-        b = tl.load(b_at, mask=(ranks < r)[:, None] & column_in[None, :], other=0.0)
-        acc = tl.dot(low, b, acc, input_precision=PRECISION)
-    else:
-        for start in range(0, r, BLOCK_R):
-            rank_in = start + ranks < r
-            low = tl.load(p_at + start, mask=row_in[:, None] & rank_in[None, :], other=0.0)
-            b = tl.load(b_at + start, mask=rank_in[:, None] & column_in[None, :], other=0.0)
-            acc = tl.dot(low, b, acc, input_precision=PRECISION)
-    return acc
+    at = B + columns.to(tl.int64)[None, :] * b_stride + ranks[:, None]
+    return tl.load(at, mask=(ranks < r)[:, None] & column_in[None, :], other=0.0)
+
+
+@triton.jit
+def _low_rank(p, b, rows, row_in, r, p_stride, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
+    """p B^T [BLOCK_T, BLOCK_N] of these rows; b: `_factor`, made once for all rows of a program."""
+    ranks = tl.arange(0, BLOCK_R)
+    at = p + rows.to(tl.int64)[:, None] * p_stride + ranks[None, :]
+    low = tl.load(at, mask=row_in[:, None] & (ranks < r)[None, :], other=0.0)
+    return tl.dot(low, b, input_precision=PRECISION)
 
 
 @triton.jit
 def dora_compose_kernel(
     z, p, B, gain, bias, y,
-    T, N, r, s, p_stride, b_stride,
-    ADD_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    T, N, r, s, p_stride, b_stride, chunk,
+    ADD_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = gain * (z + s p B^T) + bias, in one pass; z and y [T, N] contiguous. ADD_LOW: z lacks s p B^T."""
+    """y = gain * (z + s p B^T) + bias, in one pass; z and y [T, N] contiguous. Program (i, j): columns of block i, rows
+    of chunk j. ADD_LOW: z lacks s p B^T, and r <= BLOCK_R.
+    """
     # One grid axis, columns fastest: neighbours read on in memory, and only the first axis may be long.
     tiles_n = tl.cdiv(N, BLOCK_N)
-    rows = (tl.program_id(0) // tiles_n) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_in, column_in = rows < T, columns < N
-    inside = row_in[:, None] & column_in[None, :]
-    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    column_in = columns < N
+    factor = tl.load(gain + columns, mask=column_in, other=0.0)
     if ADD_LOW:
-        low = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-        value += s * _low_rank(low, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
-                               BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
-    out = tl.load(gain + columns, mask=column_in, other=0.0)[None, :] * value
+        b = _factor(B, columns, column_in, r, b_stride, BLOCK_R)
     if HAS_BIAS:
-        out += tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+        shift = tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32)
+    first = (tl.program_id(0) // tiles_n) * chunk
+    last = tl.minimum(first + chunk, T)
+    # num_stages here: z feeds no product, and would not be fetched ahead otherwise.
+    for t in tl.range(first, last, BLOCK_T, num_stages=STAGES):
+        rows = t + tl.arange(0, BLOCK_T)
+        row_in = rows < last
+        inside = row_in[:, None] & column_in[None, :]
+        at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD_LOW:
+            value += s * _low_rank(p, b, rows, row_in, r, p_stride, BLOCK_R, PRECISION)
+        out = factor[None, :] * value
+        if HAS_BIAS:
+            out += shift[None, :]
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -82,9 +91,14 @@ def dora_fused_kernel(
     ks = tl.arange(0, BLOCK_K)
     x_at = x + rows.to(tl.int64)[:, None] * x_stride + ks[None, :]
     v_at = V + columns.to(tl.int64)[None, :] * v_stride + ks[:, None]
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    acc = _low_rank(acc, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
-                    BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
+    if ONE_BLOCK:
+        b = _factor(B, columns, column_in, r, b_stride, BLOCK_R)
+        acc = _low_rank(p, b, rows, row_in, r, p_stride, BLOCK_R, PRECISION)
+    else:
+        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for start in range(0, r, BLOCK_R):
+            b = _factor(B + start, columns, column_in, r - start, b_stride, BLOCK_R)
+            acc += _low_rank(p + start, b, rows, row_in, r - start, p_stride, BLOCK_R, PRECISION)
     acc *= s
     for k in range(0, K, BLOCK_K):
         k_in = k + ks < K
@@ -108,13 +122,12 @@ def dora_backward_kernel(
     dy, z, p, B, gain, bias, dz, d_gain, d_bias, d_probe,
     T, N, r, s, dy_stride, p_stride, b_stride, chunk,
     ADD_LOW: tl.constexpr, WANT_DZ: tl.constexpr, WANT_GAIN: tl.constexpr, WANT_BIAS: tl.constexpr,
-    WANT_PROBE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_PROBE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): columns of block i, rows of chunk j. dz = gain * dy; d_gain, d_bias [chunks, N]: its part of the
-    sums of dy * z and dy over rows; d_probe of (dy * y)^2. ADD_LOW: z lacks the low-rank part (it came from the
-    vendor's GEMM).
+    sums of dy * z and dy over rows, z as it is; d_probe of (dy * y)^2. ADD_LOW: z lacks the low-rank part, which y in
+    the probe needs (it came from the vendor's GEMM), and r <= BLOCK_R.
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_in = columns < N
@@ -123,6 +136,8 @@ def dora_backward_kernel(
     of_bias = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     of_probe = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     shift = tl.load(bias + columns, mask=column_in, other=0.0).to(tl.float32) if HAS_BIAS else 0.0 * factor
+    if ADD_LOW and WANT_PROBE:
+        b = _factor(B, columns, column_in, r, b_stride, BLOCK_R)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, T)
     # num_stages here: dy and z feed no product, and would not be fetched ahead otherwise.
@@ -135,12 +150,10 @@ def dora_backward_kernel(
         grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
         if WANT_GAIN or WANT_PROBE:
             value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-            if ADD_LOW:
-                low = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-                value += s * _low_rank(low, p, B, rows, columns, row_in, column_in, r, p_stride, b_stride,
-                                       BLOCK_R, ONE_BLOCK, PRECISION)  # fmt: skip
             of_gain += grad * value
             if WANT_PROBE:
+                if ADD_LOW:
+                    value += s * _low_rank(p, b, rows, row_in, r, p_stride, BLOCK_R, PRECISION)
                 lost = grad * (factor[None, :] * value + shift[None, :])
                 of_probe += lost * lost
         if WANT_BIAS:
@@ -189,11 +202,12 @@ def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Ten
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     common = {"HAS_BIAS": bias is not None, "PRECISION": precision(x.dtype, architecture)}
     composed = by_rank("dora_compose", architecture, x.dtype, r)
+    one_block = composed.pop("ONE_BLOCK")
     if takes_fused(T):
         x, V = rows_of(x), rows_of(V)
         z = torch.empty_like(y) if keep_z else absent
         chosen = pick("dora_fused", architecture, x.dtype, T)
-        rank = {name: composed[name] for name in ("BLOCK_R", "ONE_BLOCK")}
+        rank = {"BLOCK_R": composed["BLOCK_R"], "ONE_BLOCK": one_block}
         grid = (cdiv(T, chosen["BLOCK_T"]) * cdiv(N, chosen["BLOCK_N"]),)
         if T and N:
             with on_device(x):
@@ -205,13 +219,29 @@ def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Ten
     z, add_low = x @ V.T, adds_low(x, T, r)
     if not add_low:
         z.addmm_(p, B.T, alpha=s)
-    grid = (cdiv(T, composed["BLOCK_T"]) * cdiv(N, composed["BLOCK_N"]),)
-    if N:
-        with on_device(x):
-            launchable(dora_compose_kernel)[grid](
-                z, p, B, gain, bias_or, y, T, N, r, s, p.stride(0), B.stride(0), ADD_LOW=add_low, **common, **composed
-            )
+    compose(z, p, B, gain, bias, s, add_low, y)
     return y, z, p, add_low
+
+
+def compose(z: Tensor, p: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, add_low: bool, y: Tensor):
+    """y = gain * (z + s p B^T) + bias, into y; z and y [T, N] contiguous. add_low: z lacks s p B^T."""
+    (T, N), r = z.shape, B.shape[1]
+    if not (T and N):
+        return
+    architecture, processors = device_of(z)
+    chosen = by_rank("dora_compose", architecture, z.dtype, r)
+    if add_low and not chosen["ONE_BLOCK"]:
+        raise AssertionError(f"dora_compose: rank {r} is added by the vendor's product")
+    tiles = cdiv(N, chosen["BLOCK_N"])
+    # B is read once a program, so several tiles of rows each; but programs enough to keep every multiprocessor busy.
+    chunks = max(1, min(cdiv(8 * processors, tiles), cdiv(T, chosen["BLOCK_T"])))
+    chunk = cdiv(cdiv(T, chunks), chosen["BLOCK_T"]) * chosen["BLOCK_T"]
+    with on_device(z):
+        launchable(dora_compose_kernel)[(tiles * cdiv(T, chunk),)](
+            z, p, B, gain, gain if bias is None else bias.contiguous(), y, T, N, r, s, p.stride(0), B.stride(0), chunk,
+            ADD_LOW=add_low, HAS_BIAS=bias is not None, PRECISION=precision(z.dtype, architecture),
+            **{name: value for name, value in chosen.items() if name != "ONE_BLOCK"},
+        )  # fmt: skip
 
 
 def backward(
@@ -220,11 +250,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dz [T, N]; d_gain, d_bias and d_probe [N], fp32; what is not wanted is empty. dy [T, N], z, p, B in one dtype.
 
-    bias is read for the probe only.
+    d_gain is the sum of dy * z: with add_low, where z lacks s p B^T, s <B, dy^T p> by rows is still to be added.
+    p, B and bias are read for the probe only.
     """
     (T, N), r = dy.shape, B.shape[1]
     architecture, processors = device_of(dy)
     chosen = by_rank("dora_backward", architecture, dy.dtype, r)
+    if not chosen.pop("ONE_BLOCK") and add_low:
+        raise AssertionError(f"dora_backward: rank {r} is added by the vendor's product")
     dy, B, gain = rows_of(dy), rows_of(B), gain.contiguous()
     tiles = cdiv(N, chosen["BLOCK_N"])
     # Many waves of programs, so that the last one costs little; but at least four tiles each, as every chunk more is a

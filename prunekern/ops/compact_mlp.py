@@ -11,7 +11,7 @@ from torch import Tensor
 from prunekern import _native, kernels
 
 from . import _calls, _checks
-from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference
+from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference, lined_up
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, is_unchanged
 
 OP = "compact_mlp"
@@ -213,10 +213,12 @@ def _run_triton(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down
     if gate is None or up.dtype != gate.dtype:
         return _composed(compact_linear, x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale,
                          gate_scale, in_index, out_index, n_hidden, n_out, activation, residual)  # fmt: skip
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if in_index is not None:
         _checks.kept_index_anywhere(OP, "in_index", in_index, x.shape[-1])
-    hidden = triton_op()(rows, up, gate, up_bias, gate_bias, up_scale, gate_scale, in_index, activation)
+    x, in_index, up, gate = lined_up(x, in_index, up, gate)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    with _checks.without_autocast(x.device):
+        hidden = triton_op()(rows, up, gate, up_bias, gate_bias, up_scale, gate_scale, in_index, activation)
     hidden = hidden.view(*x.shape[:-1], n_hidden)
     return compact_linear(hidden, down, down_bias, None, out_index, n_out, "none", residual, down_scale)
 

@@ -103,16 +103,21 @@ def _gradients(ctx, dy, grads):
     T = math.prod(dy.shape[:-1])
     dy = dy.reshape(T, dy.shape[-1])  # [T, N]
     low_needs_x = needs[7] if ctx.has_x_lora else needs[0]
-    want_dz = needs[0] or needs[2] or needs[3] or low_needs_x
+    want_dz = needs[0] or needs[2] or low_needs_x or (needs[3] and ctx.add_low is None)
     if ctx.add_low is not None:
         backward = triton_ops()[1]
         z, low = (dy if t is None else t for t in (z, p))  # not read where d_gain is not wanted
         sums = backward(dy, z, low, B.to(dtype), gain, bias, s, ctx.add_low, want_dz, needs[4], needs[5], needs[8])
         dz, d_gain, d_bias, d_probe = sums
+        of_low = dy.T @ p if needs[3] or (needs[4] and ctx.add_low) else None  # [N, r]
         if needs[8]:
             grads[8] = d_probe.to(ctx.probe_dtype)
         if needs[4]:
+            if ctx.add_low:  # what z lacks: sum over t of dy (p B^T), without forming p B^T
+                d_gain = d_gain.add_((of_low.float() * B.to(dtype)).sum(1), alpha=s)
             grads[4] = d_gain.to(gain.dtype)
+        if needs[3]:
+            grads[3] = (of_low * (s * gain)[:, None]).to(B.dtype)
         if needs[5]:
             grads[5] = d_bias.to(ctx.bias_dtype)
     else:
@@ -125,7 +130,7 @@ def _gradients(ctx, dy, grads):
             grads[8] = y.mul_(dy).square_().sum(0).to(ctx.probe_dtype)
         dz = (dy * gain).to(dtype) if want_dz else None  # [T, N]
     if want_dz:
-        if needs[3]:
+        if needs[3] and grads[3] is None:
             grads[3] = (dz.T @ p).mul_(s).to(B.dtype)
         if needs[2] or low_needs_x:
             dp = (dz @ B.to(dtype)).mul_(s)  # [T, r]

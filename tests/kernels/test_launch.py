@@ -11,7 +11,8 @@ from prunekern import kernels
 from prunekern.kernels import launch
 from prunekern.kernels.dora_gain import chunks_for
 
-KERNELS = ("dora_gain", "dora_compose", "dora_fused", "dora_backward", "dora_merge", "compact_linear", "compact_gated")
+DORA_KERNELS = ("dora_gain", "dora_compose", "dora_fused", "dora_backward", "dora_merge")
+KERNELS = (*DORA_KERNELS, "compact_linear", "compact_gated", "compact_finish")
 
 
 def test_every_kernel_has_blocks_for_every_size():

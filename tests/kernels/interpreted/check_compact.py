@@ -8,6 +8,7 @@ import pytest
 import torch
 from definitions import DEVICE, UNIT, poisoned_empty, random, strided, within
 
+from prunekern.kernels import compact_finish as finish_kernels
 from prunekern.kernels import compact_linear as linear_kernels
 from prunekern.kernels import compact_mlp as mlp_kernels
 
@@ -99,6 +100,29 @@ def test_nan_stays(activation):
     assert torch.equal(linear_kernels.compact_linear(*args).isnan().any(1), x.isnan().any(1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("M", "N", "K", "n_out"), [(8, 1, 1, 1), (9, 577, 37, 600), (300, 130, 64, 131)])
+def test_many_rows_by_the_vendor(M, N, K, n_out, activation, dtype, monkeypatch):
+    """Its product, and one pass for the rest; z is rounded to 16 bits between them."""
+    monkeypatch.setattr(finish_kernels, "VENDOR_ROWS", 8)
+    x, W, bias = random(M, K, seed=1).to(dtype), (random(N, K, seed=2) / K**0.5).to(dtype), random(N, seed=3)
+    assert finish_kernels.takes_vendor(x, None, W) and not finish_kernels.takes_vendor(x[:7], None, W)
+    assert not finish_kernels.takes_vendor(x, None, W.float())
+    eps = torch.finfo(dtype).eps
+    rounded = 1.13 * eps * (x.double() @ W.double().T).abs()
+    poisoned_empty(monkeypatch)
+    for scatter, with_bias, with_residual in itertools.product((True, False), repeat=3):
+        out_index, out = (kept(N, n_out, 5), n_out) if scatter else (None, N)
+        residual = random(M, out, seed=6).to(dtype) if with_residual else None
+        args = (x, W, bias if with_bias else None, None, out_index, out, activation, residual, None)
+        want, bound = exact(*args)
+        extra = torch.zeros(M, out).double().index_copy(1, out_index, rounded) if scatter else rounded
+        check(linear_kernels.compact_linear(*args), want, bound + extra, dtype)
+        loose = (strided(x), strided(W), *args[2:7], None if residual is None else strided(residual), None)
+        check(linear_kernels.compact_linear(*loose), want, bound + extra, dtype)
+
+
 @pytest.mark.parametrize("activation", ("none", "gelu"))
 @pytest.mark.parametrize("scatter", (False, True))
 @pytest.mark.parametrize(("rows", "K"), ((3, 20), (9, 20), (9, 32), (20, 20), (20, 0)))
@@ -120,7 +144,7 @@ def test_inputs_lined_up_for_many_rows(rows, K, scatter, activation, monkeypatch
         flat, added = two
         want, bound = exact(flat, W, None, in_index, out_index, n_out, activation, added, None)
         check(y.reshape(-1, n_out), want, bound + 1e-6, torch.float32)
-        lined, w, index = op.lined_up(x, W, in_index)
+        _, index, w = op.lined_up(x, in_index, W)
         assert (index is None) == (not gather or (rows >= 8 and K > 0))
         assert w.shape[1] == (32 if K == 20 and rows >= 16 else K)
 
@@ -134,10 +158,12 @@ def test_nothing_kept_leaves_the_residual():
     assert torch.equal(y, residual)
 
 
+@pytest.mark.parametrize("vendor", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize(("M", "H", "K", "n_in"), [(1, 1, 1, 1), (5, 577, 129, 150), (129, 65, 33, 33)])
-def test_gated(M, H, K, n_in, activation, dtype, monkeypatch):
+def test_gated(M, H, K, n_in, activation, dtype, vendor, monkeypatch):
+    monkeypatch.setattr(finish_kernels, "VENDOR_ROWS", 1 if vendor else 10**9)
     poisoned_empty(monkeypatch)
     x, index = random(M, n_in, seed=1).to(dtype), kept(K, n_in, 2) if n_in != K else None
     up, gate = ((random(H, K, seed=s) / K**0.5).to(dtype) for s in (3, 4))
@@ -145,4 +171,8 @@ def test_gated(M, H, K, n_in, activation, dtype, monkeypatch):
     got = mlp_kernels.compact_gated(x, up, gate, up_bias, gate_bias, None, None, index, activation)
     u, u_bound = exact(x, up, up_bias, index, None, H, "none", None, None)
     g, g_bound = exact(x, gate, gate_bias, index, None, H, activation, None, None)
+    if vendor and index is None and dtype != torch.float32:  # both are rounded on their way
+        eps = torch.finfo(dtype).eps
+        u_bound = u_bound + eps * (u - up_bias.double()).abs()
+        g_bound = g_bound + 1.13 * eps * (x.double() @ gate.double().T).abs()
     check(got, u * g, u_bound * g.abs() + g_bound * u.abs() + u_bound * g_bound, dtype)
