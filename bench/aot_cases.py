@@ -12,7 +12,13 @@ from prunekern.kernels import launch
 from prunekern.kernels.compact_finish import compact_finish_kernel
 from prunekern.kernels.compact_linear import compact_linear_kernel
 from prunekern.kernels.compact_mlp import compact_gated_kernel
-from prunekern.kernels.dora_gain import dora_gain_finish_kernel, dora_gain_kernel
+from prunekern.kernels.dora_gain import (
+    AS_IT_IS,
+    MOST_FACTORED,
+    dora_gain_factored_kernel,
+    dora_gain_finish_kernel,
+    dora_gain_kernel,
+)
 from prunekern.kernels.dora_linear import dora_backward_kernel, dora_compose_kernel, dora_fused_kernel
 from prunekern.kernels.dora_merge import dora_merge_kernel
 
@@ -57,8 +63,8 @@ def cases(
         for dtype in dtypes:
             yield from _dora(architecture, dtype, ranks, integer)
             yield from _compact(architecture, dtype, integer)
-        types = {"partial": "*fp32", "m": "*fp32", "m_b": "*fp32", "gain": "*fp32", "inv_norm": "*fp32", "N": integer}
-        constants = {"HAS_MASK": True, "SPLIT": 4}
+        types = {name: "*fp32" for name in ("partial", "v_sqnorm", "m", "m_b", "gain", "inv_norm")} | {"N": integer}
+        constants = {"HAS_MASK": True, "FACTORED": True, "SPLIT": 4}
         yield _case(
             dora_gain_finish_kernel, "", architecture, types, constants, {"BLOCK_N": 128, "num_warps": 4}, False
         )
@@ -79,13 +85,19 @@ def _dora(architecture, dtype, ranks, integer) -> Iterator[Case]:
 
     for r in ranks:
         label = f"{NAMES[dtype]} rank {r}"
-        types = typed("V A", "B m m_b partial gain inv_norm", "N K r v_stride a_stride b_stride k_chunk")
-        chosen = launch.by_rank("dora_gain", architecture, dtype, r)
+        types = typed("V A", "B v_sqnorm m m_b partial gain inv_norm", "N K r v_stride a_stride b_stride k_chunk")
+        factored = mma and r <= MOST_FACTORED
+        chosen = launch.by_rank("dora_gain_factored" if factored else "dora_gain", architecture, dtype, r)
         types["B"] = "*fp32" if chosen["ONE_BLOCK"] else pointer
-        types["A"] = "*fp32" if r <= 16 else pointer
+        types["A"] = "*fp32" if r <= AS_IT_IS else pointer
         for split in (1, 4) if chosen["ONE_BLOCK"] else (16,):
             some = {**constants, "HAS_MASK": True, "SPLIT": split}
-            yield _case(dora_gain_kernel, f"{label} split {split}", architecture, types, some, chosen, mma)
+            kernel = dora_gain_factored_kernel if factored else dora_gain_kernel
+            if factored:
+                del some["PRECISION"]
+                chosen.pop("ONE_BLOCK", None)
+                some["SPLIT_G"] = not architecture.startswith("gfx")
+            yield _case(kernel, f"{label} split {split}", architecture, types, some, chosen, mma)
         types = typed("z p B y", "gain bias", "T N r p_stride b_stride chunk")
         chosen = launch.by_rank("dora_compose", architecture, dtype, r)
         one_block = chosen.pop("ONE_BLOCK")

@@ -212,15 +212,16 @@ def subjects(small: bool) -> dict[str, Subject]:
     stages = {"num_stages": (2, 3, 4, 5)}
     found = {}
     for r in (4,) if small else (16, 64):
-        norm = {"BLOCK_N": (16, 32, 64, 128), "BLOCK_K": (64, 128, 256), "STAGES": (2, 3, 4)}
-        found[f"gain-{r}"] = Subject("dora_gain", r, gain(N, K, r), {**norm, **TILES})
+        norm = {"BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "STAGES": (2, 3, 4, 5), "num_warps": (4, 8, 16)}
+        norm["num_stages"] = (3,)
+        found[f"gain-{r}"] = Subject("dora_gain" if small else "dora_gain_factored", r, gain(N, K, r), norm)
         pass_ = {"BLOCK_T": (16, 32, 64, 128), "BLOCK_N": (64, 128, 256), "STAGES": (1, 2, 3, 4)}
         pass_ |= {"num_warps": (4, 8), "num_stages": (2,)}
         found[f"compose-{r}"] = Subject("dora_compose", r, composed(N, T, r), pass_)
         found[f"backward-{r}"] = Subject("dora_backward", r, backward(N, T, r), pass_)
     if not small:
         norm = {"BLOCK_N": (64, 128, 256), "BLOCK_K": (64, 128), "BLOCK_R": (32, 64, 128), "STAGES": (1,)}
-        found["gain-64-uncast"] = Subject("dora_gain", 64, gain(N, K, 64, 64), found["gain-64"].grid)
+        found["gain-64-uncast"] = Subject("dora_gain_factored", 64, gain(N, K, 64, 64), found["gain-64"].grid)
         found["gain-384"] = Subject("dora_gain", 384, gain(N, K, 384), {**norm, **TILES})
     for rows in (8,) if small else (16, 1024, 8192):
         grid = {**(FEW if rows <= 16 else ROWS), "num_warps": (4, 8), **stages}

@@ -107,12 +107,12 @@ def triton_op():
     from ..kernels.dora_gain import dora_gain as launch
 
     def dora_gain_triton(
-        V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float
+        V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return launch(V, A, B, m, m_b, s)
+        return launch(V, A, B, m, m_b, s, v_sqnorm)
 
     op = torch.library.triton_op("prunekern::dora_gain_triton", dora_gain_triton, mutates_args=())
-    op.register_autograd(lambda ctx, *grads: _backward(ctx, *grads)[:6], setup_context=_setup_context)
+    op.register_autograd(_backward, setup_context=_setup_context)
     return op
 
 
@@ -126,7 +126,7 @@ torch.library.define("prunekern::dora_gain", _SCHEMA)
 def _dora_gain(V, A, B, m, m_b, s, v_sqnorm):
     _check(V, A, B, m, m_b, v_sqnorm)
     if kernels.usable(V, A, B, m, m_b, rank=A.shape[0]):
-        return triton_op()(V, A, B, m, m_b, s)
+        return triton_op()(V, A, B, m, m_b, s, v_sqnorm)
     return _forward(V, A, B, m, m_b, s, v_sqnorm)
 
 

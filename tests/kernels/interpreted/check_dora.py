@@ -28,12 +28,16 @@ def case(T, N, K, r, dtype, seed=0, zero_row=True):
     return [t.to(dtype) for t in (x, V, A, B)] + [m, m_b, bias]
 
 
+def squares(V):
+    return V.double().square().sum(1).float()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (5, 577), (129, 372)])
 def test_gain(N, K, r, dtype):
     _, V, A, B, m, m_b, _ = case(1, N, K, r, dtype)
-    gain, inv_norm = gain_kernels.dora_gain(V, A, B, m, m_b, 0.7)
+    gain, inv_norm = gain_kernels.dora_gain(V, A, B, m, m_b, 0.7, squares(V))
     W = V.double() + 0.7 * (B.double() @ A.double())
     norm = W.square().sum(1).sqrt()
     want = torch.where(norm > 0, 1 / norm, 0.0)
@@ -42,14 +46,16 @@ def test_gain(N, K, r, dtype):
     within(inv_norm, want, bound)
     within(gain, want * m.double() * m_b.double(), bound * m.double())
     assert gain.dtype == inv_norm.dtype == torch.float32 and bool((inv_norm[norm == 0] == 0).all())
-    unmasked, _ = gain_kernels.dora_gain(V, A, B, m, None, 0.7)
+    unmasked, _ = gain_kernels.dora_gain(V, A, B, m, None, 0.7, squares(V))
     within(unmasked, want * m.double(), bound * m.double())
 
 
 def test_gain_takes_fp32_factors_and_strided_inputs():
     _, V, A, B, m, m_b, _ = case(1, 70, 260, 16, torch.float32)
     V, A, B = V.bfloat16(), A.bfloat16().float(), B.bfloat16().float()  # casts in the interpreter cut off, a GPU rounds
-    gain, inv_norm = gain_kernels.dora_gain(strided(V), strided(A), strided(B), strided(m), strided(m_b), 2.0)
+    gain, inv_norm = gain_kernels.dora_gain(
+        strided(V), strided(A), strided(B), strided(m), strided(m_b), 2.0, squares(V)
+    )
     W = V.double() + 2.0 * (B.double() @ A.double())
     want = torch.where(W.square().sum(1) > 0, W.square().sum(1).rsqrt(), 0.0)
     within(inv_norm, want, 400 * UNIT * want)
@@ -58,10 +64,10 @@ def test_gain_takes_fp32_factors_and_strided_inputs():
 
 def test_gain_of_nothing():
     V, A, B, m = torch.zeros(4, 0), torch.zeros(2, 0), torch.ones(4, 2), torch.ones(4)
-    assert gain_kernels.dora_gain(V, A, B, m, None, 1.0)[1].tolist() == [0.0] * 4
-    assert gain_kernels.dora_gain(torch.zeros(0, 8), torch.zeros(2, 8), torch.ones(0, 2), torch.ones(0), None, 1.0)[
-        0
-    ].shape == (0,)
+    assert gain_kernels.dora_gain(V, A, B, m, None, 1.0, squares(V))[1].tolist() == [0.0] * 4
+    V = torch.zeros(0, 8)
+    none = gain_kernels.dora_gain(V, torch.zeros(2, 8), torch.ones(0, 2), torch.ones(0), None, 1.0, squares(V))
+    assert none[0].shape == (0,)
 
 
 ROUTES = {"compose": 0, "fused": 10**9}

@@ -95,7 +95,7 @@ def test_gain_op_has_the_gradients_of_a_detached_norm():
     _, V, A, B, m, _ = case()
     m_b = (torch.arange(37) % 2).float()
     leaves = [t.clone().requires_grad_() for t in (m, m_b)]
-    gain, inv_norm = gain_ops.triton_op()(V, A, B, *leaves, 0.5)
+    gain, inv_norm = gain_ops.triton_op()(V, A, B, *leaves, 0.5, gain_ops.row_sqnorm(V))
     d_m, d_mb = torch.autograd.grad((gain * torch.arange(37)).sum(), leaves)
     weights = torch.arange(37) * inv_norm
     torch.testing.assert_close(d_m, weights * m_b)
@@ -111,7 +111,7 @@ def test_opcheck():
         "test_autograd_registration",
     )  # fake tensors: test_tracing.py, as nothing is interpreted there
     calls = [
-        (gain_ops.triton_op(), (V, A, B, gain.clone().requires_grad_(), None, 0.5)),
+        (gain_ops.triton_op(), (V, A, B, gain.clone().requires_grad_(), None, 0.5, gain_ops.row_sqnorm(V))),
         (linear_ops.triton_ops()[0], (x, V, A, B, gain.clone().requires_grad_(), bias, 0.5, None, None, True)),
         (
             linear_ops.triton_ops()[1],
