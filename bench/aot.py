@@ -46,7 +46,10 @@ def build(case: Case):
     """Compiled as for aligned pointers and strides that are multiples of 16: the usual case."""
     names = case.kernel.arg_names
     signature = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
-    sizes = ("N", "K", "H", "n_out", "n_cols", "chunk", "k_chunk")
+    sizes = ["N", "K", "H", "n_out", "n_cols", "chunk", "k_chunk"]
+    rank = re.search(r"rank (\d+)", case.label)
+    if rank and int(rank[1]) % 16 == 0:
+        sizes.append("r")
     aligned = [
         i
         for i, n in enumerate(names)

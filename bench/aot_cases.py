@@ -157,7 +157,7 @@ def _compact(architecture, dtype, integer) -> Iterator[Case]:
         yield _case(compact_gated_kernel, label, architecture, types, some, chosen, mma)
     chosen = launch.pick("compact_finish", architecture, dtype, 4096)
     types = {name: pointer for name in ("z", "up", "bias", "up_bias", "residual", "y")} | {"out_index": "*i64"}
-    types |= {n: integer for n in ("M", "N", "n_out", "residual_stride", "chunk")}
+    types |= {n: integer for n in ("M", "N", "n_out", "z_stride", "residual_stride", "chunk")}
     for what, scatter, gated in (("scatter + residual", True, False), ("gate", False, True)):
         some = {"HAS_BIAS": True, "HAS_UP": gated, "HAS_UP_BIAS": gated, "SCATTER": scatter, "HAS_RESIDUAL": scatter}
         some |= {"ACTIVATION": "silu" if gated else "none", "SEARCH": 12 if scatter else 0}

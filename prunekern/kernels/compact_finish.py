@@ -6,6 +6,7 @@ With many rows the vendor's product is better than ours by more than this pass c
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,15 +32,21 @@ def takes_vendor(x: Tensor, in_index: Tensor | None, *weights: Tensor) -> bool:
     return precision(x.dtype, device_of(x)[0]) != "tf32x3"
 
 
+def product(x: Tensor, W: Tensor) -> Tensor:
+    """x W^T [M, N] by the vendor, whose fast kernels want rows of whole 16 bytes: W is padded, the view cut."""
+    short = -W.shape[0] % (16 // W.itemsize)
+    return (x @ F.pad(W, (0, 0, 0, short)).T)[:, : W.shape[0]] if short else x @ W.T
+
+
 @triton.jit
 def compact_finish_kernel(
     z, up, bias, up_bias, out_index, residual, y,
-    M, N, n_out, residual_stride, chunk,
+    M, N, n_out, z_stride, residual_stride, chunk,
     HAS_BIAS: tl.constexpr, HAS_UP: tl.constexpr, HAS_UP_BIAS: tl.constexpr, SCATTER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SEARCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """z and up [M, N], y [M, n_out] contiguous. Program (i, j): columns of block i of y, rows of chunk j.
+    """z and up [M, N] of one stride, y [M, n_out] contiguous. Program (i, j): columns of block i of y, rows of chunk j.
 
     Written by columns of y, so that writes and the residual are whole lines; what is scattered is the reads of z, whose
     neighbours are neighbours too. SEARCH: 2^SEARCH > N.
@@ -60,7 +67,7 @@ def compact_finish_kernel(
         row_in = rows < last
         wide = rows.to(tl.int64)[:, None]
         read = row_in[:, None] & kept[None, :]
-        at = wide * N + place[None, :]
+        at = wide * z_stride + place[None, :]
         value = tl.load(z + at, mask=read, other=0.0).to(tl.float32)
         if HAS_BIAS:
             value += shift[None, :]
@@ -78,21 +85,23 @@ def compact_finish(
     z: Tensor, bias: Tensor | None, out_index: Tensor | None, n_out: int, activation: str, residual: Tensor | None,
     up: Tensor | None = None, up_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y [M, n_out] in z's dtype. z, up [M, N] contiguous; bias, up_bias [N]; residual [M, n_out]."""
+    """y [M, n_out] in z's dtype. z, up [M, N] of one stride; bias, up_bias [N]; residual [M, n_out]."""
     M, N = z.shape
     y = torch.empty(M, n_out, dtype=z.dtype, device=z.device)
     residual = None if residual is None else rows_of(residual)
     architecture, processors = device_of(z)
     chosen = pick("compact_finish", architecture, z.dtype, M)
     tiles = cdiv(n_out, chosen["BLOCK_N"])
-    # About as many programs as fit at once, four a multiprocessor or more: each looks its columns up before it begins.
-    chunks = max(1, min(cdiv(8 * processors, tiles), cdiv(M, chosen["BLOCK_M"])))
+    # As many programs as fit at once (aot.json: 80 registers a thread), no more: each looks its columns up first.
+    chunks = max(1, min(6 * processors // tiles, cdiv(M, chosen["BLOCK_M"])))
     chunk = cdiv(cdiv(M, chunks), chosen["BLOCK_M"]) * chosen["BLOCK_M"]
     absent = z  # a pointer for what is not there; never read
     with on_device(z):
         launchable(compact_finish_kernel)[(tiles * cdiv(M, chunk),)](
-            z, *(absent if t is None else t.contiguous() for t in (up, bias, up_bias, out_index)),
-            absent if residual is None else residual, y, M, N, n_out,
+            z, absent if up is None else up, absent if bias is None else bias.contiguous(),
+            absent if up_bias is None else up_bias.contiguous(),
+            absent if out_index is None else out_index.contiguous(),
+            absent if residual is None else residual, y, M, N, n_out, z.stride(0),
             0 if residual is None else residual.stride(0), chunk,
             HAS_BIAS=bias is not None, HAS_UP=up is not None, HAS_UP_BIAS=up_bias is not None,
             SCATTER=out_index is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,

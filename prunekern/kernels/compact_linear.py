@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compact_finish import compact_finish, takes_vendor
+from .compact_finish import compact_finish, product, takes_vendor
 from .launch import cdiv, device_of, launchable, on_device, pick, precision, rows_of
 from .pieces import TL_DTYPE, activate, dot_dtype, position, tile_of, widen
 
@@ -114,7 +114,7 @@ def compact_linear(
     if N == 0:
         return y.zero_() if residual is None else y.copy_(residual)
     if takes_vendor(x, in_index, W):
-        return compact_finish(x @ W.T, bias, out_index, n_out, activation, residual)
+        return compact_finish(product(x, W), bias, out_index, n_out, activation, residual)
     architecture, _ = device_of(x)
     dtype = dot_dtype(x, W)
     chosen = pick("compact_linear", architecture, dtype, M)

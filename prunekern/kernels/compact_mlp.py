@@ -1,11 +1,14 @@
-"""Triton: the gated first half of a compact MLP, act(x G^T) * (x U^T), x read once; the rest is compact_linear."""
+"""Triton: the gated first half of a compact MLP, act(x G^T) * (x U^T); the rest is compact_linear.
+
+x is read once for both. Many rows go through the vendor's products and `compact_finish` instead.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compact_finish import compact_finish, takes_vendor
+from .compact_finish import compact_finish, product, takes_vendor
 from .launch import cdiv, device_of, launchable, on_device, pick, precision, rows_of
 from .pieces import TL_DTYPE, activate, dot_dtype, tile_of, widen
 
@@ -61,7 +64,7 @@ def compact_gated(
     if M == 0 or H == 0:
         return hidden
     if takes_vendor(x, in_index, up, gate):
-        return compact_finish(x @ gate.T, gate_bias, None, H, activation, None, x @ up.T, up_bias)
+        return compact_finish(product(x, gate), gate_bias, None, H, activation, None, product(x, up), up_bias)
     architecture, _ = device_of(x)
     dtype = dot_dtype(x, up, gate)
     chosen = pick("compact_gated", architecture, dtype, M)

@@ -35,6 +35,8 @@ def dora_gain_factored_kernel(
     columns = tl.arange(0, BLOCK_K)
     v_rows = V + rows.to(tl.int64)[:, None] * v_stride
     a_rows = A + ranks.to(tl.int64)[:, None] * a_stride
+    if BLOCK_R <= 16:  # fetched while V streams; more of it would take too many registers for as long
+        b = _factor(B, rows, ranks, row_in, r, b_stride, V.dtype.element_ty)
     u = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     g = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
     # Chunks end at multiples of BLOCK_K: the mask by K alone lets the compiler see aligned rows, and load 16 bytes.
@@ -46,7 +48,9 @@ def dora_gain_factored_kernel(
         a = a.to(V.dtype.element_ty)
         u = tl.dot(v, tl.trans(a), u)
         g = tl.dot(a, tl.trans(a), g)
-    b = _factor(B, rows, ranks, row_in, r, b_stride, V.dtype.element_ty).to(tl.float32)
+    if BLOCK_R > 16:
+        b = _factor(B, rows, ranks, row_in, r, b_stride, V.dtype.element_ty)
+    b = b.to(tl.float32)
     u *= 2.0 * s
     g *= s * s
     if SPLIT_G:
@@ -195,7 +199,8 @@ def dora_gain(
         A = A.to(V.dtype)
     tiles = cdiv(N, chosen["BLOCK_N"])
     if one_block:
-        resident = 2 if r <= 16 else 1  # as many at once as registers and shared memory leave room for (aot.json)
+        # As many at once as registers and shared memory leave room for (bench/results/aot.json).
+        resident = 2 if r <= 16 and architecture != "sm_86" else 1
         split = chunks_for(tiles, resident * processors, cdiv(K, 2 * chosen["BLOCK_K"]))
     else:
         split, B = cdiv(K, chosen["BLOCK_K"]), B.to(V.dtype)  # read once a tile: narrow, and ready for the product

@@ -92,13 +92,13 @@ def dora_fused_kernel(
     x_at = x + rows.to(tl.int64)[:, None] * x_stride + ks[None, :]
     v_at = V + columns.to(tl.int64)[None, :] * v_stride + ks[:, None]
     if ONE_BLOCK:
-        b = _factor(B, columns, column_in, r, b_stride, BLOCK_R)
-        acc = _low_rank(p, b, rows, row_in, r, p_stride, BLOCK_R, PRECISION)
+        factor = _factor(B, columns, column_in, r, b_stride, BLOCK_R)
+        acc = _low_rank(p, factor, rows, row_in, r, p_stride, BLOCK_R, PRECISION)
     else:
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for start in range(0, r, BLOCK_R):
-            b = _factor(B + start, columns, column_in, r - start, b_stride, BLOCK_R)
-            acc += _low_rank(p + start, b, rows, row_in, r - start, p_stride, BLOCK_R, PRECISION)
+            factor = _factor(B + start, columns, column_in, r - start, b_stride, BLOCK_R)
+            acc += _low_rank(p + start, factor, rows, row_in, r - start, p_stride, BLOCK_R, PRECISION)
     acc *= s
     for k in range(0, K, BLOCK_K):
         k_in = k + ks < K
@@ -234,7 +234,7 @@ def compose(z: Tensor, p: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, 
         raise AssertionError(f"dora_compose: rank {r} is added by the vendor's product")
     tiles = cdiv(N, chosen["BLOCK_N"])
     # B is read once a program, so several tiles of rows each; but programs enough to keep every multiprocessor busy.
-    chunks = max(1, min(cdiv(8 * processors, tiles), cdiv(T, chosen["BLOCK_T"])))
+    chunks = max(1, min(8 * processors // tiles, cdiv(T, chosen["BLOCK_T"])))
     chunk = cdiv(cdiv(T, chunks), chosen["BLOCK_T"]) * chosen["BLOCK_T"]
     with on_device(z):
         launchable(dora_compose_kernel)[(tiles * cdiv(T, chunk),)](

@@ -41,7 +41,8 @@ def compact_linear(
         x: [..., in], any strides. With packed panels float32 or bfloat16.
         packed: the weight W of the kept channels, in one of two forms:
             plain [N, K] (any device; differentiable unless int8): the dtype of x, bfloat16, or int8 with its scale;
-            where x has 16 bits float32 too. Computes in float64 for float64 x, else in float32.
+            where x has 16 bits float32 too. Computes in float64 for float64 x, else in float32; on a GPU products of
+            many rows in 16 bits are rounded to them before bias, activation and residual.
             `pack_weight` of a float32, bfloat16 or int8 weight: the C++ kernels, on the CPU, for inference only.
         bias: [N] in the dtype of x or float32, or None.
         in_index: [K] int64, strictly ascending: the channels of x the weight reads. None: all of them (K = in).
@@ -231,7 +232,7 @@ def _forward(x, packed, bias, in_index, out_index, n_out, activation, residual, 
 
 
 def run_triton(x, weight, bias, in_index, out_index, n_out, activation, residual, scale) -> Tensor:
-    """The Triton kernel, or the vendor's product where there is nothing to fuse. Checked arguments, on a GPU."""
+    """The Triton kernels, or the vendor's product where there is nothing to fuse. Checked arguments, on a GPU."""
     x, in_index, weight = lined_up(x, in_index, weight)
     if in_index is None and out_index is None and activation == "none" and weight.dtype == x.dtype:
         with _checks.without_autocast(x.device):

@@ -209,7 +209,7 @@ kernels.register_early(triton_op)
 
 def _run_triton(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
                 out_index, n_hidden, n_out, activation, residual) -> Tensor:  # fmt: skip
-    """Two launches: gate and up in one, then down; the rows between the layers pass through memory once."""
+    """Gate and up in one launch, then down, for few rows; what many rows take, `kernels.compact_finish` says."""
     if gate is None or up.dtype != gate.dtype:
         return _composed(compact_linear, x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale,
                          gate_scale, in_index, out_index, n_hidden, n_out, activation, residual)  # fmt: skip

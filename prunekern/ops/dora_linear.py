@@ -109,12 +109,12 @@ def _gradients(ctx, dy, grads):
         z, low = (dy if t is None else t for t in (z, p))  # not read where d_gain is not wanted
         sums = backward(dy, z, low, B.to(dtype), gain, bias, s, ctx.add_low, want_dz, needs[4], needs[5], needs[8])
         dz, d_gain, d_bias, d_probe = sums
-        of_low = dy.T @ p if needs[3] or (needs[4] and ctx.add_low) else None  # [N, r]
+        of_low = _sums(dy, p) if needs[3] or (needs[4] and ctx.add_low) else None  # [N, r]
         if needs[8]:
             grads[8] = d_probe.to(ctx.probe_dtype)
         if needs[4]:
             if ctx.add_low:  # what z lacks: sum over t of dy (p B^T), without forming p B^T
-                d_gain = d_gain.add_((of_low.float() * B.to(dtype)).sum(1), alpha=s)
+                d_gain = d_gain.add_((of_low * B.to(dtype)).sum(1), alpha=s)
             grads[4] = d_gain.to(gain.dtype)
         if needs[3]:
             grads[3] = (of_low * (s * gain)[:, None]).to(B.dtype)
@@ -149,6 +149,15 @@ def _gradients(ctx, dy, grads):
     if needs[1]:
         raise RuntimeError("dora_linear: V must be frozen (got V.requires_grad=True); no gradient is formed for it")
     return tuple(grads)
+
+
+def _sums(dy: Tensor, p: Tensor) -> Tensor:
+    """dy^T p [N, r], not rounded to 16 bits: a masked channel's sums may be beyond fp16, and gain has not met them."""
+    if dy.itemsize != 2:
+        return dy.T @ p
+    if dy.is_cuda and not torch.version.hip:
+        return torch.mm(dy.T, p, out_dtype=torch.float32)
+    return dy.T.float() @ p.float()
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)

@@ -57,6 +57,20 @@ def test_a_masked_channel_gets_its_mask_gradient():
     within(gain.grad, want_z.sum(0), 600 * UNIT * want_z.abs().sum(0))
 
 
+def test_a_masked_channel_beyond_fp16_stays_finite(monkeypatch):
+    """The sums of dy p over tokens come before gain; gain 0 leaves no gradient of B, and that of gain is finite."""
+    monkeypatch.setattr(kernels, "FUSED_BELOW", 0)
+    x, V, A, B, gain, _ = (t.half() for t in case(shape=(64,)))
+    x[:], A[:] = 4, 1  # p = 200, and 64 dy p = 6e6
+    gain = gain.float()
+    B, gain = B.requires_grad_(), gain.requires_grad_()
+    y = linear_ops.triton_ops()[0](x, V, A, B, gain, None, 0.5, None, None, True)[0]
+    d_B, d_gain = torch.autograd.grad(y, (B, gain), torch.full_like(y, 500.0))
+    assert not d_B[gain == 0].any()
+    z = x.double() @ V.double().T + 0.5 * (x.double() @ A.double().T) @ B.double().T
+    torch.testing.assert_close(d_gain.double(), 500 * z.sum(0), rtol=2e-3, atol=500 * 64)
+
+
 def test_a_probe_gets_the_squares_by_token():
     x, V, A, B, gain, bias = case()
     probe, weights = torch.zeros(37, requires_grad=True), random(3, 7, 37, seed=9)
