@@ -250,7 +250,7 @@ def use(subject: Subject, architecture: str, bits: str, entry: dict[str, int]) -
 def tune(subject: Subject, device: torch.device, dtype: torch.dtype, end: float, most: int) -> list[dict]:
     """Every candidate that runs and is right, fastest first; the shipped entry twice, as "shipped"."""
     calls, want = subject.make(device, dtype)
-    architecture, bits = device_of(calls[0]())[0], str(8 * dtype.itemsize)
+    architecture, bits = device_of(torch.empty(0, device=device))[0], str(8 * dtype.itemsize)
     kept = configs()[architecture][subject.kernel][bits]
     shipped = pick(subject.kernel, architecture, dtype, subject.size)
     tried = [("shipped", shipped), *(("", entry) for entry in subject.candidates()[:most]), ("shipped", shipped)]
@@ -276,7 +276,7 @@ def warm(names: list[str], device: torch.device, dtype: torch.dtype, part: int, 
     for name in names:
         subject = subjects(small)[name]
         calls, _ = subject.make(device, dtype)
-        architecture = device_of(calls[0]())[0]
+        architecture = device_of(torch.empty(0, device=device))[0]
         for entry in subject.candidates()[part::parts]:
             use(subject, architecture, str(8 * dtype.itemsize), entry)
             try:
