@@ -89,6 +89,9 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.bar_label(bars, padding=2, fontsize=8)
             axis.invert_yaxis()
             axis.margins(x=0.12)
+            if key == "perplexity" and max(values) > 4 * min(values):
+                axis.set_xscale("log")
+                axis.set_xlim(left=10, right=2.5 * max(values))
             if key == "mean_%":
                 axis.set_xlim(left=0.9 * min(values))
             axis.set(xlabel=label, title=f"{share} % of the block parameters removed" if key == "perplexity" else "")
