@@ -4,127 +4,35 @@ import copy
 import importlib.metadata
 import io
 import json
-import logging
 import math
 import os
 import socket
-import string
-import sys
 
 import lm_eval.evaluator
 import pytest
 import torch
+from harness_items import (
+    BOOLQ,
+    CHARACTERS,
+    CONTEXT,
+    PIQA,
+    RECORDS,
+    by_hand,
+    character_tokenizer,
+    decoder,
+    write,
+)
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
-from tiny_decoders import FAMILIES, build
+from tiny_decoders import FAMILIES
 from tiny_models import attached, prune
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import prunekern as pk
 from prunekern.nn import CompactLinear
 from prunekern.tasks import harness, harness_local
 from prunekern.tasks.harness import QUOTED, evaluate_tasks
-
-CHARACTERS = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *string.ascii_letters, *" .,:?'\n"])}
-CONTEXT = 256  # tokens the tiny model takes
-
-# Items in the schema of the data sets on the hub; ours, not theirs.
-BOOLQ = [
-    ["is ice colder than fire", "Ice is frozen water. Fire is hot.", 1],
-    ["do whales lay eggs", "Whales are mammals, and bear live young.", 0],
-    ["can a stone swim", "A stone is denser than water.", 0],
-    ["is the sea salty", "Rivers carry salt into the sea.", 1],
-]
-PIQA = [
-    ["dry a wet shoe", "Fill it with paper and wait.", "Fill it with water.", 0],
-    ["open a jar", "Freeze it.", "Run hot water over the lid, then twist.", 1],
-    ["slice bread", "Use a spoon.", "Use a knife with teeth.", 1],
-]
-HELLASWAG = [  # and what lm-eval leaves of the marks of wikiHow: the question, the endings
-    [
-        "Clearing a car", "A man stands by a car.", "he", "2",
-        ["eats the snow.", "flies off.", "scrapes the ice off the glass.", "sleeps."],
-        "Clearing a car: A man stands by a car. He",
-        ["eats the snow.", "flies off.", "scrapes the ice off the glass.", "sleeps."],
-    ],
-    [
-        "Home", "[header] How to paint a wall [title] Clean it. [step] Use soap.", "", "0",
-        ["[substeps] Let it dry.", "Paint the soap  on.", "Wall [title] Break it.", "Go."],
-        "Home: How to paint a wall. Clean it. Use soap.",
-        [" Let it dry.", "Paint the soap on.", "Wall. Break it.", "Go."],
-    ],
-    [
-        "Juggling", "A girl holds three balls. She throws one up.", "the ball", "3",
-        ["turns green.", "is a cat.", "sings a long song about the sea.", "comes down."],
-        "Juggling: A girl holds three balls. She throws one up. The ball",
-        ["turns green.", "is a cat.", "sings a long song about the sea.", "comes down."],
-    ],
-]  # fmt: skip
-WINOGRANDE = [
-    ["The cup did not fit in the box, as the _ was too big.", "cup", "box", "1"],
-    ["Ann paid Eve, because _ had lent her money.", "Ann", "Eve", "2"],
-    ["The dog feared the cat, for the _ was fierce.", "dog", "cat", "2"],
-    ["Tom, not Sam, was ill, so _ stayed in bed.", "Tom", "Sam", "1"],
-]
-ARC_EASY = [
-    ["Which is a star?", ["The sun", "The moon", "The earth", "A comet"], "ABCD", "A"],
-    ["What do plants take in?", ["Iron", "Light", "Noise"], "ABC", "B"],
-    ["Which is a metal?", ["Oak", "Sand", "Wool", "Copper"], "1234", "4"],
-]
-ARC_CHALLENGE = [
-    ["What makes tides?", ["Wind", "The pull of the moon and the sun", "Fish", "Salt", "Ice"], "ABCDE", "B"],
-    ["What melts first?", ["Butter in a pan", "Steel", "Glass", "Stone"], "1234", "1"],
-    ["Which is oldest?", ["A day", "A tree", "A hill of granite", "A nest"], "ABCD", "C"],
-]
-OPENBOOKQA = [
-    ["A bird builds a nest to", ["swim", "hold its eggs", "burn", "hide from its own shadow"], "ABCD", "B"],
-    ["Rust forms when iron meets", ["air and water", "gold", "light", "song"], "ABCD", "A"],
-    ["A magnet draws", ["wood", "paper", "a nail of iron", "milk"], "ABCD", "C"],
-]
-
-
-def arc(prefix, question, texts, labels, answer):
-    return {"id": "x", prefix: question, "choices": {"text": texts, "label": list(labels)}, "answerKey": answer}
-
-
-RECORDS = {
-    "boolq": [{"question": q, "passage": p, "idx": i, "label": y} for i, (q, p, y) in enumerate(BOOLQ)],
-    "piqa": [{"goal": g, "sol1": a, "sol2": b, "label": y} for g, a, b, y in PIQA],
-    "hellaswag": [
-        {"ind": 4, "activity_label": a, "ctx_a": c, "ctx_b": d, "ctx": f"{c} {d}", "endings": e, "source_id": "x",
-         "split": "val", "split_type": "indomain", "label": y}
-        for a, c, d, y, e, *_ in HELLASWAG
-    ],
-    "winogrande": [{"sentence": s, "option1": a, "option2": b, "answer": y} for s, a, b, y in WINOGRANDE],
-    "arc_easy": [arc("question", *item) for item in ARC_EASY],
-    "arc_challenge": [arc("question", *item) for item in ARC_CHALLENGE],
-    "openbookqa": [arc("question_stem", *item) for item in OPENBOOKQA],
-}  # fmt: skip
-SPLITS = dict.fromkeys(RECORDS, "validation") | dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa"), "test")
-
-
-def by_hand(name, i):
-    """(context and continuation of every choice, choices, index of the right one) of an item, as the papers ask it."""
-    if name == "boolq":
-        question, passage, right = BOOLQ[i]
-        context, choices = f"{passage}\nQuestion: {question}?\nAnswer:", ["no", "yes"]
-    elif name == "piqa":
-        goal, *choices, right = PIQA[i]
-        context = f"Question: {goal}\nAnswer:"
-    elif name == "hellaswag":
-        right, context, choices = int(HELLASWAG[i][3]), *HELLASWAG[i][5:]
-    elif name == "winogrande":
-        sentence, *choices, answer = WINOGRANDE[i]
-        before, after = sentence.split("_")  # the choices differ in the context, what follows them is scored
-        return [(before + choice, after) for choice in choices], choices, int(answer) - 1
-    else:
-        items = {"arc_easy": ARC_EASY, "arc_challenge": ARC_CHALLENGE, "openbookqa": OPENBOOKQA}
-        question, choices, labels, answer = items[name][i]
-        context, right = question if name == "openbookqa" else f"Question: {question}\nAnswer:", labels.index(answer)
-    return [(context, f" {choice}") for choice in choices], choices, right
 
 
 @torch.no_grad()
@@ -151,20 +59,9 @@ def run(model, tokenizer, names, local, **options):
     return scores, {name: rows[name] for name in scores["tasks"]}
 
 
-def write(folder, name, records, split=None):
-    (folder / name).mkdir(exist_ok=True)
-    file = folder / name / f"{split or SPLITS[name]}.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A token a character, after a first one, as LLaMA's has; without one for padding."""
-    raw = Tokenizer(models.WordLevel(CHARACTERS, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    raw.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    return character_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +70,6 @@ def local(tmp_path_factory):
     for name, records in RECORDS.items():
         write(folder, name, records)
     return folder
-
-
-def decoder(family="llama", **changes):
-    return build(family, **{"vocab_size": len(CHARACTERS), "max_position_embeddings": CONTEXT} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -392,88 +285,6 @@ def test_a_hub_out_of_reach_is_one_line_with_the_way_out(model, tokenizer, monke
     with pytest.raises(pk.tasks.DataError, match=r"'piqa' .*'baber/piqa' on the hub .*local=FOLDER") as raised:
         evaluate_tasks(model, tokenizer, "piqa")
     assert "\n" not in str(raised.value)
-
-
-# -- what a user gets wrong --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"names": []}, r"names must be one or more different tasks \(got \[\]\)"),
-        ({"names": ["boolq", "boolq"]}, "names must be one or more different tasks"),
-        ({"names": ["hellaswagg"]}, r"no task 'hellaswagg'; among its \d+ are hellaswag"),
-        ({"names": ["commonsense"]}, "no task 'commonsense'"),
-        ({"names": ["mmlu"]}, "'mmlu' is a group of lm-eval's tasks"),
-        ({"names": ["gsm8k"]}, "'gsm8k' is not a multiple-choice task"),
-        ({"limit": 0}, r"limit must be an integer, at least 1 \(got 0\)"),
-        ({"limit": 0.5}, r"limit must be an integer, at least 1 \(got 0.5\)"),
-        ({"limit": True}, r"limit must be an integer, at least 1 \(got True\)"),
-        ({"batch_size": 0}, r"batch_size must be an integer, at least 1 \(got 0\)"),
-        ({"batch_size": "auto"}, r"batch_size must be an integer, at least 1 \(got 'auto'\)"),
-        ({"num_fewshot": -1}, r"num_fewshot must be an integer, at least 0 \(got -1\)"),
-        ({"num_fewshot": 1}, r"boolq: has no train.jsonl, .* there is validation.jsonl"),
-        ({"names": ["sciq"]}, r"has no folder 'sciq'; there are arc_challenge, arc_easy, boolq, hellaswag"),
-    ],
-)
-def test_arguments(changes, message, model, tokenizer, local):
-    arguments = {"names": ["boolq"], "local": local} | changes
-    with pytest.raises(ValueError, match=message) as raised:
-        evaluate_tasks(model, tokenizer, **arguments)
-    assert "\n" not in str(raised.value)
-
-
-def test_only_causal_language_models(tokenizer, local):
-    tiny = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
-    for model in (
-        build(task="sequence"),
-        build(task="base"),
-        torch.nn.Linear(2, 2),
-        T5ForConditionalGeneration(T5Config(**tiny)),
-    ):
-        with pytest.raises(ValueError, match=rf"causal language model \(got {type(model).__name__}\)"):
-            evaluate_tasks(model, tokenizer, "boolq", local)
-
-
-def test_a_folder_that_is_not_there(model, tokenizer, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
-        evaluate_tasks(model, tokenizer, "boolq", tmp_path / "nowhere")
-
-
-GOOD = json.dumps(RECORDS["boolq"][0])
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("boolq", "", r"validation.jsonl: must hold at least 1 items \(got 0\)"),
-        ("boolq", GOOD + "\n{]\n", "validation.jsonl line 2: not JSON"),
-        ("boolq", GOOD + "\n\n[1]\n", "validation.jsonl line 3: expected a JSON object, got list"),
-        ("boolq", GOOD.replace("passage", "text"), "boolq: is not of the schema of aps/super_glue .*passage"),
-        ("boolq", GOOD.replace('"label": 1', '"label": 2'), "boolq: is not of the schema of aps/super_glue"),
-        ("boolq", GOOD + "\n" + GOOD.replace('"label": 1', '"label": 2'), r"item 2: answer .* 2 choices \(got 2\)"),
-        ("boolq", GOOD + "\n" + GOOD.replace('"label": 1', '"label": -1'), r"item 2: answer .*\(got -1\)"),
-        ("winogrande", json.dumps(RECORDS["winogrande"][0] | {"answer": ""}), "winogrande: is not of the schema"),
-        (
-            "arc_easy",
-            "\n".join(json.dumps(r) for r in (RECORDS["arc_easy"][0], RECORDS["arc_easy"][0] | {"answerKey": "E"})),
-            "arc_easy: item 2: ValueError",
-        ),
-    ],
-)
-def test_files(name, text, message, model, tokenizer, tmp_path):
-    write(tmp_path, name, []).write_text(text)
-    bars, levels = tqdm.__init__, [logging.getLogger(n).level for n in ("lm_eval", "datasets")]
-    with pytest.raises(pk.tasks.DataError, match=message) as raised:
-        evaluate_tasks(model, tokenizer, name, tmp_path)
-    assert "\n" not in str(raised.value)
-    assert tqdm.__init__ is bars and [logging.getLogger(n).level for n in ("lm_eval", "datasets")] == levels
-
-
-def test_without_lm_eval(model, tokenizer, local, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install 'prunekern\[eval\]'"):
-        evaluate_tasks(model, tokenizer, "boolq", local)
 
 
 def test_one_bar_is_shown_and_nothing_else(model, tokenizer, local, capfd, caplog):
