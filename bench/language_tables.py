@@ -91,7 +91,7 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.margins(x=0.12)
             if key == "perplexity" and max(values) > 4 * min(values):
                 axis.set_xscale("log")
-                axis.set_xlim(left=10, right=2.5 * max(values))
+                axis.set_xlim(left=10, right=6 * max(values))
             if key == "mean_%":
                 axis.set_xlim(left=0.9 * min(values))
             axis.set(xlabel=label, title=f"{share} % of the block parameters removed" if key == "perplexity" else "")
