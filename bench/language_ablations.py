@@ -1,0 +1,246 @@
+"""What would bring a pruned language model nearer to the dense one? Changes to the recipe, one JSON a run.
+
+    python bench/language_ablations.py --threads 1 --warm-folder /tmp/warm    # all that are not done yet
+    python bench/language_ablations.py --only-report
+
+The run of bench/language.py in every other respect: SmolLM2-135M, a fifth of the block parameters removed, the same
+tokens in the same order. The warm steps are taken once (ten minutes on a core), then each run goes on from their
+checkpoint (20 minutes). Choices are made by the validation split's perplexity; the test split's is beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from language import blocks
+from language_parts import Distilled, least_squares, second_moments
+from rich.console import Console
+from rich.table import Table
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+import prunekern as pk
+from prunekern import tasks
+from prunekern.demo.models import demo_model
+from prunekern.recipe import TrainOptions, evaluate, load_dense, training_arguments
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE / "results" / "language_ablations"
+STEPS, BATCH, LENGTH, WARM, BOUNDARY = 195, 4, 256, 76, 127  # as the recipe divides 200,000 tokens
+MOMENTS = 64  # training blocks
+
+
+@dataclass(frozen=True)
+class Variant:
+    """at_once: masks final one step after the warm steps. fitted: least squares at that boundary. rate: stage two
+    begins with so much of the learning rate, and falls to zero; None: it goes on falling. distilled: weight of the
+    warm model's logits in stage two. rank: of the adapters, with the same scale.
+    """
+
+    at_once: bool = False
+    fitted: bool = False
+    rate: float | None = None
+    distilled: float = 0.0
+    rank: int = 8
+
+
+VARIANTS = {
+    "recipe": Variant(),
+    "least squares": Variant(fitted=True),
+    "at once, rate again": Variant(at_once=True, rate=1.0),
+    "at once, least squares, rate again": Variant(at_once=True, fitted=True, rate=1.0),
+    "at once, least squares, twice the rate": Variant(at_once=True, fitted=True, rate=2.0),
+    "at once, least squares, twice the rate, distilled": Variant(at_once=True, fitted=True, rate=2.0, distilled=1.0),
+    "at once, least squares, rate again, rank 32": Variant(at_once=True, fitted=True, rate=1.0, rank=32),
+}
+
+
+class Trainer(pk.PruneTrainer):
+    """PruneTrainer with a variant's changes at the boundary and after it."""
+
+    def __init__(self, *args, variant: Variant, rows, collate, validate, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.variant, self.rows, self.collate, self.validate = variant, rows, collate, validate
+        self.at_boundary: dict[str, float] = {}
+        self.teacher: Distilled | None = None
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.variant.rate is None:
+            return scheduler
+        boundary = self.stage_one_steps(num_training_steps)
+
+        def again(usual):
+            def rate(step: int) -> float:
+                if step < boundary:
+                    return usual(step)
+                past = step - boundary
+                return self.variant.rate * min(1.0, (past + 1) / 6) * (1 - past / (num_training_steps - boundary))
+
+            return rate
+
+        groups = zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True)
+        scheduler.lr_lambdas = [usual if self._holds_logits(group) else again(usual) for group, usual in groups]
+        return scheduler
+
+    def _finalize(self) -> None:
+        variant, pruner = self.variant, self.pruner
+        moments = None
+        if variant.fitted:
+            order = np.random.default_rng(1).permutation(len(self.rows))[:MOMENTS]
+            chosen = [self.rows[int(i)] for i in order]
+            moments = second_moments(pruner, [self.collate(chosen[i : i + BATCH]) for i in range(0, MOMENTS, BATCH)])
+        if variant.distilled:
+            self.teacher = Distilled(pruner.model, variant.distilled)
+        pruner.finalize()
+        self.at_boundary["masked"] = self.validate()
+        if variant.fitted:
+            self.at_boundary["error_left"] = least_squares(pruner, moments)
+            self.at_boundary["fitted"] = self.validate()
+        super()._finalize()
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
+        loss = loss + self.teacher.loss(outputs.logits, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early, with a checkpoint."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_training_stop = control.should_save = True
+
+
+def run(variant: Variant, folder: Path, seed: int, only_warm: bool) -> dict:
+    """One run, from the warm steps' checkpoint in `folder` where there is one; only_warm: up to there."""
+    wikipedia = tasks.get("wikipedia")
+    dense, tokenizer = load_dense(str(demo_model("smollm2-135m")), wikipedia, seed)
+    disable_progress_bars()
+    train, collate = blocks(tokenizer, STEPS * BATCH, LENGTH), wikipedia.collator(tokenizer)
+    options = TrainOptions(
+        max_steps=STEPS, batch_size=BATCH, learning_rate=1e-3, warmup_steps=10, max_length=LENGTH, seed=seed
+    )
+    config = pk.PruneConfig(sparsity=0.2, seed=seed, rank=variant.rank, alpha=2.0 * variant.rank)
+    pruner = pk.attach(dense, config)
+
+    def perplexity(split: str) -> float:
+        training = pruner.model.training
+        metrics, _ = evaluate(pruner.model, tokenizer, wikipedia, LENGTH, split)
+        pruner.model.train(training)
+        return metrics["perplexity"]
+
+    boundary = WARM + 1 if variant.at_once and not only_warm else BOUNDARY
+    set_seed(seed)
+    trainer = Trainer(
+        args=training_arguments(options, folder, save_strategy="no"),
+        pruner=pruner,
+        train_dataset=train,
+        data_collator=collate,
+        stage_one=boundary / STEPS,
+        warm=WARM / boundary,
+        variant=variant,
+        rows=train,
+        collate=collate,
+        validate=lambda: perplexity("validation"),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if only_warm:
+        trainer.add_callback(StopAt(WARM))
+    checkpoint = folder / f"checkpoint-{WARM}"
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint.is_dir() else None)
+    if only_warm:
+        return {}
+    return {
+        "seed": seed,
+        **asdict(variant),
+        "removed": pruner.sparsity(),
+        "at_boundary": trainer.at_boundary,
+        "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+        "validation": perplexity("validation"),
+        "test": perplexity("test"),
+    }
+
+
+def report(console: Console) -> None:
+    dense = json.loads((HERE / "results" / "language" / "dense-0-0.json").read_text())["perplexity"]
+    recipe = json.loads((HERE / "results" / "language" / "ours-20-0.json").read_text())["perplexity"]
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))}
+    rows = []
+    for name in VARIANTS:
+        made = found.get(file_name(name))
+        if made is None:
+            continue
+        boundary = made["at_boundary"]
+        rows.append(
+            {
+                "variant": name,
+                "after_masks": boundary.get("masked"),
+                "after_fit": boundary.get("fitted"),
+                "validation": made["validation"],
+                "test": made["test"],
+                "x_dense": made["test"] / dense,
+            }
+        )
+    table = Table(title=f"A fifth removed: perplexity (test: dense {dense:.2f}, recipe {recipe:.2f})")
+    for column in ("variant", "validation: masks final", "and fitted", "validation: end", "test: end", "x dense"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in rows:
+        numbers = ("after_masks", "after_fit", "validation", "test")
+        table.add_row(
+            row["variant"], *("" if row[n] is None else f"{row[n]:.2f}" for n in numbers), f"{row['x_dense']:.3f}"
+        )
+    console.print(table)
+    out = HERE / "results" / "language_ablations.json"
+    out.write_text(json.dumps({"dense_test": dense, "recipe_test": recipe, "rows": rows}, indent=1) + "\n")
+
+
+def file_name(variant: str) -> str:
+    return variant.replace(", ", "+").replace(" ", "-")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="these only")
+    parser.add_argument("--warm-folder", type=Path, help="where the warm steps of rank 8 are kept for the next run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--only-report", action="store_true")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for name, variant in VARIANTS.items():
+        path = RUNS / f"{file_name(name)}.json"
+        if args.only_report or path.exists() or (args.variant and name not in args.variant):
+            continue
+        with console.status(name), tempfile.TemporaryDirectory() as scratch:
+            shared = args.warm_folder if variant.rank == Variant().rank else None
+            folder = Path(scratch) if shared is None else shared
+            if shared is not None and not (shared / f"checkpoint-{WARM}").is_dir():
+                run(Variant(), shared, args.seed, only_warm=True)
+            result = run(variant, folder, args.seed, only_warm=False)
+        path.with_suffix(".part").write_text(json.dumps(result) + "\n")
+        path.with_suffix(".part").replace(path)
+        told = f"validation {result['validation']:.2f}, test {result['test']:.2f}"
+        console.print(f"{name}: {told}", highlight=False)
+        assert math.isfinite(result["test"])
+    report(console)
+
+
+if __name__ == "__main__":
+    main()
