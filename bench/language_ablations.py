@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from language import blocks
-from language_parts import Distilled, least_squares, second_moments
+from language_parts import least_squares, second_moments
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -40,14 +40,13 @@ MOMENTS = 64  # training blocks
 @dataclass(frozen=True)
 class Variant:
     """at_once: masks final one step after the warm steps. fitted: least squares at that boundary. rate: stage two
-    begins with so much of the learning rate, and falls to zero; None: it goes on falling. distilled: weight of the
-    warm model's logits in stage two. rank: of the adapters, with the same scale.
+    begins with so much of the learning rate, and falls to zero; None: it goes on falling. rank: of the adapters, with
+    the same scale.
     """
 
     at_once: bool = False
     fitted: bool = False
     rate: float | None = None
-    distilled: float = 0.0
     rank: int = 8
 
 
@@ -57,7 +56,6 @@ VARIANTS = {
     "at once, rate again": Variant(at_once=True, rate=1.0),
     "at once, least squares, rate again": Variant(at_once=True, fitted=True, rate=1.0),
     "at once, least squares, twice the rate": Variant(at_once=True, fitted=True, rate=2.0),
-    "at once, least squares, twice the rate, distilled": Variant(at_once=True, fitted=True, rate=2.0, distilled=1.0),
     "at once, least squares, rate again, rank 32": Variant(at_once=True, fitted=True, rate=1.0, rank=32),
 }
 
@@ -69,7 +67,6 @@ class Trainer(pk.PruneTrainer):
         super().__init__(*args, **kwargs)
         self.variant, self.rows, self.collate, self.validate = variant, rows, collate, validate
         self.at_boundary: dict[str, float] = {}
-        self.teacher: Distilled | None = None
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
@@ -97,21 +94,12 @@ class Trainer(pk.PruneTrainer):
             order = np.random.default_rng(1).permutation(len(self.rows))[:MOMENTS]
             chosen = [self.rows[int(i)] for i in order]
             moments = second_moments(pruner, [self.collate(chosen[i : i + BATCH]) for i in range(0, MOMENTS, BATCH)])
-        if variant.distilled:
-            self.teacher = Distilled(pruner.model, variant.distilled)
         pruner.finalize()
         self.at_boundary["masked"] = self.validate()
         if variant.fitted:
             self.at_boundary["error_left"] = least_squares(pruner, moments)
             self.at_boundary["fitted"] = self.validate()
         super()._finalize()
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        if self.teacher is None:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
-        loss = loss + self.teacher.loss(outputs.logits, inputs)
-        return (loss, outputs) if return_outputs else loss
 
 
 class StopAt(TrainerCallback):

@@ -1,15 +1,12 @@
-"""What bench/language_ablations.py puts beside the recipe: a least-squares fit at the boundary, and a teacher."""
+"""What bench/language_ablations.py puts beside the recipe: a least-squares fit at the boundary."""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from prunekern.nn import ChannelMask
 from prunekern.pruner import Pruner
 
 DAMPING = 0.01  # of the mean of the diagonal, towards what the weights are
@@ -78,20 +75,3 @@ def least_squares(pruner: Pruner, moments: dict[str, Tensor]) -> float:
         layer.refresh()
         layer.magnitude.copy_(fitted.norm(dim=1))
     return sum(left) / len(left)
-
-
-class Distilled:
-    """A frozen copy of a model with all masks on, whose distributions over the next token are learned, too."""
-
-    def __init__(self, model: nn.Module, weight: float):
-        self.model, self.weight = copy.deepcopy(model).eval().requires_grad_(False), weight
-        for module in self.model.modules():
-            if isinstance(module, ChannelMask):
-                module.threshold.fill_(-math.inf)
-
-    def loss(self, logits: Tensor, inputs: dict) -> Tensor:
-        """weight * KL(teacher, student), mean over tokens, temperature 1."""
-        with torch.no_grad():
-            wanted = self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-        pairs = (F.log_softmax(z.flatten(0, -2), -1) for z in (logits, wanted))
-        return self.weight * F.kl_div(*pairs, reduction="batchmean", log_target=True)
