@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunekern import budget
+from prunekern.pruning import budget
 from prunekern.nn import ChannelMask
-from prunekern.pruner import Pruner
-from prunekern.saliency import group_cost, starting_logits
+from prunekern.pruning.pruner import Pruner
+from prunekern.pruning.saliency import group_cost, starting_logits
 
 
 class HardConcrete(ChannelMask):

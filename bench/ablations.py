@@ -32,7 +32,7 @@ from transformers import set_seed
 import prunekern as pk
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.recipe import load_dense
+from prunekern.training.recipe import load_dense
 
 RUNS = report.RESULTS / "ablations"
 MAX_LENGTH = 64

@@ -28,8 +28,8 @@ from transformers import PrinterCallback, Trainer, set_seed
 import prunekern as pk
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.recipe import TrainOptions, evaluate, load_dense, training_arguments
-from prunekern.trainer import SCHEDULE
+from prunekern.training.recipe import TrainOptions, evaluate, load_dense, training_arguments
+from prunekern.training.trainer import SCHEDULE
 
 TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 SHAPES = {"reviews": (64, 32), "topics": (128, 8), "tweets": (64, 32)}  # most tokens, batch; topics are long

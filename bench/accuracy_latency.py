@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification
 
 import prunekern as pk
 from prunekern.demo.models import demo_model
-from prunekern.measure import interleaved, threads
+from prunekern.machine.measure import interleaved, threads
 
 SHAPES = ((1, 128), (8, 128))
 DENSE, EAGER = "dense, our kernels", "dense, eager"

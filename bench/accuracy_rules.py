@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from prunekern.pruner import Pruner
+from prunekern.pruning.pruner import Pruner
 
 
 class LoraGradient(TrainerCallback):

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 import prunekern.hf  # noqa: F401  (compact folders load too)
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.recipe import evaluate
+from prunekern.training.recipe import evaluate
 from prunekern.tasks.harness import evaluate_tasks
 
 TIE = 1e-3  # of log-likelihoods: batches of other sizes round differently

@@ -27,8 +27,8 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import prunekern as pk
-from prunekern.checkpoint import WEIGHTS
-from prunekern.measure import threads
+from prunekern.compacting.checkpoint import WEIGHTS
+from prunekern.machine.measure import threads
 
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,

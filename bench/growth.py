@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import prunekern as pk
-from prunekern.measure import interleaved, threads
+from prunekern.machine.measure import interleaved, threads
 
 SHARES = [round(0.1 * i, 1) for i in range(10, 0, -1)]
 MODEL = "DistilBERT-base"

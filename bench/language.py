@@ -29,9 +29,9 @@ from transformers import PrinterCallback, set_seed
 import prunekern as pk
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.recipe import TrainOptions, evaluate, load_dense, training_arguments
+from prunekern.training.recipe import TrainOptions, evaluate, load_dense, training_arguments
 from prunekern.tasks.language import language_task
-from prunekern.trainer import SCHEDULE
+from prunekern.training.trainer import SCHEDULE
 
 MIXTURE = {"wikipedia": 0.5, "winogrande": 0.25, "science": 0.25}  # of the training tokens
 ITEMS = ("winogrande", "science")

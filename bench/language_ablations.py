@@ -28,7 +28,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 import prunekern as pk
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.recipe import TrainOptions, evaluate, load_dense, training_arguments
+from prunekern.training.recipe import TrainOptions, evaluate, load_dense, training_arguments
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "results" / "language_ablations"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from prunekern.pruner import Pruner
+from prunekern.pruning.pruner import Pruner
 
 DAMPING = 0.01  # of the mean of the diagonal, towards what the weights are
 

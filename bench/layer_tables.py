@@ -12,7 +12,7 @@ from race import check, geomean, race, randn, within
 from torch import Tensor
 
 from prunekern import _native
-from prunekern.measure import threads
+from prunekern.machine.measure import threads
 from prunekern.ops import compact_linear, compact_mlp, pack_weight, quantize_weight
 
 KINDS = ("fp32", "bf16", "int8")

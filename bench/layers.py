@@ -21,8 +21,8 @@ import report
 import torch
 from race import check, geomean, race, randn
 
-from prunekern import info
-from prunekern.measure import peak_gflops, read_bandwidth, run_peak
+from prunekern.machine import info
+from prunekern.machine.measure import peak_gflops, read_bandwidth, run_peak
 
 SHAPES = "768x768,3072x768,768x3072,2319x768,768x2319,577x768,4096x4096,8311x4096"
 ROWS = "1,4,16,32,128,512,1024"

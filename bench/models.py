@@ -33,8 +33,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import prunekern as pk
-from prunekern import checkpoint
-from prunekern.measure import interleaved, threads
+from prunekern.compacting import checkpoint
+from prunekern.machine.measure import interleaved, threads
 
 MODELS = {
     "DistilBERT-base": lambda: DistilBertForSequenceClassification(DistilBertConfig()),

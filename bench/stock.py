@@ -24,8 +24,8 @@ from transformers import AutoModelForSequenceClassification, PrinterCallback, se
 import prunekern as pk
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.recipe import TrainOptions, evaluate, load_dense, training_arguments
-from prunekern.stock import save_stock
+from prunekern.training.recipe import TrainOptions, evaluate, load_dense, training_arguments
+from prunekern.exporting.stock import save_stock
 
 RULES = ("learned", "stock")
 

@@ -30,10 +30,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekern as pk
-from prunekern.adapter import ADAPTER_FORMAT, _adapter_tensors
-from prunekern.plan import from_kept
-from prunekern.shards import INDEX, Shards, write_shard
-from prunekern.streaming import compact_files
+from prunekern.pruning.adapter import ADAPTER_FORMAT, adapter_tensors
+from prunekern.compacting.plan import from_kept
+from prunekern.storage.shards import INDEX, Shards, write_shard
+from prunekern.pruning.compact_files import compact_files
 
 DTYPE, MB, GB = torch.bfloat16, 1e6, 1e9
 ROWS = 1024  # of random numbers made at once
@@ -77,7 +77,7 @@ def write_adapter(folder: Path, config: LlamaConfig, share: float, rank: int) ->
     pruner = pk.attach(model, pk.PruneConfig(rank=rank, sparsity=share))
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, meta in _adapter_tensors(model).items():
+    for name, meta in adapter_tensors(model).items():
         noise = torch.randn(meta.shape, generator=generator)
         if name.endswith(".magnitude"):
             noise = (0.02 * pruner.layers[name.removesuffix(".magnitude")].in_features ** 0.5) * (1 + 0.1 * noise)

@@ -17,9 +17,8 @@ def _one_thread_fixed_seed():
 def saved(tmp_path):
     """A folder with a compact DistilBERT, half of it gone."""
     # Not above: tests of kernels run where transformers is missing (bench/gpu.py).
-    from compact_folders import small_model
-
     import prunekern as pk
+    from tests.helpers.compact_folders import small_model
 
     pk.save(small_model(), tmp_path / "m")
     return tmp_path / "m"

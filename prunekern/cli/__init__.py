@@ -34,7 +34,7 @@ _EXTRAS = {
 
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and status 2; the rest keeps its traceback."""
-    from ..tasks.fetch import FetchError
+    from ..tasks.sources.fetch import FetchError
 
     _quiet()
     try:

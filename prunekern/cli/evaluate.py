@@ -55,9 +55,9 @@ def evaluate_command(
     threads: Threads = 0,
 ) -> None:
     """Score a saved model on a task, or on several of lm-eval's."""
-    from ..recipe import evaluate
+    from ..storage.tokenizer import load_tokenizer
     from ..tasks import Task
-    from ..tokenizer_files import load_tokenizer
+    from ..training.recipe import evaluate
 
     set_threads(threads)
     if not model.is_dir():
@@ -98,9 +98,9 @@ def _compare_labels(model: Path, known: list[str], task) -> None:
 
 def _loaded(cls, model: Path, weights: str, purpose: str):
     """The model of a folder, compact or dense; ValueError where its head would be a random one."""
-    from .. import hf  # noqa: F401  (compact folders load too)
-    from ..checkpoint import set_weights
-    from ..recipe import with_head
+    from ..compacting import hf  # noqa: F401  (compact folders load too)
+    from ..compacting.checkpoint import set_weights
+    from ..training.recipe import with_head
 
     loaded, found = with_head(cls, str(model), purpose, output_loading_info=True, dtype=torch.float32)
     if found["missing_keys"]:  # transformers draws them at random: a score of that would be a coin toss
@@ -111,8 +111,8 @@ def _loaded(cls, model: Path, weights: str, purpose: str):
 def _lm_eval(model: Path, tasks: str, local, limit, batch_size: int, json_file: Path | None, weights: str) -> None:
     from transformers import AutoModelForCausalLM
 
+    from ..storage.tokenizer import load_tokenizer
     from ..tasks.harness import evaluate_tasks
-    from ..tokenizer_files import load_tokenizer
 
     if json_file is not None and not json_file.absolute().parent.is_dir():  # not after hours of scoring
         raise typer.BadParameter(f"--json: there is no folder {json_file.parent}")

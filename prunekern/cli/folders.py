@@ -18,9 +18,9 @@ def compact(
 ) -> None:
     """Merge a trained adapter into its base model and remove what its masks prune, one linear in memory at a time."""
     from ..demo.models import MODEL_NAMES, demo_model
-    from ..recipe import refuse_missing
-    from ..streaming import compact_files
-    from ..tokenizer_files import copy_tokenizer, load_tokenizer
+    from ..pruning.compact_files import compact_files
+    from ..storage.tokenizer import copy_tokenizer, load_tokenizer
+    from ..training.recipe import refuse_missing
 
     refuse_missing(base)
     source = Path(demo_model(base) if base in MODEL_NAMES else base)
@@ -28,9 +28,9 @@ def compact(
         plan = compact_files(source, adapter, out, console=console)
         copy_tokenizer(source, out)
     else:  # a hub name, or .bin weights: through memory
-        from ..adapter import load_adapter, load_base
-        from ..checkpoint import save
-        from ..compact import compact as make_compact
+        from ..compacting.checkpoint import save
+        from ..compacting.compact import compact as make_compact
+        from ..pruning.adapter import load_adapter, load_base
 
         dense = load_base(base, adapter)
         plan = load_adapter(dense, adapter).plan()
@@ -50,8 +50,8 @@ def export_command(
     with_past: Annotated[bool, typer.Option("--with-past", help="Decoders: caches as inputs and outputs.")] = False,
 ) -> None:
     """Write a compact model as an ONNX file of plain operators, in fp32."""
-    from ..checkpoint import load
-    from ..export import export_onnx
+    from ..compacting.checkpoint import load
+    from ..exporting.onnx import export_onnx
 
     try:
         export_onnx(load(model), out, opset, with_past)

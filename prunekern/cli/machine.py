@@ -23,9 +23,9 @@ def bench(
     import torch
 
     from .. import _native
-    from ..checkpoint import load
-    from ..measure import dense_twin, latency
-    from ..plan import plan as plan_of
+    from ..compacting.checkpoint import load
+    from ..compacting.latency import dense_twin, latency
+    from ..compacting.plan import plan as plan_of
 
     try:
         parsed = [tuple(int(n) for n in s.split("x")) for s in shapes.split(",")]
@@ -76,7 +76,7 @@ def demo(
 @app.command()
 def info() -> None:
     """What prunekern runs on here, and how fast one core is."""
-    from ..info import info as collect
+    from ..machine.info import info as collect
 
     with console.status("measuring"):
         facts = collect(measure=True)

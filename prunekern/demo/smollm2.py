@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..tasks.fetch import FetchError, unpack
+from ..tasks.sources.fetch import FetchError, unpack
 
 NAME = "smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+COSTS = ("params", "macs")  # what a share of a model can be of
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -40,7 +40,7 @@ class ChannelMask(nn.Module):
         self.register_buffer("row_group", row_group, persistent=False)
         self.is_open = False
         self.probe: Tensor | None = None
-        self._is_final = False  # `final` as a Python bool: forward must not wait for a device
+        self.is_final = False  # `final` as a Python bool: forward must not wait for a device
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
@@ -82,7 +82,7 @@ class ChannelMask(nn.Module):
             logits[low] = torch.nextafter(threshold, threshold.new_tensor(float("inf")))
         self.threshold.copy_(threshold)
         self.final.fill_(True)
-        self._is_final = True
+        self.is_final = True
         self.open(False)
         self.logits.requires_grad_(False)
 
@@ -90,7 +90,7 @@ class ChannelMask(nn.Module):
         """m_b by output channel: [N] of zeros and ones."""
         if self.training and self.is_open:
             groups = 1.0 + OPEN_SLOPE * (self.logits - self.logits.detach())
-        elif self.training and not self._is_final:
+        elif self.training and not self.is_final:
             shifted = self.logits - self.threshold + self.noise
             soft = torch.sigmoid(shifted / self.temperature)
             groups = (shifted > 0).to(soft.dtype) + (soft - soft.detach())  # value exactly 0 or 1, gradient of soft
@@ -106,10 +106,10 @@ class ChannelMask(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._is_final = bool(self.final)
-        self.logits.requires_grad_(not self._is_final)
-        if self._is_final:
+        self.is_final = bool(self.final)
+        self.logits.requires_grad_(not self.is_final)
+        if self.is_final:
             self.open(False)
 
     def extra_repr(self) -> str:
-        return f"groups={self.logits.numel()}, final={self._is_final}"
+        return f"groups={self.logits.numel()}, final={self.is_final}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekern import _native
-from prunekern.ops import _calls, _checks
+from prunekern.ops import calls, checks
 from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
 from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, may_pack, quantize_weight
 
@@ -57,11 +57,11 @@ class CompactLinear(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"CompactLinear: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
-        _checks.shape("CompactLinear", "weight", weight, (None, None))
-        _checks.floating("CompactLinear", "weight", weight)
+        checks.shape("CompactLinear", "weight", weight, (None, None))
+        checks.floating("CompactLinear", "weight", weight)
         kept_out, kept_in = weight.shape
         if bias is not None:
-            _checks.shape("CompactLinear", "bias", bias, (kept_out,))
+            checks.shape("CompactLinear", "bias", bias, (kept_out,))
         if out_features is None:
             if out_index is not None:
                 raise ValueError("CompactLinear: out_features is needed with out_index (got None)")
@@ -218,7 +218,7 @@ def fuses(*tensors: Tensor | None) -> bool:
 
     The latter goes to other machines: it keeps the plain weights, layer by layer.
     """
-    return not (_is_exporting() or _calls.needs_grad(*tensors))
+    return not (_is_exporting() or calls.needs_grad(*tensors))
 
 
 def fits(x: Tensor, weight: Tensor, in_index: Tensor | None) -> bool:
@@ -238,6 +238,6 @@ def _index(name: str, index, length: int, size: int | None, device: torch.device
         index = torch.tensor(list(index), dtype=torch.int64, device="cpu")
     if index.is_meta:
         raise ValueError(f"CompactLinear: {name} must hold values (got a meta tensor)")
-    _checks.shape("CompactLinear", name, index, (length,))
-    _checks.kept_index("CompactLinear", name, index, size)
+    checks.shape("CompactLinear", name, index, (length,))
+    checks.kept_index("CompactLinear", name, index, size)
     return index.detach().to(device)

@@ -78,7 +78,7 @@ def mlp_call(
         activation = up.activation
     layers = (up, down) if gate is None else (up, down, gate)
     if _fuses(layers, x, residual):
-        y = _fused_plain(*layers, x, residual, activation) if x.is_cuda else _fused(layers, x, residual, activation)
+        y = fused_plain(*layers, x, residual, activation) if x.is_cuda else _fused(layers, x, residual, activation)
         if y is not None:
             return y
     if gate is None:
@@ -134,7 +134,7 @@ def _fused(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
     )  # fmt: skip
 
 
-def _fused_plain(up, down, gate, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+def fused_plain(up, down, gate, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     index, out_index = up._buffers["in_index"], down._buffers["out_index"]
     layers = (up, down, gate)
     weights, biases = ([layer._parameters[name] for layer in layers] for name in ("weight", "bias"))

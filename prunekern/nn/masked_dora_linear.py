@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.dora_gain import factored_inv_norm
 from .channel_mask import ChannelMask
+from .merging import merge
 
 
 def _changed(normed: tuple | None, now: tuple, count: int) -> bool:
@@ -132,7 +133,7 @@ class MaskedDoRALinear(nn.Module):
         device = self.weight.device
         rows = rows if rows is None else rows.to(device)
         cols = cols if cols is None else cols.to(device)
-        weight = ops.dora_merge(self.weight, self.A, self.B, self.gain(None), rows, cols, self.scale)
+        weight = merge(self.weight, self.A, self.B, self.magnitude, self.scale, rows, cols)
         bias = self.bias if self.bias is None or rows is None else self.bias.index_select(0, rows)
         return weight, bias if bias is None else bias.detach().clone()
 

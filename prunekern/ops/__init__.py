@@ -1,6 +1,6 @@
 """Ops of the torch.library namespace `prunekern`, one file each; importing this registers them all."""
 
-from . import _versions  # noqa: F401  (counts the steps of optimisers)
+from . import versions  # noqa: F401  (counts the steps of optimisers)
 from .compact_attention import compact_attention
 from .compact_linear import compact_linear
 from .compact_mlp import compact_mlp

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from prunekern import _native
 
-from . import _calls, _checks
+from . import calls, checks
 
 OP = "compact_attention"
 _RUN = _native.core().compact_attention if _native.available() else None
 # The whole eager call in one C function (csrc/eager_attention.cpp); None without the core or with torch < 2.10.
-_EAGER = _native.core().call_attention if _calls.EAGER else None
+_EAGER = _native.core().call_attention if calls.EAGER else None
 _f32 = torch.float32
 
 
@@ -53,8 +53,8 @@ def compact_attention(
     where no gradient is needed, the C++ kernel runs; anything else runs the PyTorch reference. Differentiable in q, k
     and v. Raises ValueError (shapes, devices) or TypeError (dtypes), naming the argument.
     """
-    if _EAGER and _calls.unwatched() and not _calls.needs_grad(q, k, v):
-        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, _calls.threads())
+    if _EAGER and calls.unwatched() and not calls.needs_grad(q, k, v):
+        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads())
         if y is not None:
             return y
     return torch.ops.prunekern.compact_attention(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
@@ -72,10 +72,10 @@ def compact_attention_reference(
     causal: bool = False,
 ) -> Tensor:
     """The same in plain PyTorch, head by head; differentiable; never calls the C++ core."""
-    dtype = _checks.compute_dtype(q, k, v)  # 16 bits never meet a matmul
+    dtype = checks.compute_dtype(q, k, v)  # 16 bits never meet a matmul
     q, k, v, key_mask, out = *_readable(q, k, v, key_mask, dtype), q.dtype
     may_read = _may_read(q, k, key_mask, causal)
-    with _checks.without_autocast(q.device):
+    with checks.without_autocast(q.device):
         parts = [
             _weights(q[..., a], k[..., b], may_read, scale) @ v[..., c]  # [batch, queries, d]
             for a, b, c in _heads(qk_first, v_first, shared_by)
@@ -123,22 +123,22 @@ def _weights(q: Tensor, k: Tensor, may_read: Tensor | None, scale: float) -> Ten
 
 
 def _check(q, k, v, qk_first, v_first, key_mask, shared_by=1, causal=False) -> None:
-    _checks.shape(OP, "q", q, (None, None, None))
+    checks.shape(OP, "q", q, (None, None, None))
     if shared_by < 1:
         raise ValueError(f"{OP}: shared_by must be at least 1 (got {shared_by})")
     batch, queries, channels = q.shape
     if channels % shared_by:
         raise ValueError(f"{OP}: q must have a multiple of shared_by, {shared_by}, channels (got {channels})")
     channels //= shared_by
-    _checks.shape(OP, "k", k, (batch, None, channels))
-    _checks.shape(OP, "v", v, (batch, k.shape[1], None))
+    checks.shape(OP, "k", k, (batch, None, channels))
+    checks.shape(OP, "v", v, (batch, k.shape[1], None))
     if causal and queries > k.shape[1]:
         raise ValueError(f"{OP}: causal needs as many keys as queries at least (got {k.shape[1]} and {queries})")
-    _checks.floating(OP, "q", q)
+    checks.floating(OP, "q", q)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"{OP}: {name} must be {q.dtype} like q (got {tensor.dtype})")
-    _checks.same_device(OP, "q", q.device, k=k, v=v, key_mask=key_mask)
+    checks.same_device(OP, "q", q.device, k=k, v=v, key_mask=key_mask)
     if len(qk_first) != len(v_first):
         raise ValueError(
             f"{OP}: v_first must have {len(qk_first)} entries like qk_first, heads + 1 (got {len(v_first)})"
@@ -154,7 +154,7 @@ def _check(q, k, v, qk_first, v_first, key_mask, shared_by=1, causal=False) -> N
     if key_mask is not None:
         if key_mask.dtype != torch.bool:
             raise TypeError(f"{OP}: key_mask must be bool (got {key_mask.dtype})")
-        _checks.shape(OP, "key_mask", key_mask, (batch, k.shape[1]))
+        checks.shape(OP, "key_mask", key_mask, (batch, k.shape[1]))
 
 
 def _run(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal) -> Tensor:
@@ -169,7 +169,7 @@ def _run(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal) -> Tens
     _RUN(
         batch, queries, keys, qk_first, v_first, q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2],
         v.data_ptr(), v.stride()[:2], y.data_ptr(), (queries * width, width), mask_address, mask_stride, scale,
-        _calls.threads(), shared_by, causal,
+        calls.threads(), shared_by, causal,
     )  # fmt: skip
     return y
 
@@ -207,12 +207,12 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     """grad: [batch, queries, shared_by D]. Weights are computed again instead of kept."""
     q, k, v, key_mask = ctx.saved_tensors
-    dtypes, dtype = (q.dtype, k.dtype, v.dtype), _checks.compute_dtype(q, k, v)
+    dtypes, dtype = (q.dtype, k.dtype, v.dtype), checks.compute_dtype(q, k, v)
     grad = grad.to(dtype)
     q, k, v, key_mask = _readable(q, k, v, key_mask, dtype)
     may_read, at = _may_read(q, k, key_mask, ctx.causal), 0
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    with _checks.without_autocast(q.device):
+    with checks.without_autocast(q.device):
         for a, b, c in _heads(ctx.qk_first, ctx.v_first, ctx.shared_by):
             p, g = _weights(q[..., a], k[..., b], may_read, ctx.scale), grad[..., at : at + c.stop - c.start]
             at += c.stop - c.start

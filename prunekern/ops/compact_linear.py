@@ -11,14 +11,14 @@ from torch import Tensor
 
 from prunekern import _native, kernels
 
-from . import _calls, _checks
+from . import calls, checks
 from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed, is_unchanged
 
 OP = "compact_linear"
 # Position: the number the C++ core knows it by. Every one maps 0 to 0: a removed channel is exactly zero after it.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
-_EAGER = _native.core().call if _calls.EAGER else None  # the whole eager call in one C function
+_EAGER = _native.core().call if calls.EAGER else None  # the whole eager call in one C function
 
 
 def compact_linear(
@@ -55,9 +55,9 @@ def compact_linear(
     Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
     Raises ValueError (shapes, indices, devices, activation) or TypeError (dtypes), naming the argument.
     """
-    if _EAGER and _calls.unwatched() and not _calls.needs_grad(x, packed, bias, residual):
+    if _EAGER and calls.unwatched() and not calls.needs_grad(x, packed, bias, residual):
         number = NUMBER.get(activation, -1)
-        y = _EAGER(x, packed, bias, in_index, out_index, n_out, number, residual, _calls.threads(), scale)
+        y = _EAGER(x, packed, bias, in_index, out_index, n_out, number, residual, calls.threads(), scale)
         if y is not None:
             return y
     if n_out is None:
@@ -66,7 +66,7 @@ def compact_linear(
         n_out = packed.shape[0]
     args = (x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     # Autograd through the reference itself, which keeps z; a GPU has a kernel behind the op.
-    if not is_packed(packed) and x.device.type == "cpu" and _calls.plain_eager(x):
+    if not is_packed(packed) and x.device.type == "cpu" and calls.plain_eager(x):
         _check_plain(*args)
         return compact_linear_reference(*args)
     return torch.ops.prunekern.compact_linear(*args)
@@ -84,11 +84,11 @@ def compact_linear_reference(
     scale: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch on a plain weight [N, K]; differentiable; never calls the C++ core."""
-    dtype = _checks.compute_dtype(x, weight)
+    dtype = checks.compute_dtype(x, weight)
     z = x.to(dtype)  # [..., in]; bf16 never meets a matmul
     if in_index is not None:
         z = z.index_select(-1, in_index)  # [..., K]
-    with _checks.without_autocast(x.device):
+    with checks.without_autocast(x.device):
         z = F.linear(z, widened(weight, scale, dtype), None if bias is None else bias.to(dtype))
     y = activate(z, activation)  # [..., N]
     if out_index is not None:
@@ -133,34 +133,34 @@ def _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation,
         raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
-    _checks.floating(OP, "x", x)
-    _checks.dtypes(OP, x, {"packed": packed}, {"bias": bias}, residual)
+    checks.floating(OP, "x", x)
+    checks.dtypes(OP, x, {"packed": packed}, {"bias": bias}, residual)
     others = {"packed": packed, "bias": bias, "in_index": in_index, "out_index": out_index, "residual": residual}
-    _checks.same_device(OP, "x", x.device, **others)
+    checks.same_device(OP, "x", x.device, **others)
     check_scale(OP, "scale", packed, n, scale)
     for name, index, length in (("in_index", in_index, k), ("out_index", out_index, n)):
         if index is None:
             continue
         if index.dtype != torch.int64:
             raise TypeError(f"{OP}: {name} must be int64 (got {index.dtype})")
-        _checks.shape(OP, name, index, (length,))
+        checks.shape(OP, name, index, (length,))
     if in_index is None and x.shape[-1] != k:
         raise ValueError(f"{OP}: x must have {k} channels, the weight's inputs (got {x.shape[-1]})")
     if out_index is None and n_out != n:
         raise ValueError(f"{OP}: n_out must be {n}, the weight's outputs, without out_index (got {n_out})")
     if bias is not None:
-        _checks.shape(OP, "bias", bias, (n,))
+        checks.shape(OP, "bias", bias, (n,))
     if residual is not None:
-        _checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
+        checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
 
 
 def _check_plain(x, weight, bias, in_index, out_index, n_out, activation, residual, scale) -> None:
-    _checks.shape(OP, "packed", weight, (None, None))
+    checks.shape(OP, "packed", weight, (None, None))
     n, k = weight.shape
     _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
         if index is not None:
-            _checks.kept_index_anywhere(OP, name, index, size)
+            checks.kept_index_anywhere(OP, name, index, size)
 
 
 def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale) -> tuple[int, int]:
@@ -190,16 +190,16 @@ def _run_packed(x, packed, bias, in_index, out_index, n_out, activation, residua
     y = x.new_empty((*x.shape[:-1], n_out))
     if y.numel() == 0:
         return y
-    kept_x, x_address, x_stride = _calls.rows(x)  # kept: the address is worth nothing without its tensor
-    kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else _calls.rows(residual)
-    bias = _calls.plain_memory(bias, torch.float32)
-    in_index, out_index, scale = (_calls.plain_memory(t) for t in (in_index, out_index, scale))
+    kept_x, x_address, x_stride = calls.rows(x)  # kept: the address is worth nothing without its tensor
+    kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else calls.rows(residual)
+    bias = calls.plain_memory(bias, torch.float32)
+    in_index, out_index, scale = (calls.plain_memory(t) for t in (in_index, out_index, scale))
     _native.core().compact_linear(
         x=x_address, m=y.numel() // n_out, x_stride=x_stride, in_features=x.shape[-1], packed=packed.data_ptr(),
-        n=n, k=k, y=y.data_ptr(), y_stride=n_out, n_out=n_out, bias=_calls.address(bias),
-        in_index=_calls.address(in_index), out_index=_calls.address(out_index), activation=activation,
-        residual=residual_address, residual_stride=residual_stride, threads=_calls.threads(),
-        weights=KIND[packed.dtype], scale=_calls.address(scale), element=ELEMENT[x.dtype],
+        n=n, k=k, y=y.data_ptr(), y_stride=n_out, n_out=n_out, bias=calls.address(bias),
+        in_index=calls.address(in_index), out_index=calls.address(out_index), activation=activation,
+        residual=residual_address, residual_stride=residual_stride, threads=calls.threads(),
+        weights=KIND[packed.dtype], scale=calls.address(scale), element=ELEMENT[x.dtype],
     )  # fmt: skip
     return y
 
@@ -235,12 +235,12 @@ def run_triton(x, weight, bias, in_index, out_index, n_out, activation, residual
     """The Triton kernels, or the vendor's product where there is nothing to fuse. Checked arguments, on a GPU."""
     x, in_index, weight = lined_up(x, in_index, weight)
     if in_index is None and out_index is None and activation == "none" and weight.dtype == x.dtype:
-        with _checks.without_autocast(x.device):
+        with checks.without_autocast(x.device):
             y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return y if residual is None else y.add_(residual)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(math.prod(x.shape[:-1]), 0)
     added = None if residual is None else residual.reshape(rows.shape[0], n_out)
-    with _checks.without_autocast(x.device):
+    with checks.without_autocast(x.device):
         y = triton_op()(rows, weight, bias, in_index, out_index, n_out, activation, added, scale)
     return y.view(*x.shape[:-1], n_out)
 
@@ -315,7 +315,7 @@ def _backward(ctx, grad):
         )
     x, weight, bias, in_index, out_index, scale = ctx.saved_tensors
     narrow = x.is_cuda and x.dtype == weight.dtype  # 16-bit products cost a GPU no accuracy: it sums in fp32
-    dtype = x.dtype if narrow else _checks.compute_dtype(x, weight)
+    dtype = x.dtype if narrow else checks.compute_dtype(x, weight)
     wide = widened(weight, scale, dtype)
     read = x.to(dtype) if in_index is None else x.to(dtype).index_select(-1, in_index)  # [..., K]
     d = grad.to(dtype)
@@ -334,7 +334,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         grad_weight = (rows.t() @ read.reshape(-1, read.shape[-1])).to(weight.dtype)
     if ctx.with_bias and ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(0, dtype=_checks.compute_dtype(rows)).to(bias.dtype)
+        grad_bias = rows.sum(0, dtype=checks.compute_dtype(rows)).to(bias.dtype)
     return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.with_residual else None, None
 
 

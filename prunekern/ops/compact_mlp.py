@@ -10,12 +10,12 @@ from torch import Tensor
 
 from prunekern import _native, kernels
 
-from . import _calls, _checks
+from . import calls, checks
 from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference, lined_up
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, is_unchanged
 
 OP = "compact_mlp"
-_EAGER = _native.core().call_mlp if _calls.EAGER else None  # the whole eager call in one C function
+_EAGER = _native.core().call_mlp if calls.EAGER else None  # the whole eager call in one C function
 
 
 def compact_mlp(
@@ -61,12 +61,12 @@ def compact_mlp(
     """
     if (
         _EAGER
-        and _calls.unwatched()
-        and not _calls.needs_grad(x, up, down, gate, up_bias, down_bias, gate_bias, residual)
+        and calls.unwatched()
+        and not calls.needs_grad(x, up, down, gate, up_bias, down_bias, gate_bias, residual)
     ):
         y = _EAGER(
             x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
-            n_hidden, n_out, NUMBER.get(activation, -1), residual, _calls.threads(),
+            n_hidden, n_out, NUMBER.get(activation, -1), residual, calls.threads(),
         )  # fmt: skip
         if y is not None:
             return y
@@ -81,7 +81,7 @@ def compact_mlp(
             n_hidden, n_out, activation, residual)  # fmt: skip
     if not packed and not is_packed(down):
         tensors = (x, up, down, gate, up_bias, down_bias, gate_bias, residual)
-        if x.device.type == "cuda" and not _calls.needs_grad(*tensors):
+        if x.device.type == "cuda" and not calls.needs_grad(*tensors):
             return torch.ops.prunekern.compact_mlp(*args)
         _check_shapes(*args)
         return _composed(compact_linear, *args)  # differentiable and traceable, layer by layer
@@ -114,12 +114,12 @@ def _check_shapes(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, do
         raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
-    _checks.floating(OP, "x", x)
+    checks.floating(OP, "x", x)
     weights, biases = _named(up, down, gate), _named(up_bias, down_bias, gate_bias, "_bias")
     scales = _named(up_scale, down_scale, gate_scale, "_scale")
-    _checks.dtypes(OP, x, weights, biases, residual)
+    checks.dtypes(OP, x, weights, biases, residual)
     others = {"in_index": in_index, "out_index": out_index, "residual": residual}
-    _checks.same_device(OP, "x", x.device, **weights, **biases, **others)
+    checks.same_device(OP, "x", x.device, **weights, **biases, **others)
     k = x.shape[-1] if in_index is None else in_index.numel()
     n = n_out if out_index is None else out_index.numel()
     for name, weight in weights.items():
@@ -131,9 +131,9 @@ def _check_shapes(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, do
         if is_packed(weight) != is_packed(up):
             raise ValueError(f"{OP}: {name} must be {'packed' if is_packed(up) else 'plain'} like up")
         if not is_packed(weight):
-            _checks.shape(OP, name, weight, shape)
+            checks.shape(OP, name, weight, shape)
         if biases[name + "_bias"] is not None:
-            _checks.shape(OP, name + "_bias", biases[name + "_bias"], (shape[0],))
+            checks.shape(OP, name + "_bias", biases[name + "_bias"], (shape[0],))
         check_scale(OP, name + "_scale", weight, shape[0], scales[name + "_scale"])
     for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
         if index is not None and (index.dtype != torch.int64 or index.dim() != 1 or index.numel() > size):
@@ -141,7 +141,7 @@ def _check_shapes(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, do
                 f"{OP}: {name} must be 1-D int64 of at most {size} channels (got {list(index.shape)} {index.dtype})"
             )
     if residual is not None:
-        _checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
+        checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
 
 
 def _named(up, down, gate, suffix: str = "") -> dict[str, Tensor | None]:
@@ -158,11 +158,11 @@ def _run_packed(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down
     y = x.new_empty((*x.shape[:-1], n_out))
     if y.numel() == 0:
         return y
-    kept_x, x_address, x_stride = _calls.rows(x)  # kept: the address is worth nothing without its tensor
-    kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else _calls.rows(residual)
-    biases = [_calls.plain_memory(b, torch.float32) for b in (up_bias, down_bias, gate_bias)]
-    scales = [_calls.plain_memory(s) for s in (up_scale, down_scale, gate_scale)]
-    in_index, out_index = _calls.plain_memory(in_index), _calls.plain_memory(out_index)
+    kept_x, x_address, x_stride = calls.rows(x)  # kept: the address is worth nothing without its tensor
+    kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else calls.rows(residual)
+    biases = [calls.plain_memory(b, torch.float32) for b in (up_bias, down_bias, gate_bias)]
+    scales = [calls.plain_memory(s) for s in (up_scale, down_scale, gate_scale)]
+    in_index, out_index = calls.plain_memory(in_index), calls.plain_memory(out_index)
     k = x.shape[-1] if in_index is None else in_index.numel()
     n = n_out if out_index is None else out_index.numel()
     for name, weight, shape in (
@@ -174,14 +174,14 @@ def _run_packed(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down
             check_panels(OP, name, weight, *shape)
     kinds = [None if w is None else KIND[w.dtype] for w in (up, down, gate)]
     up, down, gate = (
-        None if w is None else (kind, w.data_ptr(), _calls.address(bias), _calls.address(scale))
+        None if w is None else (kind, w.data_ptr(), calls.address(bias), calls.address(scale))
         for w, kind, bias, scale in zip((up, down, gate), kinds, biases, scales, strict=True)
     )
     _native.core().compact_mlp(
         x=x_address, m=y.numel() // n_out, x_stride=x_stride, in_features=x.shape[-1],
         k=k, up=up, n_hidden=n_hidden, down=down, n=n, y=y.data_ptr(), y_stride=n_out, n_out=n_out, gate=gate,
-        in_index=_calls.address(in_index), out_index=_calls.address(out_index), activation=activation,
-        residual=residual_address, residual_stride=residual_stride, threads=_calls.threads(),
+        in_index=calls.address(in_index), out_index=calls.address(out_index), activation=activation,
+        residual=residual_address, residual_stride=residual_stride, threads=calls.threads(),
         element=ELEMENT[x.dtype],
     )  # fmt: skip
     return y
@@ -214,10 +214,10 @@ def _run_triton(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down
         return _composed(compact_linear, x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale,
                          gate_scale, in_index, out_index, n_hidden, n_out, activation, residual)  # fmt: skip
     if in_index is not None:
-        _checks.kept_index_anywhere(OP, "in_index", in_index, x.shape[-1])
+        checks.kept_index_anywhere(OP, "in_index", in_index, x.shape[-1])
     x, in_index, up, gate = lined_up(x, in_index, up, gate)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    with _checks.without_autocast(x.device):
+    with checks.without_autocast(x.device):
         hidden = triton_op()(rows, up, gate, up_bias, gate_bias, up_scale, gate_scale, in_index, activation)
     hidden = hidden.view(*x.shape[:-1], n_hidden)
     return compact_linear(hidden, down, down_bias, None, out_index, n_out, "none", residual, down_scale)

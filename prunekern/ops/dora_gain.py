@@ -14,19 +14,19 @@ from torch import Tensor
 
 from prunekern import kernels
 
-from . import _checks
+from . import checks
 
 
 def row_sqnorm(V: Tensor) -> Tensor:
     """|V|^2 of each row. V [N, K] -> [N], fp32 (float64 for float64)."""
-    V = V.detach().to(_checks.compute_dtype(V))
-    with _checks.without_autocast(V.device):
+    V = V.detach().to(checks.compute_dtype(V))
+    with checks.without_autocast(V.device):
         return torch.einsum("nk,nk->n", V, V)
 
 
 def dora_gain_reference(V, A, B, m, m_b, s, v_sqnorm=None) -> tuple[Tensor, Tensor]:
     """The definition: forms V + s B A and takes its row norm. `v_sqnorm` is not read. Differentiable in all."""
-    dtype = _checks.compute_dtype(V, A, B)
+    dtype = checks.compute_dtype(V, A, B)
     merged = V.to(dtype) + s * (B.to(dtype) @ A.to(dtype))  # [N, K]
     sqnorm = merged.square().sum(1)
     inv_norm = torch.where(sqnorm > 0, sqnorm.clamp_min(torch.finfo(dtype).tiny).rsqrt(), 0.0)
@@ -39,9 +39,9 @@ def factored_inv_norm(V, A, B, s, v_sqnorm) -> Tensor:
 
     With U = V A^T [N, r] and G = A A^T [r, r] this reads V once and costs 2 N K r + 2 K r^2 + 2 N r^2 operations.
     """
-    dtype = _checks.compute_dtype(V, A, B)
+    dtype = checks.compute_dtype(V, A, B)
     V, A, B = V.to(dtype), A.to(dtype), B.to(dtype)
-    with _checks.without_autocast(V.device):
+    with checks.without_autocast(V.device):
         U = V @ A.T  # [N, r]
         G = A @ A.T  # [r, r]
         sqnorm = v_sqnorm.to(dtype) + ((2 * s) * U + (s * s) * (B @ G)).mul(B).sum(1)
@@ -63,21 +63,21 @@ def _forward(
 
 def _check(V, A, B, m, m_b, v_sqnorm) -> None:
     op = "dora_gain"
-    _checks.shape(op, "V", V, (None, None))
+    checks.shape(op, "V", V, (None, None))
     (N, K), r = V.shape, A.shape[0] if A.dim() else None
-    _checks.shape(op, "A", A, (r, K))
-    _checks.shape(op, "B", B, (N, r))
+    checks.shape(op, "A", A, (r, K))
+    checks.shape(op, "B", B, (N, r))
     for name, tensor in (("m", m), ("m_b", m_b), ("v_sqnorm", v_sqnorm)):
         if tensor is not None:
-            _checks.shape(op, name, tensor, (N,))
+            checks.shape(op, name, tensor, (N,))
     for name, tensor in (("V", V), ("A", A), ("B", B), ("m", m)):
-        _checks.floating(op, name, tensor)
-    _checks.same_device(op, "V", V.device, A=A, B=B, m=m, m_b=m_b, v_sqnorm=v_sqnorm)
+        checks.floating(op, name, tensor)
+    checks.same_device(op, "V", V.device, A=A, B=B, m=m, m_b=m_b, v_sqnorm=v_sqnorm)
 
 
 @_forward.register_fake
 def _(V, A, B, m, m_b, s, v_sqnorm):
-    dtype = _checks.compute_dtype(V, A, B)
+    dtype = checks.compute_dtype(V, A, B)
     return V.new_empty(V.shape[0], dtype=dtype), V.new_empty(V.shape[0], dtype=dtype)
 
 

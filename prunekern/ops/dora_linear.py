@@ -3,7 +3,7 @@
     z = x V^T + s (x_lora A^T) B^T          y = gain * z + bias
 
 With a `probe` [N] the backward pass also sums (dy * y)^2 over tokens, which nothing else can tell without keeping y:
-the square of what the loss loses, to first order, with a channel of one token. `prunekern.saliency` asks for it.
+the square of what the loss loses, to first order, with a channel of one token. `pruning.saliency` asks for it.
 
 `dora_linear` is what callers see; it is composed of `dora_linear_forward`, which also hands back z and
 p = x_lora A^T for the backward pass. z is kept because the gradient of gain reads it and cannot be had from y where
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from prunekern import kernels
 
-from . import _checks
+from . import checks
 
 
 def dora_linear_reference(x, V, A, B, gain, bias, s, x_lora=None) -> Tensor:
     """The definition, differentiable: one weight for V, one for the low-rank branch, no factoring of the product."""
-    dtype = _checks.compute_dtype(x, V, A, B, gain)
+    dtype = checks.compute_dtype(x, V, A, B, gain)
     x_low = (x if x_lora is None else x_lora).to(dtype)
     low = s * (B.to(dtype) @ A.to(dtype))  # [N, K]
     z = torch.einsum("...k,nk->...n", x.to(dtype), V.to(dtype)) + torch.einsum("...k,nk->...n", x_low, low)
@@ -49,7 +49,7 @@ def _forward(
     dtype = _matmul_dtype(x)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)  # [T, K]; -1 is no answer where K is 0
     low = flat if x_lora is None else x_lora.reshape(flat.shape).to(dtype)
-    with _checks.without_autocast(x.device):
+    with checks.without_autocast(x.device):
         p = low @ A.to(dtype).T  # [T, r]
         z = flat @ V.to(dtype).T  # [T, N]
         z.addmm_(p, B.to(dtype).T, alpha=s)
@@ -91,7 +91,7 @@ def _backward(ctx, dy, _dz, _dp):
     grads: list[Tensor | None] = [None] * 9
     if dy is None:
         return tuple(grads)
-    with _checks.without_autocast(dy.device):
+    with checks.without_autocast(dy.device):
         return _gradients(ctx, dy, grads)
 
 
@@ -209,23 +209,23 @@ torch.library.define("prunekern::dora_linear", _SCHEMA)
 
 def _check(x, V, A, B, gain, bias, x_lora, probe) -> None:
     op = "dora_linear"
-    _checks.shape(op, "V", V, (None, None))
+    checks.shape(op, "V", V, (None, None))
     (N, K), r = V.shape, A.shape[0] if A.dim() else None
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"{op}: x must have shape [..., {K}] as V is [{N}, {K}] (got {list(x.shape)})")
-    _checks.shape(op, "A", A, (r, K))
-    _checks.shape(op, "B", B, (N, r))
-    _checks.shape(op, "gain", gain, (N,))
+    checks.shape(op, "A", A, (r, K))
+    checks.shape(op, "B", B, (N, r))
+    checks.shape(op, "gain", gain, (N,))
     for name, tensor in (("bias", bias), ("probe", probe)):
         if tensor is not None:
-            _checks.shape(op, name, tensor, (N,))
+            checks.shape(op, name, tensor, (N,))
     if x_lora is not None:
-        _checks.shape(op, "x_lora", x_lora, tuple(x.shape))
+        checks.shape(op, "x_lora", x_lora, tuple(x.shape))
     others = {"V": V, "A": A, "B": B, "gain": gain, "bias": bias, "x_lora": x_lora, "probe": probe}
     for name, tensor in {"x": x, **others}.items():
         if tensor is not None:
-            _checks.floating(op, name, tensor)
-    _checks.same_device(op, "x", x.device, **others)
+            checks.floating(op, name, tensor)
+    checks.same_device(op, "x", x.device, **others)
 
 
 @torch.library.impl("prunekern::dora_linear", "CompositeImplicitAutograd")

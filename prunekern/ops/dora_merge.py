@@ -9,12 +9,12 @@ from torch import Tensor
 
 from prunekern import kernels
 
-from . import _checks
+from . import checks
 
 
 def dora_merge_reference(V, A, B, gain, rows=None, cols=None, s=1.0) -> Tensor:
     """The definition on the whole matrix, then the removal."""
-    dtype = _checks.compute_dtype(V, A, B, gain)
+    dtype = checks.compute_dtype(V, A, B, gain)
     W = gain.to(dtype)[:, None] * (V.to(dtype) + s * (B.to(dtype) @ A.to(dtype)))
     W = W if rows is None else W[rows]
     W = W if cols is None else W[:, cols]
@@ -25,12 +25,12 @@ def dora_merge_reference(V, A, B, gain, rows=None, cols=None, s=1.0) -> Tensor:
 def _forward(
     V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float
 ) -> Tensor:
-    dtype = _checks.compute_dtype(V, A, B, gain)
+    dtype = checks.compute_dtype(V, A, B, gain)
     if rows is not None:
         V, B, gain = V.index_select(0, rows), B.index_select(0, rows), gain.index_select(0, rows)
     if cols is not None:
         V, A = V.index_select(1, cols), A.index_select(1, cols)
-    with _checks.without_autocast(V.device):
+    with checks.without_autocast(V.device):
         out, A, B = V.dtype, A.to(dtype), B.to(dtype)
         if V.dtype is dtype:
             merged = torch.addmm(V, B, A, alpha=s)  # [rows, cols]
@@ -41,14 +41,14 @@ def _forward(
 
 def _check(V, A, B, gain, rows, cols) -> None:
     op = "dora_merge"
-    _checks.shape(op, "V", V, (None, None))
+    checks.shape(op, "V", V, (None, None))
     (N, K), r = V.shape, A.shape[0] if A.dim() else None
-    _checks.shape(op, "A", A, (r, K))
-    _checks.shape(op, "B", B, (N, r))
-    _checks.shape(op, "gain", gain, (N,))
+    checks.shape(op, "A", A, (r, K))
+    checks.shape(op, "B", B, (N, r))
+    checks.shape(op, "gain", gain, (N,))
     for name, tensor in (("V", V), ("A", A), ("B", B), ("gain", gain)):
-        _checks.floating(op, name, tensor)
-    _checks.same_device(op, "V", V.device, A=A, B=B, gain=gain, rows=rows, cols=cols)
+        checks.floating(op, name, tensor)
+    checks.same_device(op, "V", V.device, A=A, B=B, gain=gain, rows=rows, cols=cols)
 
 
 def _empty(V, A, B, gain, rows, cols, s):
@@ -84,7 +84,7 @@ def _dora_merge(V, A, B, gain, rows, cols, s=1.0):
     _check(V, A, B, gain, rows, cols)
     for name, index, size in (("rows", rows, V.shape[0]), ("cols", cols, V.shape[1])):
         if index is not None:
-            _checks.kept_index("dora_merge", name, index, size)
+            checks.kept_index("dora_merge", name, index, size)
     if kernels.usable(V, A, B, gain, rank=A.shape[0]):
         return triton_op()(V, A, B, gain, rows, cols, s)
     return _forward(V, A, B, gain, rows, cols, s)

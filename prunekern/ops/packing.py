@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunekern import _native
 
-from . import _calls, _checks
+from . import calls, checks
 
 # The kinds a weight is held in. The dtype tells which: of a plain weight [N, K] as of its panels.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -23,8 +23,8 @@ _AVAILABLE = _native.available()
 _PLAIN = (Tensor, torch.nn.Parameter)
 ELEMENT = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # what the kernels read and write besides weights
 
-_PAGE = 2**21  # bytes of a huge page
-_CHUNK = 16 * _PAGE
+HUGE_PAGE = 2**21  # bytes of a huge page
+_CHUNK = 16 * HUGE_PAGE
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,8 +33,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale is the channel's largest |weight| / 127; q is rounded to nearest, ties to even. A channel of zeros, or of
     nothing above 1e-36, has scale 0 and q 0. Raises ValueError for a weight that holds infinities or NaN.
     """
-    _checks.shape("quantize_weight", "weight", weight, (None, None))
-    _checks.floating("quantize_weight", "weight", weight)
+    checks.shape("quantize_weight", "weight", weight, (None, None))
+    checks.floating("quantize_weight", "weight", weight)
     weight = weight.detach().float()
     if weight.shape[1] == 0:
         return weight.to(torch.int8), weight.new_zeros(weight.shape[0])
@@ -65,14 +65,14 @@ def pack_weight(weight: Tensor) -> Tensor:
     The layout is not portable: save the plain weight. Raises RuntimeError where the C++ core is missing.
     """
     core = _native.core()
-    _checks.shape("pack_weight", "weight", weight, (None, None))
+    checks.shape("pack_weight", "weight", weight, (None, None))
     if weight.dtype not in KIND or weight.device.type != "cpu":
         raise TypeError(
             f"pack_weight: weight must be float32, bfloat16 or int8 on cpu (got {weight.dtype} on {weight.device})"
         )
     weight = weight.detach().resolve_neg()
     n, k = weight.shape
-    _calls.has_memory("pack_weight: weight", weight)
+    calls.has_memory("pack_weight: weight", weight)
     packed = _empty_panels(panel_shape(n, k, weight.dtype), weight.dtype)
     if weight.dtype == torch.float32:
         core.pack_weight(weight.data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.data_ptr())
@@ -121,7 +121,7 @@ def is_packable(weight: Tensor) -> bool:
 
 def may_pack(weight: Tensor) -> bool:
     """Whether a weight can be packed here and now: not while a tracer looks on, whose tensors hold no numbers."""
-    return type(weight) in _PLAIN and is_packable(weight) and _calls.unwatched()
+    return type(weight) in _PLAIN and is_packable(weight) and calls.unwatched()
 
 
 def version_of(weight: Tensor) -> int:
@@ -150,7 +150,7 @@ def check_panels(op: str, name: str, packed: Tensor, n: int, k: int) -> None:
             f"{op}: {name} has panels of {packed.shape[2]} channels, the {core.isa()} kernels read {width}: "
             "pack_weight the plain weight again on this machine"
         )
-    _checks.shape(op, name, packed, panel_shape(n, k, packed.dtype))
+    checks.shape(op, name, packed, panel_shape(n, k, packed.dtype))
 
 
 def check_scale(op: str, name: str, weight: Tensor, n: int, scale: Tensor | None) -> None:
@@ -161,10 +161,10 @@ def check_scale(op: str, name: str, weight: Tensor, n: int, scale: Tensor | None
         return
     if scale is None:
         raise ValueError(f"{op}: {name} is needed with an int8 weight (got None)")
-    _checks.shape(op, name, scale, (n,))
+    checks.shape(op, name, scale, (n,))
     if scale.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be float32 (got {scale.dtype})")
-    _checks.same_device(op, "the weight", weight.device, **{name: scale})
+    checks.same_device(op, "the weight", weight.device, **{name: scale})
 
 
 class _Arena(threading.local):
@@ -202,7 +202,7 @@ def _empty_panels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             _arena.memory, _arena.used = _huge(_CHUNK), 0
         memory = _arena.memory[_arena.used : _arena.used + size]
         _arena.used += -(-size // 64) * 64
-    elif size < _PAGE:
+    elif size < HUGE_PAGE:
         return torch.empty(shape, dtype=dtype, device="cpu")
     else:
         memory = _huge(size)
@@ -215,10 +215,10 @@ def _huge(size: int) -> Tensor:
     Mapped anew: memory that malloc hands out again has small pages already, and keeps them.
     """
     if hasattr(mmap, "MAP_ANONYMOUS"):
-        mapped = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory = torch.frombuffer(mapped, dtype=torch.uint8)
     else:
-        memory = torch.empty(size + _PAGE, dtype=torch.uint8, device="cpu")
-    memory = memory[-memory.data_ptr() % _PAGE :][:size]
+        memory = torch.empty(size + HUGE_PAGE, dtype=torch.uint8, device="cpu")
+    memory = memory[-memory.data_ptr() % HUGE_PAGE :][:size]
     _native.core().prefer_huge_pages(memory.data_ptr(), size)
     return memory

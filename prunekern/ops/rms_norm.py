@@ -7,11 +7,11 @@ from torch import Tensor
 
 from prunekern import _native
 
-from . import _calls, _checks
+from . import calls, checks
 
 OP = "rms_norm"
 _RUN = _native.core().rms_norm if _native.available() else None
-_EAGER = _native.core().call_norm if _calls.EAGER else None  # csrc/eager_norm.cpp
+_EAGER = _native.core().call_norm if calls.EAGER else None  # csrc/eager_norm.cpp
 _f32 = torch.float32
 
 
@@ -31,8 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     runs the PyTorch reference. Differentiable in x and weight. Raises ValueError (shapes, devices) or TypeError
     (dtypes), naming the argument.
     """
-    if _EAGER and _calls.unwatched() and not _calls.needs_grad(x, weight):
-        y = _EAGER(x, weight, eps, _calls.threads())
+    if _EAGER and calls.unwatched() and not calls.needs_grad(x, weight):
+        y = _EAGER(x, weight, eps, calls.threads())
         if y is not None:
             return y
     return torch.ops.prunekern.rms_norm(x, weight, eps)
@@ -46,7 +46,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / sqrt(mean(x^2) + eps) and 1 / sqrt(mean(x^2) + eps) [..., 1], in what is computed in."""
-    x = x.to(_checks.compute_dtype(x))
+    x = x.to(checks.compute_dtype(x))
     inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * inverse, inverse
 
@@ -58,9 +58,9 @@ def _check(x: Tensor, weight: Tensor) -> None:
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
     for name, tensor in (("x", x), ("weight", weight)):
-        _checks.floating(OP, name, tensor)
-    _checks.shape(OP, "weight", weight, (x.shape[-1],))
-    _checks.same_device(OP, "x", x.device, weight=weight)
+        checks.floating(OP, name, tensor)
+    checks.shape(OP, "weight", weight, (x.shape[-1],))
+    checks.same_device(OP, "x", x.device, weight=weight)
 
 
 def _run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,10 +68,10 @@ def _run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
-    kept, address, stride = _calls.rows(x)  # kept: the address is worth nothing without its tensor
-    weight = _calls.plain_memory(weight)
+    kept, address, stride = calls.rows(x)  # kept: the address is worth nothing without its tensor
+    weight = calls.plain_memory(weight)
     n = x.shape[-1]
-    _RUN(y.numel() // n, n, address, stride, weight.data_ptr(), eps, y.data_ptr(), _calls.threads())
+    _RUN(y.numel() // n, n, address, stride, weight.data_ptr(), eps, y.data_ptr(), calls.threads())
     return y
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from prunekern import _native
 
-from . import _calls, _checks
+from . import calls, checks
 
 OP = "rotate_pairs"
 _RUN = _native.core().rotate_pairs if _native.available() else None
-_EAGER = _native.core().call_rotary if _calls.EAGER else None  # csrc/eager_rotary.cpp
+_EAGER = _native.core().call_rotary if calls.EAGER else None  # csrc/eager_rotary.cpp
 _f32 = torch.float32
 
 
@@ -39,8 +39,8 @@ def rotate_pairs(
     runs; anything else runs the PyTorch reference. Differentiable in x. Raises ValueError (shapes, devices) or
     TypeError (dtypes), naming the argument.
     """
-    if _EAGER and _calls.unwatched() and not _calls.needs_grad(x):
-        y = _EAGER(x, cos, sin, angle, first, shared_by, _calls.threads())
+    if _EAGER and calls.unwatched() and not calls.needs_grad(x):
+        y = _EAGER(x, cos, sin, angle, first, shared_by, calls.threads())
         if y is not None:
             return y
     return torch.ops.prunekern.rotate_pairs(x, cos, sin, angle, first, shared_by)
@@ -50,7 +50,7 @@ def rotate_pairs_reference(
     x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[int], shared_by: int = 1
 ) -> Tensor:
     """The same in plain PyTorch, head by head; differentiable; never calls the C++ core."""
-    dtype = _checks.compute_dtype(x)
+    dtype = checks.compute_dtype(x)
     out, x = x.dtype, x.to(dtype)
     cos, sin = (t.to(dtype).index_select(-1, angle) for t in (cos, sin))  # [batch or 1, tokens, C / 2]
     parts = []
@@ -67,18 +67,18 @@ def rotate_pairs_reference(
 
 
 def _check(x, cos, sin, angle, first, shared_by) -> None:
-    _checks.shape(OP, "x", x, (None, None, None))
-    _checks.floating(OP, "x", x)
+    checks.shape(OP, "x", x, (None, None, None))
+    checks.floating(OP, "x", x)
     batch, tokens, channels = x.shape
     if shared_by < 1 or channels % shared_by:
         raise ValueError(f"{OP}: shared_by must divide the {channels} channels of x (got {shared_by})")
     channels //= shared_by
     for name, table in (("cos", cos), ("sin", sin)):
-        _checks.floating(OP, name, table)
-        _checks.shape(OP, name, table, (None, tokens, cos.shape[-1]))
+        checks.floating(OP, name, table)
+        checks.shape(OP, name, table, (None, tokens, cos.shape[-1]))
         if table.shape[0] not in (1, batch):
             raise ValueError(f"{OP}: {name} must have 1 or {batch} sequences like x (got {table.shape[0]})")
-    _checks.same_device(OP, "x", x.device, cos=cos, sin=sin, angle=angle)
+    checks.same_device(OP, "x", x.device, cos=cos, sin=sin, angle=angle)
     steps = [b - a for a, b in zip(first, first[1:], strict=False)]
     if not first or first[0] != 0 or first[-1] != channels or any(n < 0 or n % 2 for n in steps):
         raise ValueError(
@@ -86,7 +86,7 @@ def _check(x, cos, sin, angle, first, shared_by) -> None:
         )
     if angle.dtype != torch.int64:
         raise TypeError(f"{OP}: angle must be int64 (got {angle.dtype})")
-    _checks.shape(OP, "angle", angle, (channels // 2,))
+    checks.shape(OP, "angle", angle, (channels // 2,))
 
 
 def _check_values(angle: Tensor, angles: int) -> None:
@@ -101,7 +101,7 @@ def _run(x, cos, sin, angle, first, shared_by) -> Tensor:
     tables = [(t.data_ptr(), (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))) for t in (cos, sin)]
     _RUN(
         x.shape[0], x.shape[1], first, shared_by, x.data_ptr(), x.stride()[:2], *tables[0], *tables[1], cos.shape[2],
-        angle.data_ptr(), y.data_ptr(), _calls.threads(),
+        angle.data_ptr(), y.data_ptr(), calls.threads(),
     )  # fmt: skip
     return y
 

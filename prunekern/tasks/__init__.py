@@ -29,7 +29,7 @@ __all__ = ["ChoiceTask", "DataError", "LanguageTask", "Task", "get", "names"]
 
 def names() -> tuple[str, ...]:
     """The task names `get` knows, files aside."""
-    from . import glue
+    from .sources import glue
 
     return ("reviews", "topics", "tweets", "wikipedia", "winogrande", "science", *glue.TASKS)
 
@@ -44,7 +44,8 @@ def get(name_or_path: str | os.PathLike, **options: Any) -> Task | LanguageTask 
     Raises ValueError for an unknown name, extension or option; DataError for data that cannot be used;
     FileNotFoundError for a file that is not there; prunekern.tasks.fetch.FetchError when an archive cannot be had.
     """
-    from . import choice, files, glue, language, reviews, science, topics, tweets, wikipedia, winogrande
+    from . import choice, files, language
+    from .sources import glue, reviews, science, topics, tweets, wikipedia, winogrande
 
     text = os.fspath(name_or_path)
     key = text.lower().replace("-", "").replace("_", "")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .causal import CausalTask
 from .files import check_text
-from .readers import read
+from .sources.readers import read
 from .split import check_shares, draw, grouped_split, text_key
 from .task import SPLITS, DataError
 

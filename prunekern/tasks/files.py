@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .readers import READERS, read
+from .sources.readers import READERS, read
 from .split import draw, text_key
 from .task import SPLITS, DataError, Task, label_dataset
 

@@ -79,7 +79,7 @@ def evaluate_tasks(
     with _quiet(), Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("looking up tasks", total=None)
         # lm-eval takes 16 s to index its 14,000 definitions; finding those asked for takes 1 s, once a process.
-        folders = sorted({str(_definition(name).parent) for name in names})
+        folders = sorted({str(definition(name).parent) for name in names})
         manager = TaskManager(include_defaults=False, include_path=folders)
         tasks = {}
         for name in names:
@@ -124,7 +124,7 @@ def _definitions() -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _definition(name: str) -> Path:
+def definition(name: str) -> Path:
     """The file of lm-eval that defines a task. ValueError for a name it does not know, or knows as a group."""
     known = _definitions()
     if name not in known:

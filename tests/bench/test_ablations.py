@@ -20,8 +20,8 @@ from ablation_variants import BASE, RECIPE, VARIANTS, Variant
 from tiny_models import attached, batch, build, logits
 
 import prunekern as pk
-from prunekern import budget
-from prunekern.trainer import SCHEDULE
+from prunekern.pruning import budget
+from prunekern.training.trainer import SCHEDULE
 
 
 class Rows(list):

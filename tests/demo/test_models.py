@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from prunekern import tasks
 from prunekern.demo import models
 from prunekern.demo.models import ENCODERS, MODEL_NAMES, demo_model
-from prunekern.tasks.fetch import MINILM, FetchError, fetch, read_member
+from prunekern.tasks.sources.fetch import MINILM, FetchError, fetch, read_member
 
 # Computed in float64, so that only the stored weights differ: one fp32 rounding of position row + type row, of values
 # below 1 (half an ulp: 3e-8), which the embedding LayerNorm multiplies by a few. The others hold the same weights.
@@ -257,14 +257,14 @@ def test_another_process_was_faster(cache, monkeypatch, broken_before):
         lose(folder)
     else:
         shutil.rmtree(folder)
-    real = models._convert
+    real = models.convert_encoder
 
     def slow(*arguments):
         real(*arguments)
         shutil.rmtree(folder, ignore_errors=True)
         spare.rename(folder)
 
-    monkeypatch.setattr(models, "_convert", slow)
+    monkeypatch.setattr(models, "convert_encoder", slow)
     marker = (spare / "config.json").stat().st_ino
     assert demo_model("mini-bert") == folder
     assert (folder / "config.json").stat().st_ino == marker  # theirs was kept

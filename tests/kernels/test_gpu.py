@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from checks import CHECKS, run
+
+from tests.helpers.kernel_checks import CHECKS, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
 

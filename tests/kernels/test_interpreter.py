@@ -1,7 +1,8 @@
 """Every Triton kernel on machines without a GPU: in Triton's interpreter, in a process of its own."""
 
 import pytest
-from checks import CHECKS, run
+
+from tests.helpers.kernel_checks import CHECKS, run
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -5,11 +5,11 @@ import io
 
 import pytest
 import torch
-from masked_dora import K, close, definition, dense, trained
 from torch import nn
 
 from prunekern import ops
 from prunekern.nn import MaskedDoRALinear
+from tests.helpers.masked_dora import K, close, definition, dense, trained
 
 
 def count_norms(monkeypatch):

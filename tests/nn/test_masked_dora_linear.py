@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from masked_dora import K, N, close, definition, dense, trained
 from torch import nn
 
 from prunekern.nn import ChannelMask, MaskedDoRALinear
+from tests.helpers.masked_dora import K, N, close, definition, dense, trained
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from prunekern import _native
 from prunekern.nn import CompactAttention, CompactLinear, CompactMLP
 from prunekern.nn.packed import pack_all
-from prunekern.ops.packing import _PAGE, pack_weight, side_by_side, unpack_weight
+from prunekern.ops.packing import HUGE_PAGE, pack_weight, side_by_side, unpack_weight
 
 native = pytest.mark.skipif(not _native.available(), reason=str(_native.why_not()))
 
@@ -33,7 +33,7 @@ def test_weights_of_a_model_share_huge_pages(kind):
     pack_all(layers)
     panels = [layer._packed.weight for layer in layers]
     assert len({p.untyped_storage().data_ptr() for p in panels}) == 1
-    assert panels[0].data_ptr() % _PAGE == 0
+    assert panels[0].data_ptr() % HUGE_PAGE == 0
     ends = [(p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in panels]
     assert all(0 <= begin - end < 64 and begin % 64 == 0 for (_, end), (begin, _) in zip(ends, ends[1:], strict=False))
     with torch.inference_mode():

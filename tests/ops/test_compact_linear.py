@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from compact_linears import assert_close, kept, naive, native
 
 from prunekern import _native
 from prunekern.ops import compact_linear, pack_weight, unpack_weight
 from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear_reference
+from tests.helpers.compact_linears import assert_close, kept, naive, native
 
 
 @native

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from compact_linears import EPS, assert_close, kept, naive, native
 
 from prunekern.ops import compact_linear, pack_weight, unpack_weight
 from prunekern.ops.compact_linear import ACTIVATIONS
+from tests.helpers.compact_linears import EPS, assert_close, kept, naive, native
 
 
 def plain_arguments(activation: str, dtype=torch.float64, scatter: bool = True) -> tuple:

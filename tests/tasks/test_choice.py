@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
-from tiny_decoders import VOCAB, build
-from tiny_tokenizer import WORDS, word_tokenizer
 from tokenizers import processors
 
 import prunekern as pk
 from prunekern import tasks
-from prunekern.recipe import evaluate
-from prunekern.tasks import science, winogrande
 from prunekern.tasks.choice import Item, choice_task, log_likelihoods
+from prunekern.tasks.sources import science, winogrande
 from prunekern.tasks.task import DataError
+from prunekern.training.recipe import evaluate
+from tests.helpers.tiny_decoders import VOCAB, build
+from tests.helpers.tiny_tokenizer import WORDS, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ EXAMPLES = {
 
 
 def test_archived_items(monkeypatch):
-    monkeypatch.setattr("prunekern.tasks.bigbench.instructions", lambda name, subtask: EXAMPLES[subtask])
+    monkeypatch.setattr("prunekern.tasks.sources.bigbench.instructions", lambda name, subtask: EXAMPLES[subtask])
     first, second = winogrande.records()
     assert first["answer"] == "1" and second["answer"] == "2" and first["twins"] == second["twins"]
     assert winogrande.as_item(second) == Item(

@@ -11,7 +11,16 @@ import socket
 import lm_eval.evaluator
 import pytest
 import torch
-from harness_items import (
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+from tqdm import tqdm
+
+import prunekern as pk
+from prunekern.nn import CompactLinear
+from prunekern.tasks import harness, harness_local
+from prunekern.tasks.harness import QUOTED, evaluate_tasks
+from tests.helpers.harness_items import (
     BOOLQ,
     CHARACTERS,
     CONTEXT,
@@ -22,17 +31,8 @@ from harness_items import (
     decoder,
     write,
 )
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from rich.console import Console
-from tiny_decoders import FAMILIES
-from tiny_models import attached, prune
-from tqdm import tqdm
-
-import prunekern as pk
-from prunekern.nn import CompactLinear
-from prunekern.tasks import harness, harness_local
-from prunekern.tasks.harness import QUOTED, evaluate_tasks
+from tests.helpers.tiny_decoders import FAMILIES
+from tests.helpers.tiny_models import attached, prune
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_numbers_are_those_of_simple_evaluate(model, tokenizer, tmp_path, monkey
     got, likelihoods = run(model, tokenizer, names, tmp_path, num_fewshot=2)
     for name in ("add_env_info", "get_git_commit_hash"):  # 4 s of pip, lscpu and git
         monkeypatch.setattr(lm_eval.evaluator, name, lambda *_: None)
-    manager = TaskManager(include_defaults=False, include_path=[str(harness._definition(n).parent) for n in names])
+    manager = TaskManager(include_defaults=False, include_path=[str(harness.definition(n).parent) for n in names])
     tasks = [{"task": n, **harness_local.source(tmp_path, n, manager.task_index[n].cfg, num_fewshot=2)} for n in names]
     lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4)
     spec = [{"group": "all", "task": tasks}]

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from harness_items import RECORDS, character_tokenizer, decoder, write
-from tiny_decoders import build
 from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 
 import prunekern as pk
 from prunekern.tasks.harness import evaluate_tasks
+from tests.helpers.harness_items import RECORDS, character_tokenizer, decoder, write
+from tests.helpers.tiny_decoders import build
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from tiny_decoders import VOCAB, build
-from tiny_tokenizer import WORDS, word_tokenizer
 
 import prunekern as pk
 from prunekern import tasks
-from prunekern.recipe import evaluate
 from prunekern.tasks.language import language_task, token_losses
+from prunekern.training.recipe import evaluate
+from tests.helpers.tiny_decoders import VOCAB, build
+from tests.helpers.tiny_tokenizer import WORDS, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_the_command_trains_a_decoder_on_a_text_file(corpus, tokenizer, tmp_path
 
 def test_a_decoder_learns_to_classify(tokenizer, tmp_path):
     """A base model and a tokenizer without a padding token, as LLaMA's are; labels told by one word."""
-    from prunekern.recipe import TrainOptions, fine_tune, load_dense
+    from prunekern.training.recipe import TrainOptions, fine_tune, load_dense
 
     model = build(pad_token_id=None)
     model.save_pretrained(tmp_path / "base")

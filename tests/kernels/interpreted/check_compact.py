@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from definitions import DEVICE, UNIT, poisoned_empty, random, strided, within
 
 from prunekern.kernels import compact_finish as finish_kernels
 from prunekern.kernels import compact_linear as linear_kernels
 from prunekern.kernels import compact_mlp as mlp_kernels
+from tests.helpers.kernel_definitions import DEVICE, UNIT, poisoned_empty, random, strided, within
 
 op = importlib.import_module("prunekern.ops.compact_linear")  # prunekern.ops.compact_linear is the function
 

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from definitions import UNIT, dora, poisoned_empty, random, strided, within
 
 from prunekern.kernels import dora_gain as gain_kernels
 from prunekern.kernels import dora_linear as linear_kernels
 from prunekern.kernels import dora_merge as merge_kernels
+from tests.helpers.kernel_definitions import UNIT, dora, poisoned_empty, random, strided, within
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANKS = (1, 8, 16, 33, 64, 65, 200, 512)

@@ -7,9 +7,9 @@ from importlib import import_module
 
 import pytest
 import torch
-from definitions import UNIT, dora, random, strided, within
 
 from prunekern.kernels import dora_linear as kernels
+from tests.helpers.kernel_definitions import UNIT, dora, random, strided, within
 
 # By name: in `prunekern.ops` a function stands under each of them.
 gain_ops, linear_ops, merge_ops, compact_ops, mlp_ops = (

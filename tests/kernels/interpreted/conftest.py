@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from definitions import DEVICE
+
+from tests.helpers.kernel_definitions import DEVICE
 
 torch.set_default_device(DEVICE)
 

@@ -1,0 +1,66 @@
+"""The model card of a compact model."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from .plan import Plan
+from .plan import plan as plan_of
+
+_INTRO = """Compact: channels that fine-tuning found it could do without are gone, so that its layers have shapes of
+their own. It loads where prunekern is installed:"""
+
+
+FILE = "README.md"
+MARK = "<!-- written by prunekern; without this line it is yours, and stays -->"
+
+
+def is_ours_to_write(path: Path) -> bool:
+    """Whether there is no card at `path`, or one that nobody has made their own."""
+    return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def model_card(model: nn.Module, command: str | None = None) -> str:
+    """Markdown with front matter: how to load `model` (compact), what was kept of each layer, sizes, what made it.
+
+    command: as a shell takes it; None: this process's if it is `prunekern` itself, else nothing is said of it: the
+    arguments of other programs may hold secrets. ValueError for a model without a plan.
+    """
+    from .. import __version__
+
+    plan, name = plan_of(model), type(model).__name__
+    command = _own_command() if command is None else command
+    total = sum(p.numel() for p in model.parameters())
+    removed = plan.dense_params() - plan.params()
+    sizes = [
+        ("parameters", total, total + removed),
+        ("of them in block linears", plan.params(), plan.dense_params()),
+        ("multiply-adds of these a token", plan.macs(), plan.dense_macs()),
+    ]
+    base = getattr(model.config, "_name_or_path", "") or "unknown"
+    lines = ["---", "library_name: transformers", "tags: [prunekern, pruned, dora]", "---", "", MARK, ""]
+    lines += [f"# {name}, compact", ""]
+    lines += [_INTRO, "", "```python", "import prunekern as pk", "", 'model = pk.load("this folder")', "```", ""]
+    lines += [f"Made from `{base}` by prunekern {__version__}{f': `{command}`' if command else '.'}", ""]
+    lines += ["| | compact | dense | share |", "|---|---|---|---|"]
+    lines += [f"| {what} | {kept:,} | {dense:,} | {kept / max(dense, 1):.3f} |" for what, kept, dense in sizes]
+    lines += ["", "## What was kept", "", "| layer | rows | of | columns | of |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *_rows(plan), ""])
+
+
+def _own_command() -> str | None:
+    program = Path(sys.argv[0])
+    if program.name in ("prunekern", "prunekern.exe") or program.parts[-2:] == ("prunekern", "__main__.py"):
+        return shlex.join(["prunekern", *sys.argv[1:]])
+    return None
+
+
+def _rows(plan: Plan) -> list[str]:
+    return [
+        f"| `{name}` | {p.rows.numel():,} | {p.out_features:,} | {p.cols.numel():,} | {p.in_features:,} |"
+        for name, p in plan.layers.items()
+    ]

@@ -1,0 +1,117 @@
+"""Compact models on disk: safetensors and JSON only, replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import CompactLinear
+from ..nn.packed import pack_all
+from ..ops.packing import WEIGHTS
+from ..storage.folders import replacing
+from ..storage.json_files import read_json
+from . import card
+from .head import plain_head, set_head_weights, word_head
+
+# What `save_pretrained` writes, and weights in other forms that would contradict it; a model_card.md is not ours.
+_MODEL_FILE = re.compile(
+    r"config\.json|generation_config\.json|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether `save_pretrained` writes a file of that name, or it holds weights in another form."""
+    return _MODEL_FILE.fullmatch(name) is not None
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB", command: str | None = None
+) -> None:  # fmt: skip
+    """Write a compact model to the folder `path` in transformers' layout: safetensors, config.json with the plan, and a
+    model card README.md unless there is one of your own (see `card.model_card`, of command too).
+
+    The folder is written beside `path` and put in its place in one step: a full disk or a kill leaves the old one
+    whole. Other files in the old folder (a tokenizer) are carried over. ValueError for a model that is not compact.
+    """
+    if not any(isinstance(m, CompactLinear) for m in model.modules()):
+        raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
+    with replacing(Path(path), is_model_file) as folder, plain_head(model):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if card.is_ours_to_write(Path(path) / card.FILE):
+            (folder / card.FILE).write_text(card.model_card(model, command), encoding="utf-8")
+
+
+def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
+    """The compact model in the folder `path`, of the class that config.json names, in eval mode.
+
+    weights: how block weights are held, fp32, bf16 (half the memory) or int8 (a quarter, one scale a channel), and the
+    head of a causal language model, which is read at every token too; all else (embeddings, norms, biases, other
+    heads) is fp32, and so are activations. How near each comes to float64 is
+    in `prunekern.ops.compact_linear`. Weights are packed for this machine at once.
+
+    FileNotFoundError where there is no such folder; ValueError for what is not a compact model, or is truncated,
+    edited or foreign: the message names file and tensor.
+    """
+    import transformers
+
+    from . import hf  # noqa: F401  (registers the format)
+
+    _known(weights)
+    path = Path(path)
+    config = read_config(path)
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != hf.METHOD:
+        raise ValueError(f"{path / 'config.json'}: holds no prunekern plan; this is not a compact model")
+    names = config.get("architectures") or []
+    one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    cls = getattr(transformers, names[0], None) if one else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(f"{path / 'config.json'}: architectures must name one transformers model class (got {names})")
+    model, info = cls.from_pretrained(
+        path,
+        dtype=torch.float32,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in `info`
+    )
+    # transformers fills what is missing with random numbers: right for a new head, not for a model saved whole.
+    for name, got, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{path}: tensor {name!r} must have shape {list(wanted)} (got {list(got)})")
+    for name in sorted(info["missing_keys"]):
+        raise ValueError(f"{path}: tensor {name!r} is missing")
+    for name in sorted(info["unexpected_keys"]):
+        raise ValueError(f"{path}: tensor {name!r} is not of this model")
+    return set_weights(model, weights).requires_grad_(False).eval()
+
+
+def set_weights(model: nn.Module, weights: str) -> nn.Module:
+    """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16 or int8 (see
+    `load`), and pack them; returns the model. A head that is tied to the embeddings is rounded from them anew.
+
+    ValueError for another kind, and for bf16 and int8 where the model is not compact.
+    """
+    _known(weights)
+    head = word_head(model)
+    layers = [module for module in model.modules() if isinstance(module, CompactLinear) and module is not head]
+    if not layers and weights != "fp32":
+        raise ValueError(f"load: weights {weights!r} needs a compact model (got {type(model).__name__} without plan)")
+    for layer in layers:
+        layer.set_weights(weights)
+    set_head_weights(model, weights)
+    pack_all(model)
+    return model
+
+
+def _known(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"load: weights must be one of {WEIGHTS} (got {weights!r})")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder. FileNotFoundError or ValueError say what is wrong with it."""
+    return read_json(path / "config.json", "a folder written by prunekern.save")

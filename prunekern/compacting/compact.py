@@ -1,0 +1,55 @@
+"""Merge the adapters and remove what the masks prune: a new model of the same class, with smaller linears."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .. import families
+from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
+from .plan import LayerPlan, Plan
+from .plan import plan as plan_of
+
+
+@torch.no_grad()
+def compact(model: nn.Module) -> nn.Module:
+    """The compact model of an attached one, which is left untouched: same class, heads and call signature.
+
+    Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode. The
+    result is in eval mode, frozen, ready for `save`. ValueError for a model never attached, or compact already.
+    """
+    if any(isinstance(m, CompactLinear) for m in model.modules()):
+        raise ValueError(f"compact: {type(model).__name__} is compact already")
+    plan = plan_of(model)
+    linears = {name: model.get_submodule(name) for name in plan.layers}
+    # Block linears are not copied: their place is taken by the compact ones.
+    small = copy.deepcopy(model, {id(module): nn.Identity() for module in linears.values()})
+
+    def make(name: str, in_index, out_index, out_features: int, activation: str) -> CompactLinear:
+        weight, bias = _merged(linears[name], plan.layers[name])
+        return CompactLinear(weight, bias, in_index, out_index, out_features, activation).to(weight.device)
+
+    families.of(model).rebuild(small, plan, make)
+    return mark(small.requires_grad_(False).eval(), plan)
+
+
+def _merged(module: nn.Module, kept: LayerPlan) -> tuple[Tensor, Tensor | None]:
+    if isinstance(module, ShrunkDoRALinear):
+        return module.merged()
+    if isinstance(module, ShrunkLinear):
+        return module.weight.clone(), None if module.bias is None else module.bias.clone()
+    if isinstance(module, MaskedDoRALinear):
+        return module.merged(kept.rows, kept.cols)
+    rows, cols = kept.rows.to(module.weight.device), kept.cols.to(module.weight.device)
+    weight = module.weight.index_select(0, rows).index_select(1, cols)  # partners outside the targets
+    return weight, None if module.bias is None else module.bias.index_select(0, rows)
+
+
+def mark(model: nn.Module, plan: Plan) -> nn.Module:
+    """Write the plan into the model's config, so that every `save_pretrained` carries it."""
+    from .hf import PrunekernConfig
+
+    model.config.quantization_config = PrunekernConfig(plan=plan.to_dict())
+    return model

@@ -1,0 +1,115 @@
+"""Registration with transformers: after `import prunekern.hf`, every `AutoModelFor...from_pretrained` loads compact
+models. The plan travels in `config.json` under `quantization_config`; before the weights load, the blocks are rebuilt.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import families
+from ..nn import CompactLinear
+from .plan import Plan, check
+from .tensors import check_tensors
+
+METHOD = "prunekern"
+FORMAT = 1
+
+
+@register_quantization_config(METHOD)
+class PrunekernConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compact model: format version and plan."""
+
+    def __init__(self, plan: dict | None = None, format: int = FORMAT, prunekern_version: str | None = None, **kwargs):
+        self.quant_method = METHOD
+        self.format = format
+        self.prunekern_version = prunekern_version or _version()
+        self.plan = plan
+
+    def to_dict(self) -> dict:
+        return {
+            "quant_method": self.quant_method,
+            "format": self.format,
+            "prunekern_version": self.prunekern_version,
+            "plan": self.plan,
+        }
+
+    def parsed(self) -> Plan:
+        """The plan. ValueError when it is missing, malformed, or of a newer format."""
+        if type(self.format) is not int or not 1 <= self.format <= FORMAT:
+            raise ValueError(
+                f"config.json: quantization_config format {self.format!r} was written by prunekern "
+                f"{self.prunekern_version}; this version reads up to {FORMAT}. Upgrade prunekern"
+            )
+        if self.plan is None:
+            raise ValueError("config.json: quantization_config has no plan")
+        return Plan.from_dict(self.plan)
+
+
+@register_quantizer(METHOD)
+class PrunekernQuantizer(HfQuantizer):
+    """Rebuilds the blocks compact on the skeleton transformers has made, then checks what the files hold."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs):
+        # transformers builds on the meta device: indices are real all the same, only weights have no storage yet.
+        with torch.device("cpu"):
+            plan = _named_for(model, self.quantization_config.parsed())
+            self.quantization_config.plan = plan.to_dict()
+            check(plan, families.of(model).table(model))
+            skeleton(model, plan)
+        self._indices = {
+            name: buffer for name, buffer in model.named_buffers() if name.endswith(("in_index", "out_index"))
+        }
+        if checkpoint_files:
+            check_tensors(model, plan, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
+        # transformers has replaced every non-persistent buffer by an uninitialised one: put the kept indices back.
+        for name, index in self._indices.items():
+            parent, _, buffer = name.rpartition(".")
+            module = model.get_submodule(parent)
+            setattr(module, buffer, index.to(module.weight.device))
+        # A compact model is an ordinary one: .to(), .float(), .double() and Trainer work on it.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def skeleton(model: nn.Module, plan: Plan) -> None:
+    """Give a dense model the compact structure of `plan`, in place, weights unset (on the meta device)."""
+
+    def make(name: str, in_index, out_index, out_features: int, activation: str) -> CompactLinear:
+        layer, dense = plan.layers[name], model.get_submodule(name).weight
+        options = {"dtype": dense.dtype, "device": "meta"}
+        weight = torch.empty(layer.rows.numel(), layer.cols.numel(), **options)
+        bias = torch.empty(layer.rows.numel(), **options) if layer.bias else None
+        return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
+
+    families.of(model).rebuild(model, plan, make)
+
+
+def _named_for(model: nn.Module, plan: Plan) -> Plan:
+    """`plan` by the layer names of `model`: a base model's lack the prefix that they have under a task head."""
+    prefix = model.base_model_prefix + "."
+    bare = model.base_model is model
+
+    def rename(name: str) -> str:
+        return name.removeprefix(prefix) if bare else name if name.startswith(prefix) else prefix + name
+
+    return Plan({rename(name): layer for name, layer in plan.layers.items()})
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__

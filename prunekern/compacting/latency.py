@@ -1,0 +1,49 @@
+"""How fast models run beside one another: a compact one and its dense twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from .. import families
+from ..machine.measure import interleaved, threads
+
+
+def latency(
+    models: Mapping[str, nn.Module], batch: int, tokens: int, seconds: float = 3.0, thread_count: int = 1
+) -> dict[str, float]:
+    """Fastest forward pass of each model, in seconds, on `batch` full sequences of `tokens` random ids.
+
+    ValueError for more tokens than a model has positions for.
+    """
+    for name, model in models.items():
+        most = families.most_tokens(model)
+        if most is not None and tokens > most:
+            raise ValueError(f"latency: tokens must be at most {most} for the {name} model (got {tokens})")
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    generator = torch.Generator().manual_seed(0)
+    device = next(next(iter(models.values())).parameters()).device
+    ids = torch.randint(5, vocabulary, (batch, tokens), generator=generator).to(device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def forward(model: nn.Module) -> Callable[[], object]:
+        def call():
+            model(**inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return call
+
+    with threads(thread_count), torch.inference_mode():
+        return interleaved({name: forward(model) for name, model in models.items()}, seconds)
+
+
+def dense_twin(compact: nn.Module) -> nn.Module:
+    """The dense model of a compact one's config, weights random: for speed, where weights do not matter."""
+    config = type(compact.config).from_dict(
+        {k: v for k, v in compact.config.to_dict().items() if k != "quantization_config"}
+    )
+    config._attn_implementation = compact.config._attn_implementation
+    return type(compact)(config).eval()

@@ -1,0 +1,1 @@
+"""What others load: ONNX files, plain twins, stock checkpoints of transformers, the hub."""

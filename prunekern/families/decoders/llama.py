@@ -1,0 +1,140 @@
+"""LLaMA and its relatives: self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj of every decoder layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+from ..family import Kept, StockConfig
+from ..linears import Make, activation_name
+from ..table import Table
+from .blocks import CompactCausalAttention, CompactDecoderLayer
+from .heads import compact_decoder_attention, compact_decoder_ffn
+from .norms import make_norms_fast
+from .table import DecoderBlock, DecoderHeads, decoder_table, heads_of
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class CompactLlamaAttention(CompactCausalAttention, modeling_llama.LlamaAttention):
+    eager = staticmethod(modeling_llama.eager_attention_forward)
+
+
+class CompactLlamaDecoderLayer(CompactDecoderLayer, modeling_llama.LlamaDecoderLayer):
+    pass
+
+
+class CompactMistralAttention(CompactCausalAttention, modeling_mistral.MistralAttention):
+    eager = staticmethod(modeling_mistral.eager_attention_forward)
+
+    def window(self) -> int | None:
+        return getattr(self.config, "sliding_window", None)
+
+
+class CompactMistralDecoderLayer(CompactDecoderLayer, modeling_mistral.MistralDecoderLayer):
+    pass
+
+
+class CompactQwen2Attention(CompactCausalAttention, modeling_qwen2.Qwen2Attention):
+    eager = staticmethod(modeling_qwen2.eager_attention_forward)
+
+    def window(self) -> int | None:
+        return self.sliding_window
+
+
+class CompactQwen2DecoderLayer(CompactDecoderLayer, modeling_qwen2.Qwen2DecoderLayer):
+    pass
+
+
+class CompactQwen3Attention(CompactCausalAttention, modeling_qwen3.Qwen3Attention):
+    """Norms over each query and key head read all their channels, so that none of these is pruned."""
+
+    eager = staticmethod(modeling_qwen3.eager_attention_forward)
+    norms_heads = True
+
+    def normed(self, query, key):
+        query, key = (t.unflatten(-1, (-1, self.head_dim)) for t in (query, key))
+        return self.q_norm(query).flatten(-2), self.k_norm(key).flatten(-2)
+
+    def window(self) -> int | None:
+        return self.sliding_window
+
+
+class CompactQwen3DecoderLayer(CompactDecoderLayer, modeling_qwen3.Qwen3DecoderLayer):
+    pass
+
+
+@dataclass(frozen=True)
+class _Parts:
+    layer: type
+    attention: type
+    compact_layer: type
+
+
+_PARTS = (
+    _Parts(modeling_llama.LlamaDecoderLayer, CompactLlamaAttention, CompactLlamaDecoderLayer),
+    _Parts(modeling_mistral.MistralDecoderLayer, CompactMistralAttention, CompactMistralDecoderLayer),
+    _Parts(modeling_qwen2.Qwen2DecoderLayer, CompactQwen2Attention, CompactQwen2DecoderLayer),
+    _Parts(modeling_qwen3.Qwen3DecoderLayer, CompactQwen3Attention, CompactQwen3DecoderLayer),
+)
+
+
+def blocks(model: nn.Module) -> list[tuple[nn.Module, DecoderBlock]]:
+    """Every decoder layer, and the module names of its linears."""
+    found = []
+    for name, module in model.named_modules():
+        if _parts_of(module) is not None:
+            a, f = f"{name}.self_attn.", f"{name}.mlp."
+            attention = (a + "q_proj", a + "k_proj", a + "v_proj", a + "o_proj")
+            found.append((module, DecoderBlock(*attention, f + "gate_proj", f + "up_proj", f + "down_proj")))
+    return found
+
+
+def _parts_of(module: nn.Module) -> _Parts | None:
+    return next((parts for parts in _PARTS if isinstance(module, parts.layer)), None)
+
+
+def _heads(model: nn.Module) -> DecoderHeads:
+    return heads_of(model, prunes_pairs=model.config.model_type != "qwen3")
+
+
+def table(model: nn.Module) -> Table:
+    """As `Family.table`. ValueError for an activation that is not zero at zero and for unknown rotary pairs."""
+    activation_name(model.config.hidden_act)
+    return decoder_table(model, [b for _, b in blocks(model)], _heads(model))
+
+
+def rebuild(model: nn.Module, plan: Kept, make: Make) -> None:
+    """Turn every block into a compact one, in place."""
+    heads, activation = _heads(model), activation_name(model.config.hidden_act)
+    for module, block in blocks(model):
+        parts = _parts_of(module)
+        attention, mlp = module.self_attn, module.mlp
+        linears, layout = compact_decoder_attention(make, plan, block, heads)
+        attention.__class__ = parts.attention
+        attention.make_compact(linears, layout)
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj = compact_decoder_ffn(make, plan, block)
+        module.activation = activation
+        module.__class__ = parts.compact_layer
+    make_norms_fast(model)
+
+
+def stock(config: Any) -> StockConfig:
+    """`head_dim` is a number of its own: whole key/value heads may go, with the query heads that read them. (Qwen2's
+    config has no such field, but keeps and honours one; LLaMA's wants the query heads to divide hidden_size.)
+    """
+    heads, kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    divides = config.model_type == "llama"
+    counts = (n for n in range(1, kv) if not divides or config.hidden_size % (n * heads // kv) == 0)
+    return StockConfig(heads, kv, True, (*counts, kv))
+
+
+def most_tokens(config: Any) -> int:
+    """As `Family.most_tokens`."""
+    return config.max_position_embeddings

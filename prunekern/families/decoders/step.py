@@ -1,0 +1,127 @@
+"""A compact decoder block on a few tokens after a cache, as one C++ call: how a language model generates.
+
+Between two layers, whose weights have just gone through the caches, every line of Python comes from memory: at one
+token of SmolLM2-135M's shape (30 layers) what was asked and called there took 7 of 18 ms. So a layer's arguments are
+made once, and one C call asks whether they still hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ... import _native
+from ...nn import CompactLinear
+from ...nn.hooked import is_hooked
+from ...nn.packed import Packed
+from ...ops import calls
+from ...ops.compact_linear import NUMBER
+from ...ops.packing import is_packable
+from .cache_room import find_room, take
+from .norms import FAST_NORMS
+
+_RUN = _native.core().call_decoder_block if calls.EAGER else None  # csrc/eager_decoder_block.cpp
+_UNCHANGED = _native.core().unchanged if calls.EAGER else None
+_FEW_ROWS = 8  # beyond, the products take so long that what is between them does not count
+_f32 = torch.float32
+_grad_enabled = torch.is_grad_enabled
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("up_proj", "gate_proj", "down_proj")
+
+
+class Step:
+    """The arguments of one block and what they were made of; see `make_step`."""
+
+    __slots__ = ("_layer", "_index", "_same", "_hooks", "_tensors", "_packed")
+
+    def __init__(self, block: nn.Module, qkv: Packed, o: Packed, mlp: tuple[Packed, Packed, Packed]):
+        attention, ffn, norm, ffn_norm = _parts(block)
+        at, (*_, o_proj), (up, _, down) = attention.layout, *_linears(attention, ffn)
+        weights = [w for p in (qkv, o) for w in (p.weight, p.bias, p.scale)]
+        ffn_weights = [w for p in mlp for w in (p.weight, p.bias, p.scale)]
+        self._index = attention.layer_idx
+        self._packed = (qkv, o, *mlp)  # they keep the memory whose addresses are compared
+        self._layer = (
+            norm.weight, norm.variance_epsilon, *weights, o_proj.out_index, at.angle, at.key_first, at.value_first,
+            at.shared_by, attention.ragged.scale, ffn_norm.weight, ffn_norm.variance_epsilon, *ffn_weights,
+            down.out_index, up.out_features, NUMBER[block.activation],
+        )  # fmt: skip
+        # dict, key, value: submodules, parameters and what else must stay as it is; no one's own forward.
+        same, modules = [], [attention, ffn, norm, ffn_norm, *(m for part in _linears(attention, ffn) for m in part)]
+        for owner in (block, attention, ffn):
+            same += [x for name, m in owner._modules.items() for x in (owner._modules, name, m) if m in modules]
+        for m in modules:
+            same += [m.__dict__, "forward", None]
+        for m in (norm, ffn_norm):
+            same += [m._parameters, "weight", m.weight, m.__dict__, "variance_epsilon", m.variance_epsilon]
+        tensors = []
+        for p in (qkv, o, *mlp):
+            for owner, name, tensor, address, version in p._checks:
+                same += [owner, name, tensor]
+                tensors += [tensor, address, version] if address else []
+        config = attention.config.__dict__
+        same += [config, "_attn_implementation_internal", config.get("_attn_implementation_internal")]
+        same += [attention.__dict__, "training", False]  # has a dropout
+        self._same, self._tensors = tuple(same), tuple(tensors)
+        self._hooks = tuple(hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks))
+
+    def is_fresh(self) -> bool:
+        """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
+        return _UNCHANGED(self._same, self._hooks, self._tensors)
+
+    def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], past) -> Tensor | None:
+        """The block's output, and the cache with the tokens of x; None where the call is not ordinary."""
+        found = find_room(past, self._index, x.shape[1])
+        if found is None:
+            return None
+        layer, room = found
+        tokens = room.used + x.shape[1]
+        keys, values = room.keys.narrow(2, 0, tokens), room.values.narrow(2, 0, tokens)
+        y = _RUN(x, *position_embeddings, keys, values, calls.threads(), self._layer)
+        if y is not None:
+            take(layer, room, keys, values)
+        return y
+
+
+def takes(x: Tensor, mask: Tensor | None, past) -> bool:
+    """Whether a call is one a `Step` may be made for: a few rows after a cache, no mask, no gradient, no tracer."""
+    if _RUN is None or past is None or mask is not None or type(x) is not Tensor or x.dtype is not _f32:
+        return False
+    return x.dim() == 3 and x.shape[0] * x.shape[1] <= _FEW_ROWS and not _grad_enabled() and calls.unwatched()
+
+
+def make_step(block: nn.Module) -> Step | None:
+    """None where a block does not run on packed weights as a whole, or someone listens to a module of it."""
+    attention, ffn, norm, ffn_norm = _parts(block)
+    layout, (attends, ffns) = attention.layout, _linears(attention, ffn)
+    linears = (*attends, *ffns)
+    if attention.norms_heads or not layout.key_first[-1] or not layout.value_first[-1]:
+        return None
+    if any(type(n) not in FAST_NORMS or n.weight.dtype is not _f32 for n in (norm, ffn_norm)):
+        return None
+    if is_hooked(attention, ffn, norm, ffn_norm, *linears) or attention.training or not attention._is_plain():
+        return None
+    for layer in linears:
+        if type(layer) is not CompactLinear or not is_packable(layer.weight) or layer.in_index is not None:
+            return None
+        if layer.activation != "none":
+            return None
+    *qkv, o = attends
+    up, gate, down = ffns
+    for alike in (qkv, ffns):
+        if len({layer.weight.dtype for layer in alike}) > 1:
+            return None
+    if up.out_index is not None or gate.out_index is not None or down.weight.shape[1] != up.out_features:
+        return None
+    together = attention.ragged.packed_for(norm.weight, tuple(qkv), True)
+    packed = tuple(layer.packed() for layer in (o, *ffns))
+    if together is None or None in packed:
+        return None
+    return Step(block, together, packed[0], packed[1:])
+
+
+def _parts(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    return block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm
+
+
+def _linears(attention: nn.Module, ffn: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+    return tuple(attention._modules[n] for n in _LINEARS[0]), tuple(ffn._modules[n] for n in _LINEARS[1])

@@ -1,0 +1,1 @@
+"""Encoders: multi-head attention and a two-layer FFN, one small file for each architecture."""

@@ -1,0 +1,176 @@
+"""BERT and RoBERTa, whose blocks differ in name only: attention.{self,output}, intermediate, output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.models.bert import modeling_bert
+from transformers.models.roberta import modeling_roberta
+
+from ...nn.hooked import is_hooked
+from ..family import Kept, StockConfig
+from ..linears import Make, activation_name
+from ..table import Table
+from .blocks import CompactSelfAttention, add_residual, run_ffn
+from .heads import compact_encoder_attention, compact_encoder_ffn
+from .table import EncoderBlock, encoder_table
+
+MODEL_TYPES = ("bert", "roberta")
+
+
+class _CompactAttention(CompactSelfAttention):
+    names = ("query", "key", "value")
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        return self.attend(hidden_states, attention_mask, **kwargs)
+
+
+class _CompactResidual:
+    """The product of `dense` added to the residual, then LayerNorm: BertSelfOutput and BertOutput alike."""
+
+    def forward(self, hidden_states, input_tensor):
+        return self.LayerNorm(add_residual(self.dense, self.dropout, hidden_states, input_tensor))
+
+
+class _CompactIntermediate:
+    """The first FFN layer, activation fused."""
+
+    def forward(self, hidden_states):
+        return self.dense(hidden_states)
+
+
+class _CompactLayer:
+    """Both FFN layers in one call, unless someone listens to the modules around them."""
+
+    def feed_forward_chunk(self, attention_output):
+        output = self.output
+        if is_hooked(self.intermediate, output):
+            return super().feed_forward_chunk(attention_output)
+        return output.LayerNorm(run_ffn(self.intermediate.dense, output.dense, output.dropout, attention_output))
+
+
+class CompactBertSelfAttention(_CompactAttention, modeling_bert.BertSelfAttention):
+    eager = staticmethod(modeling_bert.eager_attention_forward)
+
+
+class CompactBertSelfOutput(_CompactResidual, modeling_bert.BertSelfOutput):
+    pass
+
+
+class CompactBertIntermediate(_CompactIntermediate, modeling_bert.BertIntermediate):
+    pass
+
+
+class CompactBertOutput(_CompactResidual, modeling_bert.BertOutput):
+    pass
+
+
+class CompactBertLayer(_CompactLayer, modeling_bert.BertLayer):
+    pass
+
+
+class CompactRobertaSelfAttention(_CompactAttention, modeling_roberta.RobertaSelfAttention):
+    eager = staticmethod(modeling_roberta.eager_attention_forward)
+
+
+class CompactRobertaSelfOutput(_CompactResidual, modeling_roberta.RobertaSelfOutput):
+    pass
+
+
+class CompactRobertaIntermediate(_CompactIntermediate, modeling_roberta.RobertaIntermediate):
+    pass
+
+
+class CompactRobertaOutput(_CompactResidual, modeling_roberta.RobertaOutput):
+    pass
+
+
+class CompactRobertaLayer(_CompactLayer, modeling_roberta.RobertaLayer):
+    pass
+
+
+@dataclass(frozen=True)
+class _Parts:
+    layer: type
+    attention: type
+    self_output: type
+    intermediate: type
+    output: type
+    compact_layer: type
+
+
+_PARTS = (
+    _Parts(
+        modeling_bert.BertLayer,
+        CompactBertSelfAttention,
+        CompactBertSelfOutput,
+        CompactBertIntermediate,
+        CompactBertOutput,
+        CompactBertLayer,
+    ),
+    _Parts(
+        modeling_roberta.RobertaLayer,
+        CompactRobertaSelfAttention,
+        CompactRobertaSelfOutput,
+        CompactRobertaIntermediate,
+        CompactRobertaOutput,
+        CompactRobertaLayer,
+    ),
+)
+
+
+def blocks(model: nn.Module) -> list[tuple[nn.Module, EncoderBlock]]:
+    """Every layer of the encoder, and the module names of its linears."""
+    found = []
+    for name, module in model.named_modules():
+        if _parts_of(module) is not None:
+            a = f"{name}.attention."
+            attention = (a + "self.query", a + "self.key", a + "self.value", a + "output.dense")
+            found.append((module, EncoderBlock(*attention, f"{name}.intermediate.dense", f"{name}.output.dense")))
+    return found
+
+
+def _parts_of(module: nn.Module) -> _Parts | None:
+    return next((parts for parts in _PARTS if isinstance(module, parts.layer)), None)
+
+
+def table(model: nn.Module) -> Table:
+    """As `Family.table`. ValueError for a model used as a decoder, and for an activation that is not zero at zero."""
+    if model.config.is_decoder or model.config.add_cross_attention:
+        raise ValueError(
+            f"{type(model).__name__}: is_decoder and add_cross_attention must be False; prunekern prunes "
+            f"{model.config.model_type} as an encoder only"
+        )
+    activation_name(model.config.hidden_act)
+    return encoder_table(model, [b for _, b in blocks(model)], model.config.num_attention_heads)
+
+
+def rebuild(model: nn.Module, plan: Kept, make: Make) -> None:
+    """Turn every block into a compact one, in place."""
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    activation = activation_name(model.config.hidden_act)
+    for module, block in blocks(model):
+        parts = _parts_of(module)
+        attention = module.attention.self
+        linears, layout = compact_encoder_attention(make, plan, block, head_dim)
+        attention.__class__ = parts.attention
+        attention.make_compact(linears[:3], layout)
+        module.attention.output.dense = linears[3]
+        module.attention.output.__class__ = parts.self_output
+        module.intermediate.dense, module.output.dense = compact_encoder_ffn(make, plan, block, activation)
+        module.intermediate.intermediate_act_fn = nn.Identity()
+        module.intermediate.__class__ = parts.intermediate
+        module.output.__class__ = parts.output
+        module.__class__ = parts.compact_layer
+
+
+def stock(config: Any) -> StockConfig:
+    """The width of a head is hidden_size / num_attention_heads: fewer heads of that width cannot be said."""
+    return StockConfig(config.num_attention_heads, config.num_attention_heads, False, (config.num_attention_heads,))
+
+
+def most_tokens(config: Any) -> int:
+    """Positions of RoBERTa begin after that of padding."""
+    return config.max_position_embeddings - 2 * (config.model_type == "roberta")

@@ -1,0 +1,83 @@
+"""How compact encoder blocks run: attention on ragged heads or, where more than its result is wanted, on padded ones;
+the FFN as one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...nn import CompactAttention, CompactLinear, mlp_call, pick_channels
+from ...nn.hooked import is_hooked
+from ..key_masks import for_each, key_mask_of
+from ..packs_together import PacksTogether, is_shrunk
+from .heads import EncoderLayout
+
+
+class CompactSelfAttention(PacksTogether):
+    """Attention on the kept channels: to be mixed into transformers' self-attention of a family, which it overrides.
+
+    `attend` returns the kept value channels side by side. With "sdpa" attention (the default), on the CPU and where
+    nothing wants a gradient, q, k and v are one product and the heads are never padded. Gradients, dropout, other
+    devices and dtypes, masks that forbid more than keys, and "eager" (whose attention weights may be asked for) take
+    transformers' attention on heads padded to the widest one.
+    """
+
+    eager: Callable  # transformers' own attention for "eager"
+
+    def make_compact(self, linears, layout: EncoderLayout) -> None:
+        """Take q, k and v of a block, in place of the dense ones."""
+        for name, linear in zip(self.names, linears, strict=True):
+            setattr(self, name, linear)
+        self.padded = (layout.heads, layout.width)
+        self.ragged = CompactAttention(layout.qk_first, layout.v_first, self.scaling)
+
+    def attend(self, x: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """x: [batch, tokens, hidden] -> [batch, tokens, kept value channels], and attention weights or None."""
+        if self.padded[0] == 0:  # no value channel is left in the layer: o adds its bias to the residual
+            weights = None
+            if self.config._attn_implementation == "eager":  # of no head, so that the other layers' keep their places
+                weights = x.new_zeros(len(x), 0, x.shape[1], x.shape[1])
+            return x.new_zeros(*x.shape[:-1], 0), weights
+        layers = self._layers()
+        if self._runs_ragged(x, layers):
+            forbids_keys_only, key_mask = key_mask_of(mask)
+            if forbids_keys_only:
+                return self.ragged(x, layers, for_each(key_mask, len(x)), fuses=True), None
+        return self._attend_padded(x, layers, mask, **kwargs)
+
+    def _dropout_rate(self) -> float:
+        return self.dropout.p
+
+    def _attend_padded(self, x: Tensor, layers, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Padding is zero in q, k and v: it changes no logit, and its outputs are dropped. The softmax scale stays
+        that of the dense head.
+        """
+        heads, width = self.padded
+        shape = (*x.shape[:-1], heads, width)
+        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in layers)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
+        dropout = self.dropout.p if self.training else 0.0
+        out, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        out, kept = out.reshape(*x.shape[:-1], heads * width), layers[2].out_index
+        return out.contiguous() if kept is None else pick_channels(out, kept), weights
+
+
+def add_residual(linear: CompactLinear, dropout: nn.Dropout, x: Tensor, residual: Tensor) -> Tensor:
+    """dropout(linear(x)) + residual; the add is fused into the product where dropout is off.
+
+    The LayerNorm that follows is not: all of DistilBERT-base's take 0.40 of 53.9 ms at 1 x 128 and 3.6 of 428 ms at
+    8 x 128 (25 % removed, fp32, one thread), so that removing them wholly would gain 0.8 %.
+    """
+    if dropout.training and dropout.p > 0:
+        return dropout(linear(x)) + residual
+    return linear(x, residual=residual)
+
+
+def run_ffn(up: CompactLinear, down: CompactLinear, dropout: nn.Dropout, x: Tensor) -> Tensor:
+    """x + dropout(down(up(x))), the activation being up's; one call where dropout is off."""
+    if (dropout.training and dropout.p > 0) or is_hooked(up, down) or is_shrunk(up, down):
+        return add_residual(down, dropout, up(x), x)
+    return mlp_call(up, down, x, residual=x)

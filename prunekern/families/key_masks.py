@@ -1,0 +1,82 @@
+"""What transformers' attention masks allow, where they forbid whole keys only: what our kernels take."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..ops.packing import version_of
+
+_bool = torch.bool
+
+
+def key_mask_of(mask: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Whether a mask of transformers forbids whole keys only and, if so, those allowed, bool [batch, keys] or None.
+
+    transformers hands over None, or a bool [batch, 1, queries, keys] that repeats the padding of each sequence for
+    every query. Only its values can tell it from another mask: they are compared once a forward pass (all blocks get
+    the same tensor), which a graph of torch.compile cannot do.
+    """
+    if mask is None:
+        return True, None
+    if mask.dim() != 4 or mask.dtype is not _bool or mask.shape[1] != 1:
+        return False, None
+    if mask.shape[2] != 1 and mask.stride(2) != 0 and not _answer(_repeats_rows, mask):
+        return False, None
+    return True, mask[:, 0, 0]
+
+
+def causal_key_mask_of(mask: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Whether a mask of transformers forbids whole keys and what follows a query only, and the keys allowed.
+
+    As `key_mask_of`; the queries are the last tokens: the last of them sees every key that is allowed at all.
+    """
+    if mask is None:
+        return True, None
+    if mask.dim() != 4 or mask.dtype is not _bool or mask.shape[1] != 1 or mask.shape[2] > mask.shape[3]:
+        return False, None
+    if mask.shape[2] != 1 and not _answer(_is_causal, mask):
+        return False, None
+    return True, mask[:, 0, -1]
+
+
+def for_each(key_mask: Tensor | None, batch: int) -> Tensor | None:
+    """[batch, keys] of a mask that may be one for all sequences, [1, keys]."""
+    return key_mask if key_mask is None or len(key_mask) == batch else key_mask.expand(batch, -1)
+
+
+class _Last(threading.local):
+    """The mask asked about last by this thread: a reference that does not keep it, its version, question, answer."""
+
+    mask: Callable = staticmethod(lambda: None)
+    version = 0
+    question: Callable | None = None
+    answer = False
+
+
+_last = _Last()
+
+
+def _answer(question: Callable[[Tensor], bool], mask: Tensor) -> bool:
+    """question(mask), asked once of a mask that all blocks get; no where a graph cannot ask."""
+    if torch.compiler.is_compiling():
+        return False
+    version = version_of(mask)
+    if _last.mask() is not mask or _last.version != version or version < 0 or _last.question is not question:
+        _last.answer = question(mask)
+        _last.mask, _last.version, _last.question = weakref.ref(mask), version, question
+    return _last.answer
+
+
+def _repeats_rows(mask: Tensor) -> bool:
+    return torch.equal(mask, mask[:, :, :1].expand_as(mask))
+
+
+def _is_causal(mask: Tensor) -> bool:
+    queries, keys = mask.shape[2:]
+    seen = torch.ones(queries, keys, dtype=_bool, device=mask.device).tril(keys - queries)
+    return torch.equal(mask, mask[:, :, -1:] & seen)

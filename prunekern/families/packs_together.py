@@ -1,0 +1,48 @@
+"""Queries, keys and values packed as one weight, in encoders and decoders alike."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..nn import CompactLinear
+from ..nn.hooked import is_hooked
+from ..ops.packing import is_packable
+
+
+class PacksTogether:
+    """Queries, keys and values as one product: to be mixed into an attention module that has them under `names`, and
+    a `CompactAttention` under `ragged`.
+    """
+
+    names: tuple[str, str, str]  # of q, k and v in the module
+
+    def pack(self) -> None:
+        """Pack q, k and v as one where they will be used so."""
+        layers = self.packs_together()
+        if layers:
+            self.ragged.pack_layers(layers)
+
+    def packs_together(self) -> tuple[CompactLinear, ...]:
+        """See `prunekern.nn.packed.pack_all`."""
+        layers = self._layers()
+        if is_shrunk(*layers):
+            return ()
+        weights = [layer.weight for layer in layers]
+        alike = all(is_packable(w) and w.dtype is weights[0].dtype for w in weights)
+        return layers if alike and self.ragged.v_first[-1] > 0 and self._is_plain() else ()
+
+    def _layers(self) -> tuple[CompactLinear, CompactLinear, CompactLinear]:
+        q, k, v = self.names
+        modules = self._modules
+        return modules[q], modules[k], modules[v]
+
+    def _is_plain(self) -> bool:
+        return self.config._attn_implementation == "sdpa" and not (self.training and self._dropout_rate() > 0)
+
+    def _runs_ragged(self, x: Tensor, layers) -> bool:
+        return self._is_plain() and not is_shrunk(*layers) and not is_hooked(*layers) and self.ragged.fuses(x, layers)
+
+
+def is_shrunk(*layers: nn.Module) -> bool:
+    """Whether one of these layers is in training still: such layers are called each by itself."""
+    return any(getattr(layer, "is_shrunk", False) for layer in layers)

@@ -1,0 +1,68 @@
+"""What this machine does at most, and calls timed in turn: interleaved in one process, minima compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from prunekern import _native
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's thread count for the block (the C++ kernels follow it)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float = 3.0, least: int = 8) -> dict[str, float]:
+    """Fastest time of each call, in seconds: called in turn, at least `least` times and for about `seconds` in all."""
+    for call in calls.values():
+        call()  # allocation, packing and caches are not timed
+    best = dict.fromkeys(calls, float("inf"))
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < least or time.perf_counter() < end:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+        rounds += 1
+    return best
+
+
+def peak_gflops(repeats: int = 200) -> float:
+    """What the FMA units of one core do without touching memory, fp32, in GFLOP/s. RuntimeError without the core."""
+    core = _native.core()
+    best, flops = float("inf"), 0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        flops = core.run_peak(100_000)
+        best = min(best, time.perf_counter() - start)
+    return flops / best / 1e9
+
+
+def run_peak(flops: int) -> None:
+    """As many fp32 operations on one core, in registers only: the least time any kernel needs for them."""
+    core = _native.core()
+    core.run_peak(max(1, flops // core.run_peak(1)))
+
+
+def read_bandwidth(size: int = 2**29, repeats: int = 5) -> float:
+    """GB/s at which one core reads `size` bytes, larger than any cache. RuntimeError without the core."""
+    core = _native.core()
+    memory = torch.empty(size, dtype=torch.uint8)
+    core.prefer_huge_pages(memory.data_ptr(), size)
+    memory.fill_(1)  # pages that nobody wrote are all the same page
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        core.run_read(memory.data_ptr(), size)
+        best = min(best, time.perf_counter() - start)
+    return size / best / 1e9

@@ -1,0 +1,1 @@
+"""A masked model in training: attach, budget, saliency, rules for final masks, adapters in and out."""

@@ -1,0 +1,343 @@
+"""The training-time handle of an attached model: parameter groups, budget, noise, final masks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import families
+from ..compacting.plan import Plan, check, from_kept, masks_of
+from ..families import Table
+from ..nn import ChannelMask, MaskedDoRALinear, shrink_linear
+from . import budget, whole_heads
+from .budget import Scores
+from .config import PruneConfig
+from .criteria import criterion_scores
+from .rules import check_rule, choose
+from .saliency import Saliency, starting_logits
+
+
+class Pruner:
+    """Returned by `attach`. `step()` goes after every `optimizer.step()`, `finalize()` between the two stages."""
+
+    def __init__(self, model: nn.Module, config: PruneConfig, table: Table):
+        self.model, self.config, self.table = model, config, table
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, MaskedDoRALinear)}
+        self.steps, self.flips = 0, 0  # flips: groups whose deterministic mask the last step turned
+        self.warm_steps, self.ramp_steps = config.warm_steps, config.ramp_steps
+        self._make_saliency: Callable[[Mapping[str, ChannelMask]], Saliency] = Saliency
+        self._saliency: Saliency | None = None
+        self._last: np.ndarray | None = None  # deterministic masks after the last step
+        self._base_norms: dict[str, float] | None = None  # once channels are dropped
+        self._open_while_warm()
+
+    @property
+    def masks(self) -> dict[str, ChannelMask]:
+        """Channel masks by the module name of their carrier."""
+        return masks_of(self.model)
+
+    @property
+    def finalized(self) -> bool:
+        """Whether the masks are final."""
+        return all(mask.is_final for mask in self.masks.values())
+
+    # -- for the optimiser ---------------------------------------------------------------------------------------
+
+    def param_groups(self, lr: float = 5e-5, mask_lr: float = 2e-2, weight_decay: float = 0.0) -> list[dict]:
+        """Groups for any torch optimiser: adapters and task head at `lr`; mask logits at `mask_lr`, never decayed."""
+        logits = [mask.logits for mask in self.masks.values()]
+        own = {id(p) for p in logits}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        groups = [{"params": rest, "lr": lr, "weight_decay": weight_decay, "name": "adapters"}]
+        if logits:
+            groups.append({"params": logits, "lr": mask_lr, "weight_decay": 0.0, "name": "masks"})
+        return groups
+
+    def penalty(self) -> Tensor:
+        """What the budget adds to the loss: zero, as the threshold is solved for instead."""
+        return next(self.model.parameters()).new_zeros(())
+
+    # -- the budget ----------------------------------------------------------------------------------------------
+
+    def target(self, steps: int | None = None) -> float:
+        """Scheduled share to remove after so many steps: 0 while warm, a ramp to `config.sparsity`, then held."""
+        past = (self.steps if steps is None else steps) - self.warm_steps
+        if past < 0 or not self.ramp_steps:
+            return self.config.sparsity * (past >= 0)
+        return self.config.sparsity * min(1.0, past / self.ramp_steps)
+
+    def schedule(self, warm_steps: int, ramp_steps: int) -> None:
+        """Other lengths than the config's, for a trainer that knows how long it runs.
+
+        Where the warm steps are over by this and were not before, the logits start from what was gathered till now.
+        """
+        self.warm_steps, self.ramp_steps = warm_steps, ramp_steps
+        if self.warm and self.steps >= warm_steps and not self.finalized and self._has_saliency():
+            self._start_from_saliency()
+        self._open_while_warm()
+
+    def settle(self) -> None:
+        """After the model's state was loaded: masks that came out final are not warm any more."""
+        self._open_while_warm()
+
+    @property
+    def warm(self) -> bool:
+        """Whether all masks are on, and saliency is gathered."""
+        return self._saliency is not None
+
+    def gather_with(self, make: Callable[[Mapping[str, ChannelMask]], Saliency]) -> None:
+        """Gather saliency by what `make(masks)` returns, a `Saliency` whose `observe` is called after every warm step,
+        in place of the one in use: for experiments with other measures of what a channel is worth.
+        """
+        self._make_saliency = make
+        if self.warm:
+            self._saliency = make(self.masks)
+
+    def _open_while_warm(self) -> None:
+        warm = self.steps < self.warm_steps and bool(self.masks) and not self.finalized
+        if warm and self._saliency is None:
+            self._saliency = self._make_saliency(self.masks)
+        elif self._saliency is not None and not warm:
+            self._saliency.close()
+            self._saliency = None
+
+    def _has_saliency(self) -> bool:
+        return any(not mask.saliency.is_meta and bool(mask.saliency.any()) for mask in self.masks.values())
+
+    @torch.no_grad()
+    def _start_from_saliency(self) -> None:
+        """Logits from what was gathered; flat where nothing was. The threshold is solved for at once."""
+        masks = self.masks
+        gathered = {c: m.saliency.double().cpu().numpy() for c, m in masks.items()}
+        for carrier, values in starting_logits(self.table, gathered, self.config.cost, self.config.spread).items():
+            masks[carrier].logits.copy_(torch.from_numpy(values))
+
+    @torch.no_grad()
+    def logits(self) -> dict[str, np.ndarray]:
+        """Mask logits as they are now, float64 [groups] by carrier."""
+        masks = self.masks
+        if not masks:
+            return {}
+        flat = torch.cat([mask.logits for mask in masks.values()]).double().cpu().numpy()  # one transfer
+        sizes = np.cumsum([mask.logits.numel() for mask in masks.values()])[:-1]
+        return dict(zip(masks, np.split(flat, sizes), strict=True))
+
+    def _kept_probability(self) -> dict[str, np.ndarray]:
+        """By carrier: the probability of each group to be kept at the next draw (0 or 1 once final)."""
+        kept = {}
+        for carrier, mask in self.masks.items():
+            shifted = (mask.logits - mask.threshold).detach().double().cpu().numpy()
+            if mask.is_open:
+                kept[carrier] = np.ones_like(shifted)
+            else:
+                kept[carrier] = (shifted > 0).astype(float) if mask.is_final else budget.sigmoid(shifted)
+        return kept
+
+    def expected_sparsity(self) -> float:
+        """Share removed in expectation over the mask noise (exact once final), of `config.cost`."""
+        return budget.removed_share(self.table, self._kept_probability(), self.config.cost)
+
+    def kept_shares(self) -> dict[str, float]:
+        """Expected share of groups kept: by kind of group ("ffn"), then by carrier."""
+        by_carrier = self._kept_probability()
+        by_kind: dict[str, list[np.ndarray]] = defaultdict(list)
+        for carrier, kept in by_carrier.items():
+            by_kind[self.table.groups[carrier].kind].append(kept)
+        shares = {kind: float(np.concatenate(kept).mean()) for kind, kept in by_kind.items()}
+        return shares | {carrier: float(kept.mean()) for carrier, kept in by_carrier.items()}
+
+    def sparsity(self) -> float:
+        """Share that `compact` would remove with the masks as they are now, of `config.cost`."""
+        return self.plan().sparsity(self.config.cost)
+
+    def plan(self):
+        """As `prunekern.plan(model)`."""
+        return from_kept(self.table, {c: m.kept() for c, m in self.masks.items()})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """After `optimizer.step()`: refresh the cached norms; gather saliency, or follow the budget and draw the next
+        step's noise.
+
+        FloatingPointError where the mask logits are not finite any more.
+        """
+        self.steps += 1
+        for layer in self.layers.values():
+            if layer.norm_grad == "detached":
+                layer.refresh()
+        masks = self.masks
+        if not masks or self.finalized:
+            return
+        if self._saliency is not None:
+            self._saliency.observe()
+            if self.steps < self.warm_steps:
+                for mask in masks.values():  # wherever an optimiser moved its logits, a mask stays on
+                    mask.threshold.copy_(mask.logits.min() - 1)
+                return
+            self._start_from_saliency()
+            self._open_while_warm()
+        logits = self.logits()
+        bad = next((c for c, v in logits.items() if not np.isfinite(v).all()), None)
+        if bad is not None:
+            raise FloatingPointError(
+                f"mask logits of {bad!r} are not finite after step {self.steps}; training diverged"
+            )
+        threshold = budget.solve_threshold(self.table, logits, self.target(), self.config.cost)
+        for mask in masks.values():
+            mask.threshold.fill_(threshold)
+        now = np.concatenate(list(logits.values())) > threshold
+        self.flips = 0 if self._last is None else int((now != self._last).sum())
+        self._last = now
+        self._draw()
+
+    def _draw(self) -> None:
+        # Seeded by (seed, step) alone: a resumed run, and every rank of a parallel one, sees the same masks.
+        mixed = np.random.SeedSequence((self.config.seed, self.steps)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
+        for mask in self.masks.values():
+            mask.draw(generator)
+
+    # -- the stage boundary --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finalize(self, rule: str = "learned", criterion: str | Scores = "magnitude") -> dict:
+        """Make the masks final: deterministic, aligned, the target met from above to within one alignment step.
+
+        rule "learned" ranks all channel groups by their logits. rule "stock" does, too, but leaves what transformers
+        loads without prunekern (`save_stock`): as many whole heads, and FFN channels, in every block, and all
+        else; `whole_heads.select_stock` says which (its steps are heads as well). rule "uniform" is the baseline: the
+        same fraction of every mask, chosen by `criterion`: "random" (seeded by config.seed), "magnitude" (the
+        carrier's), "saliency" (what the warm steps gathered), or scores of your own, float [groups] by carrier; the
+        lowest go.
+        Returns {"sparsity", "target", "cost", "kept": {carrier: [kept, of]}, "by_kind": {kind: [kept, of]}}; rule
+        "stock" adds what it gave up against the learned one: "kept_score" and "given_up", see `whole_heads.choose`.
+        ValueError as `check_rule`, and for scores that are not finite; the masks are then left as they were.
+        RuntimeError after `shrink`: what the masks removed is gone.
+        """
+        if self.shrunk:
+            raise RuntimeError("finalize: the pruned channels are dropped already (pruner.shrink); masks cannot change")
+        self.check_rule(rule, criterion)
+        extra: dict = {}
+        if self.masks:
+            if rule != "uniform" and self.warm and self._has_saliency():
+                self._start_from_saliency()
+            scores = self._scores(criterion) if rule == "uniform" else self.logits()
+            kept, extra = choose(rule, scores, self.table, self.config, self._head_counts())
+            for carrier, mask in self.masks.items():
+                mask.finalize(kept[carrier].to(mask.logits.device))
+                mask.logits.grad = None
+            self._open_while_warm()
+        return self.report() | extra
+
+    def check_rule(self, rule: str = "learned", criterion: str | Scores = "magnitude") -> None:
+        """ValueError where `finalize(rule, criterion)` would refuse: so that a trainer can say so before it trains.
+
+        Saliency that is not gathered yet is refused by `finalize` only.
+        """
+        check_rule(rule, criterion, self.masks, self.table, self.config, self._head_counts())
+
+    def compare_stock(self) -> dict:
+        """What rule "stock" would give up against rule "learned", were the masks made final now: the second of what
+        `whole_heads.choose` returns. Nothing is changed.
+
+        RuntimeError once the masks are final (logits are lifted then); ValueError where the stock rule would refuse.
+        """
+        if self.finalized:
+            raise RuntimeError("stock.compare: the masks are final already; compare before pruner.finalize()")
+        return whole_heads.choose(self.table, self.logits(), self.config, self._head_counts())[1]
+
+    def _scores(self, criterion: str | Scores) -> dict[str, np.ndarray]:
+        return criterion_scores(self.layers, self.masks, self.table, criterion, self.config.seed)
+
+    def _head_counts(self) -> tuple[int, ...]:
+        return whole_heads.head_counts(self.model.config)
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether the pruned channels are dropped."""
+        return any(getattr(layer, "is_shrunk", False) for layer in self.layers.values())
+
+    def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After `finalize()`: drop the pruned channels from the masked model, in place; training goes on with the rest.
+
+        The model computes what it did, to rounding, and keeps its parameters, smaller: their moments in `optimizer`
+        follow them (without one, make a new optimiser). Each layer is then a DoRA layer of its own on its kept rows
+        and columns. `plan`, `compact`, `save_adapter` and `report` go on as before. RuntimeError before `finalize()`.
+        """
+        if not self.finalized:
+            raise RuntimeError("shrink: the masks are not final; call pruner.finalize() first")
+        if not self.shrunk:
+            self._shrink(self.plan(), None if optimizer is None else optimizer.state)
+
+    def base_norms(self) -> dict[str, float]:
+        """Sum of squares of every adapted layer's frozen weight before `shrink`, by module name: tells base models
+        apart. Empty for a model without storage.
+        """
+        if self._base_norms is not None:
+            return self._base_norms
+        norms = {n: layer.v_sqnorm.double().sum() for n, layer in self.layers.items() if not layer.v_sqnorm.is_meta}
+        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
+
+    @torch.no_grad()
+    def _shrink(self, plan: Plan, state: dict | None = None) -> None:
+        self._base_norms = self.base_norms()
+
+        def make(name: str, in_index, out_index, out_features: int, activation: str) -> nn.Module:
+            kept = plan.layers[name]
+            layer = shrink_linear(self.model.get_submodule(name), kept.rows, kept.cols, state)
+            layer.take_place(out_index, out_features, activation)
+            return layer
+
+        families.of(self.model).rebuild(self.model, plan, make)
+
+    def report(self) -> dict:
+        """What the masks keep now, as `finalize` returns it."""
+        settled = self.table.settle({c: m.kept() for c, m in self.masks.items()})
+        return {
+            "sparsity": self.sparsity(),
+            "target": self.config.sparsity,
+            "cost": self.config.cost,
+            "kept": {c: [int(k.sum()), k.numel()] for c, k in settled.items()},
+            "by_kind": budget.by_kind(self.table, settled),
+        }
+
+    # -- resuming ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """What the model's own state does not hold (logits, thresholds and final flags are in the model's)."""
+        state = {"steps": self.steps, "warm_steps": self.warm_steps, "ramp_steps": self.ramp_steps}
+        usual = (self.config.rank, self.config.alpha / self.config.rank)
+        own = {n: (m.rank, m.scale) for n, m in self.layers.items() if (m.rank, m.scale) != usual}
+        if own:  # of an adapter that PEFT trained with rank_pattern or alpha_pattern
+            state["low_rank"] = own
+        return {**state, "shrunk": self.plan().to_dict()} if self.shrunk else state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue after `state["steps"]` steps. Call it before the model's state is loaded: a state of a shrunk
+        model is loaded into a model shrunk alike, which this does; so are layers with a rank and scale of their own.
+        """
+        for name, (rank, scale) in state.get("low_rank", {}).items():
+            if name not in self.layers:
+                raise ValueError(f"load_state_dict: low_rank must name adapted layers (got {name!r})")
+            self.layers[name].set_low_rank(rank, scale)
+        if state.get("shrunk") is not None:
+            plan = Plan.from_dict(state["shrunk"])
+            if self.shrunk and plan != self.plan():
+                raise ValueError("load_state_dict: the model is shrunk already, to other channels than the state's")
+            if not self.shrunk:
+                check(plan, self.table)
+                self._shrink(plan)
+        self.steps = int(state["steps"])
+        self.schedule(int(state["warm_steps"]), int(state["ramp_steps"]))
+        if self.steps and not self.finalized and not self.warm:
+            self._draw()
+
+
+def compare_stock(pruner: Pruner) -> dict[str, Any]:
+    """`pruner.compare_stock()`, as it was called before (`prunekern.stock.compare`)."""
+    return pruner.compare_stock()

@@ -1,0 +1,1 @@
+"""Where the texts of tasks come from: one file for each data set or reader."""

@@ -1,0 +1,61 @@
+"""A rich progress bar for PruneTrainer: loss, accuracy of the training batches, share removed."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from ..pruning.pruner import Pruner
+
+
+class RichProgress(TrainerCallback):
+    """Replaces transformers' own bar (`disable_tqdm=True`). Loss and accuracy are running means over ~20 steps."""
+
+    def __init__(self, pruner: Pruner, console: Console | None = None):
+        self.pruner, self.console = pruner, console
+        self.bar = self.hook = None
+        self.means: dict[str, float] = {}
+        self.removed = ""
+
+    def _observe(self, model, args, kwargs, output) -> None:
+        labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
+        if not model.training or labels is None or logits is None or output.loss is None:
+            return
+        seen = {"loss": output.loss.item()}
+        if logits.dim() == 2 and logits.shape[-1] > 1 and not labels.is_floating_point():
+            seen["accuracy"] = (logits.argmax(-1) == labels).float().mean().item()
+        for name, value in seen.items():
+            self.means[name] = value if name not in self.means else 0.95 * self.means[name] + 0.05 * value
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        text = TextColumn("{task.fields[text]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
+        self.bar = Progress(*columns, console=self.console, transient=True)
+        self.task = self.bar.add_task("stage one", total=state.max_steps, completed=state.global_step, text="")
+        self.hook = self.pruner.model.register_forward_hook(self._observe, with_kwargs=True)
+        self.bar.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is None:
+            return
+        parts = [f"{name} {value:.3f}" for name, value in self.means.items()]
+        if state.global_step % 5 == 0 or not self.removed:  # a sum over all channel groups: not at every step
+            self.removed = f"removed {100 * self.pruner.expected_sparsity():.1f} %"
+        stage = "stage two" if self.pruner.finalized else "stage one"
+        self.bar.update(
+            self.task, completed=state.global_step, description=stage, text="  ".join([*parts, self.removed])
+        )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar and the hook away, also after an error."""
+        if self.hook is not None:
+            self.hook.remove()
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar = self.hook = None

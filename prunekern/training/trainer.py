@@ -1,0 +1,285 @@
+"""transformers' Trainer with the two stages of pruning: masks and adapters learn; then the masks are final."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
+
+from ..machine.bf16_trap import BF16_REASON, bf16_matmul_crashes
+from ..pruning.adapter import load_adapter_state, save_adapter
+from ..pruning.budget import Scores
+from ..pruning.pruner import Pruner
+from .checkpoints import last_checkpoint
+from .sampler import ByEpoch
+
+# docs/learning-to-prune.md tells what set these.
+SCHEDULE = {"stage_one": 0.65, "warm": 0.6, "ramp": 0.2, "final_learning_rate": None, "mask_learning_rate": 5e-2}
+# Ali et al., ASP-DAC 2025: two constant rates; of masks the paper says only that they are learned.
+PAPER_SCHEDULE = {"stage_one": 0.6, "warm": 0.0, "ramp": 0.5, "final_learning_rate": 1e-5, "mask_learning_rate": 2e-2}
+
+
+class PruneTrainer(Trainer):
+    """`transformers.Trainer` for an attached model. What is None is as in SCHEDULE, in PAPER_SCHEDULE for that preset.
+
+    pruner: what `attach` returned for `model`. stage_one: share of the optimiser steps in which masks learn; then
+    `pruner.finalize()` and stage two, adapters only. warm: share of stage one in which all masks are on and saliency
+    is gathered, for the logits to start from; 0: they start flat. ramp: share of stage one, after that, over which the
+    removed share rises to the target. rule, criterion: of `pruner.finalize`.
+
+    The learning rate of adapters and head falls linearly from `args.learning_rate` to zero at the last step; with a
+    `final_learning_rate` it is constant in each stage instead (5e-5 and 1e-5 in ASP-DAC 2025). `args.warmup_steps`
+    counts in both. Mask logits have `mask_learning_rate` until they are final.
+
+    objective: (model, inputs) -> loss, for a task that the model itself has no loss for (`tasks.ChoiceTask.objective`).
+
+    shrink: drop pruned channels at the boundary (`Pruner.shrink`), so that a step of stage two costs what is left.
+
+    Under `torchrun` or accelerate (DistributedDataParallel) all ranks see the same masks, and end with the same plan.
+
+    Checkpoints hold the adapter, optimiser and trainer state, not the frozen weights. `train(resume_from_checkpoint=
+    True)` takes the newest complete one and ends with the same masks and weights as a run that was never stopped.
+    A loss or a gradient that is not finite raises FloatingPointError before the weights are touched; checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *,
+        pruner: Pruner,
+        stage_one: float | None = None,
+        warm: float | None = None,
+        ramp: float | None = None,
+        final_learning_rate: float | None = None,
+        mask_learning_rate: float | None = None,
+        shrink: bool = True,
+        rule: str = "learned",
+        criterion: str | Scores = "magnitude",
+        objective: Callable | None = None,
+        **kwargs,
+    ):
+        model = pruner.model if model is None else model
+        if model is not pruner.model:
+            raise ValueError("PruneTrainer: model must be the one that pruner was attached to")
+        schedule = PAPER_SCHEDULE if pruner.config.preset == "paper" else SCHEDULE
+        stage_one = schedule["stage_one"] if stage_one is None else stage_one
+        warm = schedule["warm"] if warm is None else warm
+        ramp = schedule["ramp"] if ramp is None else ramp
+        if final_learning_rate is None:
+            final_learning_rate = schedule["final_learning_rate"]
+        if mask_learning_rate is None:
+            mask_learning_rate = schedule["mask_learning_rate"]
+        for name, value in (("stage_one", stage_one), ("ramp", ramp)):
+            if not 0 < value <= 1:
+                raise ValueError(f"PruneTrainer: {name} must be in (0, 1] (got {value})")
+        if not 0 <= warm < 1:
+            raise ValueError(f"PruneTrainer: warm must be in [0, 1) (got {warm})")
+        if args is not None and args.load_best_model_at_end:
+            raise ValueError(
+                "PruneTrainer: load_best_model_at_end must be False (got True): the best checkpoint may lie before "
+                "the budget was met"
+            )
+        if args is not None and args.bf16 and args.device.type == "cpu" and bf16_matmul_crashes():
+            raise RuntimeError(f"PruneTrainer: bf16 must be False: {BF16_REASON}")
+        if args is not None and (args.fsdp or args.deepspeed):
+            raise ValueError(
+                "PruneTrainer: fsdp and deepspeed must be off: they split the parameters that masks and shrinking need "
+                "whole; data parallel training (torchrun) is supported"
+            )
+        if args is not None and final_learning_rate is not None and not args.learning_rate > 0:
+            raise ValueError(
+                f"PruneTrainer: learning_rate must be positive with a final_learning_rate (got {args.learning_rate})"
+            )
+        if args is not None and args.n_gpu > 1:
+            raise ValueError(
+                f"PruneTrainer: one process must have one GPU (got {args.n_gpu}): start it by torchrun, one process a "
+                "GPU, or set CUDA_VISIBLE_DEVICES"
+            )
+        if not pruner.shrunk:
+            pruner.check_rule(rule, criterion)
+        super().__init__(model=model, args=args, **kwargs)
+        # Trainer takes any forward(**kwargs) for one that divides its loss by num_items_in_batch, and multiplies with
+        # the number of processes to make up for it; of the heads we know only those of language models do.
+        self.model_accepts_loss_kwargs &= type(model).__name__.endswith("ForCausalLM") and objective is None
+        self.pruner, self.stage_one, self.warm, self.ramp = pruner, stage_one, warm, ramp
+        self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate
+        self.shrink, self.rule, self.criterion, self.objective = shrink, rule, criterion, objective
+        self.report: dict | None = None  # what finalize() kept
+        self._rewrapped: DistributedDataParallel | None = None
+        self.add_callback(_Stages(self))
+
+    def stage_one_steps(self, max_steps: int) -> int:
+        """Of a run of so many steps."""
+        return max(1, round(max_steps * self.stage_one))
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ByEpoch(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    # -- optimiser -----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = self.pruner.param_groups(self.args.learning_rate, self.mask_learning_rate, self.args.weight_decay)
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            boundary = self.stage_one_steps(num_training_steps)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def adapters(step: int) -> float:
+                if self.final_learning_rate is None:
+                    return warm_up(step) * max(0.0, 1 - step / max(1, num_training_steps))
+                return warm_up(step) * (1.0 if step < boundary else self.final_learning_rate / self.args.learning_rate)
+
+            def warm_up(step: int) -> float:
+                return min(1.0, (step + 1) / (warmup + 1))
+
+            def masks(step: int) -> float:
+                return warm_up(step) if step < boundary else 0.0
+
+            optimizer = self.optimizer if optimizer is None else optimizer
+            by_group = [masks if self.holds_logits(g) else adapters for g in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_group)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def holds_logits(self, group: dict) -> bool:
+        """Whether a group of the optimiser is the mask logits'. ValueError where it holds other parameters too."""
+        logits = {id(mask.logits) for mask in self.pruner.masks.values()}
+        count = sum(id(p) in logits for p in group["params"])
+        if 0 < count < len(group["params"]):
+            raise ValueError(
+                "PruneTrainer: optimizers: mask logits must have a group of their own; build the optimizer from "
+                "pruner.param_groups()"
+            )
+        return count > 0
+
+    def cross_boundary(self) -> None:
+        """Between the stages: final masks, and the pruned channels gone where `shrink` says so."""
+        self.report = self.pruner.finalize(self.rule, self.criterion)
+        if self.shrink:
+            self.pruner.shrink(self.optimizer)
+        old = self.model_wrapped
+        if isinstance(old, DistributedDataParallel):
+            # Its buckets were laid out for the parameters of stage one, logits among them.
+            new = DistributedDataParallel(
+                old.module,
+                device_ids=old.device_ids,
+                output_device=old.output_device,
+                broadcast_buffers=old.broadcast_buffers,
+                process_group=old.process_group,
+                find_unused_parameters=old.find_unused_parameters,
+                gradient_as_bucket_view=old.gradient_as_bucket_view,
+                static_graph=old.static_graph,
+            )
+            self._rewrapped = self.model_wrapped = new
+            self.accelerator._models = [new if m is old else m for m in self.accelerator._models]
+
+    def training_step(self, model, *args, **kwargs):
+        # The training loop holds on to the wrapper it began with.
+        loss = super().training_step(model if self._rewrapped is None else self._rewrapped, *args, **kwargs)
+        self.refuse_unless_finite("loss", loss.item())
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self.objective is None or return_outputs:  # outputs: evaluation by Trainer, which has its own loss
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return self.objective(model, inputs)
+
+    def refuse_unless_finite(self, what: str, value: float) -> None:
+        """FloatingPointError for a loss or gradient norm that is not, before the weights are touched."""
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{what} is {value} at step {self.state.global_step + 1}; training stops, weights are those of "
+                f"step {self.state.global_step} and checkpoints in {self.args.output_dir} are untouched"
+            )
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "loss" in logs or any(k.endswith("_loss") for k in logs):
+            logs = {**logs, "sparsity": round(self.pruner.expected_sparsity(), 6), **self._mask_logs()}
+        super().log(logs, *args, **kwargs)
+
+    def _mask_logs(self) -> dict[str, float]:
+        """Flips at the last step, and the kept share by kind and by carrier, while masks move."""
+        if self.pruner.finalized or not self.pruner.masks:
+            return {}
+        kept = {f"kept/{name}": round(share, 4) for name, share in self.pruner.kept_shares().items()}
+        return {"flips": self.pruner.flips, **kept}
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_world_process_zero():
+            super().save_model(output_dir, _internal_call)
+        if _internal_call:  # a checkpoint: the other ranks add their files once the folder has its name
+            self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        save_adapter(self.pruner, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_adapter_state(self.pruner, resume_from_checkpoint)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            newest = last_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise FileNotFoundError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
+            resume_from_checkpoint = str(newest)
+        if resume_from_checkpoint:
+            state = self._finished(Path(resume_from_checkpoint))
+            if state is not None:
+                load_adapter_state(self.pruner, resume_from_checkpoint)
+                self.state, self.report = state, self.pruner.report()
+                return TrainOutput(state.global_step, math.nan, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _finished(self, checkpoint: Path) -> TrainerState | None:
+        """The state of a checkpoint that has taken all the steps there are: Trainer would take one more."""
+        file = checkpoint / TRAINER_STATE_NAME
+        state = TrainerState.load_from_json(str(file)) if file.is_file() else None
+        if state is None or (self.args.max_steps <= 0 and state.num_train_epochs != self.args.num_train_epochs):
+            return None
+        most = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        return state if state.global_step >= most else None
+
+
+class _Stages(TrainerCallback):
+    """Calls the pruner after every optimiser step, and finalises at the stage boundary."""
+
+    def __init__(self, trainer: PruneTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        boundary = self.trainer.stage_one_steps(state.max_steps)
+        warm, ramp = (round(boundary * share) for share in (self.trainer.warm, self.trainer.ramp))
+        pruner = self.trainer.pruner
+        if not pruner.finalized:
+            pruner.steps = state.global_step  # of this run: one that was interrupted and starts anew is warm again
+        pruner.schedule(warm, max(1, ramp))
+        if pruner.finalized and pruner.masks:  # resumed in stage two
+            self.trainer.report = pruner.report()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.scaler is None:  # a loss scaler meets such gradients, and skips the step, by itself
+            grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            self.trainer.refuse_unless_finite("gradient norm", torch.nn.utils.get_total_norm(grads).item())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        pruner = self.trainer.pruner
+        pruner.step()
+        if state.global_step >= self.trainer.stage_one_steps(state.max_steps) and not pruner.finalized:
+            self.trainer.cross_boundary()
