@@ -10,6 +10,7 @@ from transformers import DistilBertForMultipleChoice, DistilBertForQuestionAnswe
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import prunekern as pk
+from prunekern import _native
 from prunekern.compacting import checkpoint
 from prunekern.exporting.onnx import export_onnx
 from prunekern.exporting.plain import is_compact, plain_twin
@@ -226,7 +227,10 @@ def test_twin_takes_weights_as_they_are_held(weights, tmp_path):
     twin, inputs = plain_twin(small), tiny_decoders.batch(padded=False)
     assert not any(isinstance(m, CompactLinear) for m in twin.modules())
     assert {p.dtype for p in twin.parameters()} == {torch.float32}
-    assert difference(twin(**inputs).logits, small(**inputs).logits) <= TOLERANCE
+    # AMX rounds the inputs of bf16 products, too: 2^-9 of each, in the layers one after another that tell on the logits.
+    in_tiles = weights == "bf16" and _native.available() and _native.core().isa() == "amx"
+    tolerance = 2.0**-9 * 4 * small.config.num_hidden_layers if in_tiles else TOLERANCE
+    assert difference(twin(**inputs).logits, small(**inputs).logits) <= tolerance
     assert twin.model.embed_tokens.weight.data_ptr() == small.model.embed_tokens.weight.data_ptr()
     if weights == "fp32":
         assert twin.lm_head.weight is twin.model.embed_tokens.weight

@@ -131,7 +131,7 @@ def test_damaged_adapter_files(adapter):
     config.write_bytes(text[:50])
     refused(adapter, "adapter_config.json: is not valid JSON")
     config.write_text("[]")
-    refused(adapter, "adapter_config.json: format must be 2")
+    refused(adapter, r"adapter_config.json: must hold a JSON object \(got list\)")
     config.unlink()
     refused(adapter, "adapter_config.json: no such file", FileNotFoundError)
     config.write_bytes(text)
