@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..storage.headers import read_header
 
 
-def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint of a run: a kill while one was written leaves it out."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Colour-blind safe (Okabe and Ito).
 COLOURS = {"query_key": "#0072B2", "value": "#56B4E9", "ffn": "#E69F00", "residual": "#009E73"}
 
 
-def draw(axes, history: Sequence[dict], report: dict) -> None:
+def draw(axes: Sequence[Any], history: Sequence[dict[str, Any]], report: dict[str, Any]) -> None:
     """Onto two axes: loss and share removed by step; flips a step, and the kept share by kind.
 
     history: entries of the Trainer's log with "step", "loss", "sparsity", and "flips", "kept/KIND" while masks move.
@@ -38,7 +39,7 @@ def draw(axes, history: Sequence[dict], report: dict) -> None:
     lower.legend(*_together(lower, turned), fontsize=8)
 
 
-def plot(history: Sequence[dict], report: dict, path: Path) -> None:
+def plot(history: Sequence[dict[str, Any]], report: dict[str, Any], path: Path) -> None:
     """Write the picture to `path` (PNG)."""
     import matplotlib
 
@@ -51,8 +52,9 @@ def plot(history: Sequence[dict], report: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _together(*axes):
-    handles, labels = [], []
+def _together(*axes: Any) -> tuple[list[Any], list[str]]:
+    handles: list[Any] = []
+    labels: list[str] = []
     for axis in axes:
         some = axis.get_legend_handles_labels()
         handles += some[0]

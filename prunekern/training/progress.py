@@ -1,24 +1,33 @@
-"""A rich progress bar for PruneTrainer: loss, accuracy of the training batches, share removed."""
+"""What is seen of a training run: loss, accuracy of the training batches, share removed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from rich.progress import TextColumn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..pruning.pruner import Pruner
+from ..storage.progress import Bar
 
 
 class RichProgress(TrainerCallback):
-    """Replaces transformers' own bar (`disable_tqdm=True`). Loss and accuracy are running means over ~20 steps."""
+    """Replaces transformers' own bar (`disable_tqdm=True`). Loss and accuracy are running means over ~20 steps.
+
+    Where output is a file it prints a line now and then instead.
+    """
 
     def __init__(self, pruner: Pruner, console: Console | None = None):
         self.pruner, self.console = pruner, console
-        self.bar = self.hook = None
+        self.bar: Bar | None = None
+        self.hook: RemovableHandle | None = None
         self.means: dict[str, float] = {}
         self.removed = ""
 
-    def _observe(self, model, args, kwargs, output) -> None:
+    def _observe(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
         if not model.training or labels is None or logits is None or output.loss is None:
             return
@@ -28,28 +37,32 @@ class RichProgress(TrainerCallback):
         for name, value in seen.items():
             self.means[name] = value if name not in self.means else 0.95 * self.means[name] + 0.05 * value
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:  # fmt: skip
+        """Show the bar, on the first of several processes."""
         if not state.is_world_process_zero:
             return
-        text = TextColumn("{task.fields[text]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
-        self.bar = Progress(*columns, console=self.console, transient=True)
+        self.bar = Bar(TextColumn("{task.fields[text]}"), console=self.console)
         self.task = self.bar.add_task("stage one", total=state.max_steps, completed=state.global_step, text="")
         self.hook = self.pruner.model.register_forward_hook(self._observe, with_kwargs=True)
         self.bar.start()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move it, and say what was seen."""
         if self.bar is None:
             return
         parts = [f"{name} {value:.3f}" for name, value in self.means.items()]
         if state.global_step % 5 == 0 or not self.removed:  # a sum over all channel groups: not at every step
             self.removed = f"removed {100 * self.pruner.expected_sparsity():.1f} %"
         stage = "stage two" if self.pruner.finalized else "stage one"
-        self.bar.update(
-            self.task, completed=state.global_step, description=stage, text="  ".join([*parts, self.removed])
-        )
+        text = "  ".join([*parts, self.removed])
+        self.bar.update(self.task, completed=state.global_step, description=stage, text=text)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As `close`."""
         self.close()
 
     def close(self) -> None:

@@ -9,9 +9,10 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..compacting.checkpoint import save
 from ..compacting.compact import compact
@@ -20,8 +21,13 @@ from ..pruning.adapter import save_adapter
 from ..pruning.attach import attach
 from ..pruning.config import PruneConfig
 from ..pruning.pruner import Pruner
+from ..storage.progress import track
 from ..storage.tokenizer import load_tokenizer
 from ..tasks import ChoiceTask, LanguageTask, Task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,9 @@ class TrainOptions:
     seed: int = 0
 
 
-def load_dense(model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0) -> tuple[nn.Module, object]:
+def load_dense(
+    model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub.
 
     seed: of the head's first weights, where the checkpoint has none. In the checkpoint's dtype where there is a GPU,
@@ -71,7 +79,7 @@ def refuse_missing(model: str) -> None:
         raise FileNotFoundError(f"{model}: no such folder")
 
 
-def with_head(auto_class: type, model: str, purpose: str, **options):
+def with_head(auto_class: Any, model: str, purpose: str, **options: Any) -> Any:
     """`auto_class.from_pretrained(model, **options)`; a one-line ValueError where the architecture has no such head."""
     try:
         return auto_class.from_pretrained(model, **options)
@@ -84,7 +92,7 @@ def with_head(auto_class: type, model: str, purpose: str, **options):
         raise ValueError(f"{model}: is a {kind} model, which has no head for {purpose}") from None
 
 
-def training_arguments(options: TrainOptions, out: Path, **extra):
+def training_arguments(options: TrainOptions, out: Path, **extra: Any) -> TrainingArguments:
     """TrainingArguments of a run, ours or a baseline's."""
     from transformers import TrainingArguments
 
@@ -111,14 +119,14 @@ def training_arguments(options: TrainOptions, out: Path, **extra):
 
 def fine_tune(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task | LanguageTask | ChoiceTask,
     config: PruneConfig,
     options: TrainOptions,
     out: Path,
     resume: bool = False,
-    console=None,
-) -> tuple[Pruner, dict]:
+    console: Console | None = None,
+) -> tuple[Pruner, dict[str, Any]]:
     """Attach, train both stages, finalise. Returns the pruner and its report (what was kept; seconds of training)."""
     from transformers import PrinterCallback, set_seed
 
@@ -165,12 +173,14 @@ def fine_tune(
 _MAY_CHANGE = ("epochs", "max_steps", "save_steps")
 
 
-def _same_run(file: Path, task, options: TrainOptions, rows, resume: bool) -> None:
+def _same_run(
+    file: Path, task: Task | LanguageTask | ChoiceTask, options: TrainOptions, rows: Any, resume: bool
+) -> None:
     """Write down what a run is made of; when it is resumed, ValueError unless it is made of the same."""
     digest = hashlib.sha256()
     for batch in rows.iter(1000):
         digest.update(json.dumps(batch, sort_keys=True).encode())
-    made_of = {k: v for k, v in asdict(options).items() if k not in _MAY_CHANGE}
+    made_of: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in _MAY_CHANGE}
     made_of |= {"task": task.name, "training rows": f"{len(rows)}, sha256 {digest.hexdigest()[:16]}"}
     if not resume:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -186,33 +196,39 @@ def _same_run(file: Path, task, options: TrainOptions, rows, resume: bool) -> No
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, tokenizer, task: Task, max_length: int = 128, split: str | None = None, console=None):
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | LanguageTask | ChoiceTask,
+    max_length: int = 128,
+    split: str | None = None,
+    console: Console | None = None,
+) -> tuple[dict[str, float], Tensor]:
     """(metrics, predictions [rows, labels]) of a model on the task's scored split, batches bucketed by length.
 
     Of a LanguageTask: (perplexity, losses [blocks, tokens]); of a ChoiceTask: (accuracy, log-likelihoods).
     """
-    from rich.progress import track
     from transformers import EvalPrediction
 
     model.eval()
     if not isinstance(task, Task):
-        bar = functools.partial(track, description="evaluating", transient=True, console=console)
+        bar = functools.partial(track, description="evaluating", console=console)
         return task.score(model, tokenizer, max_length, split, bar)
     data = task.encode(tokenizer, max_length)[split or task.score_split]
     collate, device = task.collator(tokenizer), next(model.parameters()).device
     order = torch.tensor(data["length"]).argsort(stable=True).tolist()
     rows = [data[i] for i in order]
-    logits = []
+    found = []
     batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
-    for batch in track(batches, description="evaluating", transient=True, console=console):
+    for batch in track(batches, description="evaluating", console=console):
         inputs = {k: v.to(device) for k, v in collate(batch).items() if k != "labels"}
-        logits.append(model(**inputs).logits.float().cpu())
-    logits = torch.cat(logits)[torch.tensor(order).argsort()]
+        found.append(model(**inputs).logits.float().cpu())
+    logits = torch.cat(found)[torch.tensor(order).argsort()]
     labels = torch.tensor(data["labels"])
     return task.compute_metrics(EvalPrediction(predictions=logits.numpy(), label_ids=labels.numpy())), logits
 
 
-def finish(pruner: Pruner, tokenizer, out: Path, rule: str = "learned") -> nn.Module:
+def finish(pruner: Pruner, tokenizer: PreTrainedTokenizerBase, out: Path, rule: str = "learned") -> nn.Module:
     """Write OUT/adapter, OUT/compact and, of rule "stock", OUT/stock (both with the tokenizer); return the compact
     model.
     """
@@ -228,12 +244,12 @@ def finish(pruner: Pruner, tokenizer, out: Path, rule: str = "learned") -> nn.Mo
     return small
 
 
-def write_report(out: Path, **content) -> Path:
+def write_report(out: Path, **content: Any) -> Path:
     """OUT/report.json; dataclasses are written as their fields."""
     path = out / "report.json"
     path.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
     return path
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return asdict(value) if hasattr(value, "__dataclass_fields__") else str(value)

@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
-class ByEpoch(torch.utils.data.Sampler):
+class ByEpoch(torch.utils.data.Sampler[int]):
     """Rows of like length together, in an order that is a function of seed and epoch alone.
 
     transformers draws it from the global generator, which a run resumed in a later epoch finds in another state.

@@ -5,25 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerState
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
-from ..machine.bf16_trap import BF16_REASON, bf16_matmul_crashes
 from ..pruning.adapter import load_adapter_state, save_adapter
 from ..pruning.budget import Scores
 from ..pruning.pruner import Pruner
+from .arguments import check_arguments
 from .checkpoints import last_checkpoint
 from .sampler import ByEpoch
 
 # docs/learning-to-prune.md tells what set these.
-SCHEDULE = {"stage_one": 0.65, "warm": 0.6, "ramp": 0.2, "final_learning_rate": None, "mask_learning_rate": 5e-2}
+SCHEDULE: dict[str, float | None] = {
+    "stage_one": 0.65,
+    "warm": 0.6,
+    "ramp": 0.2,
+    "final_learning_rate": None,
+    "mask_learning_rate": 5e-2,
+}
 # Ali et al., ASP-DAC 2025: two constant rates; of masks the paper says only that they are learned.
-PAPER_SCHEDULE = {"stage_one": 0.6, "warm": 0.0, "ramp": 0.5, "final_learning_rate": 1e-5, "mask_learning_rate": 2e-2}
+PAPER_SCHEDULE: dict[str, float | None] = {
+    "stage_one": 0.6,
+    "warm": 0.0,
+    "ramp": 0.5,
+    "final_learning_rate": 1e-5,
+    "mask_learning_rate": 2e-2,
+}
 
 
 class PruneTrainer(Trainer):
@@ -49,10 +64,15 @@ class PruneTrainer(Trainer):
     A loss or a gradient that is not finite raises FloatingPointError before the weights are touched; checkpoints stay.
     """
 
+    # Of Trainer, which has no types.
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    model_wrapped: nn.Module
+
     def __init__(
         self,
-        model=None,
-        args=None,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
         *,
         pruner: Pruner,
         stage_one: float | None = None,
@@ -63,46 +83,30 @@ class PruneTrainer(Trainer):
         shrink: bool = True,
         rule: str = "learned",
         criterion: str | Scores = "magnitude",
-        objective: Callable | None = None,
-        **kwargs,
+        objective: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None,
+        **kwargs: Any,
     ):
         model = pruner.model if model is None else model
         if model is not pruner.model:
             raise ValueError("PruneTrainer: model must be the one that pruner was attached to")
         schedule = PAPER_SCHEDULE if pruner.config.preset == "paper" else SCHEDULE
-        stage_one = schedule["stage_one"] if stage_one is None else stage_one
-        warm = schedule["warm"] if warm is None else warm
-        ramp = schedule["ramp"] if ramp is None else ramp
+
+        def or_usual(name: str, value: float | None) -> float:
+            usual = schedule[name] if value is None else value
+            assert usual is not None, name
+            return usual
+
+        stage_one, warm, ramp = or_usual("stage_one", stage_one), or_usual("warm", warm), or_usual("ramp", ramp)
+        mask_learning_rate = or_usual("mask_learning_rate", mask_learning_rate)
         if final_learning_rate is None:
             final_learning_rate = schedule["final_learning_rate"]
-        if mask_learning_rate is None:
-            mask_learning_rate = schedule["mask_learning_rate"]
         for name, value in (("stage_one", stage_one), ("ramp", ramp)):
             if not 0 < value <= 1:
                 raise ValueError(f"PruneTrainer: {name} must be in (0, 1] (got {value})")
         if not 0 <= warm < 1:
             raise ValueError(f"PruneTrainer: warm must be in [0, 1) (got {warm})")
-        if args is not None and args.load_best_model_at_end:
-            raise ValueError(
-                "PruneTrainer: load_best_model_at_end must be False (got True): the best checkpoint may lie before "
-                "the budget was met"
-            )
-        if args is not None and args.bf16 and args.device.type == "cpu" and bf16_matmul_crashes():
-            raise RuntimeError(f"PruneTrainer: bf16 must be False: {BF16_REASON}")
-        if args is not None and (args.fsdp or args.deepspeed):
-            raise ValueError(
-                "PruneTrainer: fsdp and deepspeed must be off: they split the parameters that masks and shrinking need "
-                "whole; data parallel training (torchrun) is supported"
-            )
-        if args is not None and final_learning_rate is not None and not args.learning_rate > 0:
-            raise ValueError(
-                f"PruneTrainer: learning_rate must be positive with a final_learning_rate (got {args.learning_rate})"
-            )
-        if args is not None and args.n_gpu > 1:
-            raise ValueError(
-                f"PruneTrainer: one process must have one GPU (got {args.n_gpu}): start it by torchrun, one process a "
-                "GPU, or set CUDA_VISIBLE_DEVICES"
-            )
+        if args is not None:
+            check_arguments(args, final_learning_rate)
         if not pruner.shrunk:
             pruner.check_rule(rule, criterion)
         super().__init__(model=model, args=args, **kwargs)
@@ -112,7 +116,7 @@ class PruneTrainer(Trainer):
         self.pruner, self.stage_one, self.warm, self.ramp = pruner, stage_one, warm, ramp
         self.final_learning_rate, self.mask_learning_rate = final_learning_rate, mask_learning_rate
         self.shrink, self.rule, self.criterion, self.objective = shrink, rule, criterion, objective
-        self.report: dict | None = None  # what finalize() kept
+        self.report: dict[str, Any] | None = None  # what finalize() kept
         self._rewrapped: DistributedDataParallel | None = None
         self.add_callback(_Stages(self))
 
@@ -120,24 +124,28 @@ class PruneTrainer(Trainer):
         """Of a run of so many steps."""
         return max(1, round(max_steps * self.stage_one))
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ByEpoch(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     # -- optimiser -----------------------------------------------------------------------------------------------
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """That of `args`, with the mask logits in a group of their own."""
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = self.pruner.param_groups(self.args.learning_rate, self.mask_learning_rate, self.args.weight_decay)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Rates by step: see the class."""
         if self.lr_scheduler is None:
             boundary = self.stage_one_steps(num_training_steps)
-            warmup = self.args.get_warmup_steps(num_training_steps)
+            warmup: int = self.args.get_warmup_steps(num_training_steps)
 
             def adapters(step: int) -> float:
                 if self.final_learning_rate is None:
@@ -150,13 +158,14 @@ class PruneTrainer(Trainer):
             def masks(step: int) -> float:
                 return warm_up(step) if step < boundary else 0.0
 
-            optimizer = self.optimizer if optimizer is None else optimizer
-            by_group = [masks if self.holds_logits(g) else adapters for g in optimizer.param_groups]
+            optimizer = self.create_optimizer() if optimizer is None else optimizer
+            groups = optimizer.param_groups
+            by_group: list[Callable[[int], float]] = [masks if self.holds_logits(g) else adapters for g in groups]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_group)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def holds_logits(self, group: dict) -> bool:
+    def holds_logits(self, group: dict[str, Any]) -> bool:
         """Whether a group of the optimiser is the mask logits'. ValueError where it holds other parameters too."""
         logits = {id(mask.logits) for mask in self.pruner.masks.values()}
         count = sum(id(p) in logits for p in group["params"])
@@ -188,13 +197,17 @@ class PruneTrainer(Trainer):
             self._rewrapped = self.model_wrapped = new
             self.accelerator._models = [new if m is old else m for m in self.accelerator._models]
 
-    def training_step(self, model, *args, **kwargs):
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """As of Trainer. FloatingPointError for a loss that is not finite."""
         # The training loop holds on to the wrapper it began with.
-        loss = super().training_step(model if self._rewrapped is None else self._rewrapped, *args, **kwargs)
+        loss: Tensor = super().training_step(model if self._rewrapped is None else self._rewrapped, *args, **kwargs)
         self.refuse_unless_finite("loss", loss.item())
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:  # fmt: skip
+        """That of `objective` where there is one."""
         if self.objective is None or return_outputs:  # outputs: evaluation by Trainer, which has its own loss
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         return self.objective(model, inputs)
@@ -207,7 +220,8 @@ class PruneTrainer(Trainer):
                 f"step {self.state.global_step} and checkpoints in {self.args.output_dir} are untouched"
             )
 
-    def log(self, logs: dict, *args, **kwargs) -> None:
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """With the share removed, flips and what each kind of channel group keeps."""
         if "loss" in logs or any(k.endswith("_loss") for k in logs):
             logs = {**logs, "sparsity": round(self.pruner.expected_sparsity(), 6), **self._mask_logs()}
         super().log(logs, *args, **kwargs)
@@ -222,18 +236,20 @@ class PruneTrainer(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter: what training changed."""
         if self.is_world_process_zero():
             super().save_model(output_dir, _internal_call)
         if _internal_call:  # a checkpoint: the other ranks add their files once the folder has its name
             self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         save_adapter(self.pruner, output_dir or self.args.output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter_state(self.pruner, resume_from_checkpoint)
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As of Trainer; True goes on from the newest complete checkpoint (FileNotFoundError where there is none)."""
         if resume_from_checkpoint is True:
             newest = last_checkpoint(self.args.output_dir)
             if newest is None:
@@ -263,7 +279,10 @@ class _Stages(TrainerCallback):
     def __init__(self, trainer: PruneTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the lengths of the stages, by how long this run is."""
         boundary = self.trainer.stage_one_steps(state.max_steps)
         warm, ramp = (round(boundary * share) for share in (self.trainer.warm, self.trainer.ramp))
         pruner = self.trainer.pruner
@@ -273,12 +292,16 @@ class _Stages(TrainerCallback):
         if pruner.finalized and pruner.masks:  # resumed in stage two
             self.trainer.report = pruner.report()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """FloatingPointError for gradients that are not finite."""
         if self.trainer.accelerator.scaler is None:  # a loss scaler meets such gradients, and skips the step, by itself
             grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
             self.trainer.refuse_unless_finite("gradient norm", torch.nn.utils.get_total_norm(grads).item())
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The pruner's step, and the boundary where it is reached."""
         pruner = self.trainer.pruner
         pruner.step()
         if state.global_step >= self.trainer.stage_one_steps(state.max_steps) and not pruner.finalized:

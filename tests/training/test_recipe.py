@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
-from test_cli import files  # noqa: F401  (a tiny model, its tokenizer and a task)
 
 import prunekern as pk
 from prunekern import tasks
 from prunekern.training.recipe import TrainOptions, fine_tune, load_dense
+from tests.cli.test_commands import files  # noqa: F401  (a tiny model, its tokenizer and a task)
 
 
 def train(folder, out, seed, resume=False, rows="train", **changes):

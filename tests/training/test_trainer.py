@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 import prunekern as pk
 from prunekern.pruning import attach as attach_file
-from prunekern.training import trainer as trainer_file
+from prunekern.training import arguments as arguments_file
 from prunekern.training.trainer import last_checkpoint
 from tests.helpers.tiny_models import FFN, attached, batch, build, difference, logits, names
 from tests.helpers.trainer_runs import BOUNDARY, STEPS, Each, Rows, Stop, arguments, fresh, result, same, stop_at
@@ -359,7 +359,7 @@ def test_model_of_another_pruner_is_refused(tmp_path):
 
 def test_bf16_on_a_cpu_where_it_crashes(tmp_path, monkeypatch):
     """The process would die with an illegal instruction in the middle of the first step."""
-    for module in (attach_file, trainer_file):
+    for module in (attach_file, arguments_file):
         monkeypatch.setattr(module, "bf16_matmul_crashes", lambda: True)
     with pytest.raises(RuntimeError, match="PruneTrainer: bf16 must be False: .*Train in fp32"):
         fresh(tmp_path, bf16=True)
