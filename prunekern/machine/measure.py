@@ -22,19 +22,45 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float = 3.0, least: int = 8) -> dict[str, float]:
-    """Fastest time of each call, in seconds: called in turn, at least `least` times and for about `seconds` in all."""
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float = 3.0,
+    least: int = 8,
+    *,
+    each: bool = False,
+    turning: bool = False,
+    timed: Callable[[Callable[[], object]], float] | None = None,
+    of: Callable[[list[float]], float] = min,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, float]:
+    """Fastest time of each call, in seconds: called in turn, at least `least` times and for about `seconds` in all.
+
+    each: `seconds` for every call, not for all of them. turning: every turn begins one call further on, so that nobody
+    always follows the same neighbour. timed: makes a call and returns its seconds, where a clock around it would not
+    tell them (a GPU's events). of: what counts of a call's times, in place of the fastest. progress: is told after
+    every turn what part is done, 0 to 1.
+    """
+
+    def by_the_clock(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    take = by_the_clock if timed is None else timed
     for call in calls.values():
         call()  # allocation, packing and caches are not timed
-    best = dict.fromkeys(calls, float("inf"))
-    rounds, end = 0, time.perf_counter() + seconds
-    while rounds < least or time.perf_counter() < end:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-        rounds += 1
-    return best
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, turn, whole = list(calls), 0, seconds * len(calls) if each else seconds
+    start = time.perf_counter()
+    while turn < least or time.perf_counter() - start < whole:
+        first = turn % len(order) if turning else 0
+        for name in order[first:] + order[:first]:
+            times[name].append(take(calls[name]))
+        turn += 1
+        if progress is not None:
+            of_time = (time.perf_counter() - start) / whole if whole > 0 else 1.0
+            progress(min(1.0, of_time, turn / least if least > 0 else 1.0))
+    return {name: of(some) for name, some in times.items()}
 
 
 def peak_gflops(repeats: int = 200) -> float:
