@@ -47,10 +47,10 @@ sanitize: venv
 	$(call cpp_tests,build/tsan,-DCMAKE_CXX_FLAGS="-fsanitize=thread $(SANITIZE)" -DPRUNEKERN_STD_THREADS=ON)
 
 bench: venv
-	$(BIN)/python bench/layers.py
-	$(BIN)/python bench/models.py
-	$(BIN)/python bench/growth.py
-	$(BIN)/python bench/train_step.py
+	$(BIN)/python -m bench.cpu.layers
+	$(BIN)/python -m bench.cpu.models
+	$(BIN)/python -m bench.cpu.growth
+	$(BIN)/python -m bench.cpu.train_step
 
 # Fails where an op lost more than 15 % against PyTorch since bench/regression/baseline.json was written.
 bench-check: venv

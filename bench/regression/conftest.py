@@ -1,10 +1,10 @@
 """--new-baseline: write what is measured to baseline.json instead of comparing with it."""
 
 import pytest
-import ratios
 import torch
 
 import prunekern as pk
+from bench.regression import ratios
 
 
 def pytest_addoption(parser):

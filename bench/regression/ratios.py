@@ -7,9 +7,10 @@ frequency or a busy machine far better than milliseconds do. Each instruction se
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from prunekern.measure import interleaved
 
 BASELINE = Path(__file__).with_name("baseline.json")
 # Of the baseline. Four runs of the suite on a shared machine lay within 7 % of each other, but for one case in 80.
@@ -24,15 +25,8 @@ def has_fallen(ratio: float, baseline: float) -> bool:
 
 def measure(ours: Callable[[], object], peer: Callable[[], object], seconds: float) -> float:
     """Fastest call of `peer` over the fastest of `ours`, in turn for `seconds` (at least five turns)."""
-    best = {ours: float("inf"), peer: float("inf")}
-    turns, end = 0, time.perf_counter() + seconds
-    while turns < 5 or time.perf_counter() < end:
-        for call in (peer, ours):
-            start = time.perf_counter()
-            call()
-            best[call] = min(best[call], time.perf_counter() - start)
-        turns += 1
-    return best[peer] / best[ours]
+    best = interleaved({"peer": peer, "ours": ours}, seconds, 5)
+    return best["peer"] / best["ours"]
 
 
 def confirmed(first: float, again: Callable[[], float], baseline: float) -> float:

@@ -9,10 +9,10 @@ After a change that is meant: `pytest bench/regression --new-baseline`, on a qui
 import statistics
 
 import pytest
-import ratios
 import torch
 import torch.nn.functional as F
 
+from bench.regression import ratios
 from prunekern.ops import compact_attention, compact_linear, compact_mlp, pack_weight, quantize_weight
 
 SECONDS = 1.0  # each case, each attempt

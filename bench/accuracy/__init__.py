@@ -1,0 +1,1 @@
+"""Accuracy of pruned classifiers, and what of the recipe makes it."""

@@ -1,0 +1,161 @@
+"""Does a compact language model generate faster than the dense one, and than the same channels cut out plainly?
+
+    python -m bench.cpu.decode                          # SmolLM2-135M's shape, 20 % removed, one thread; 4 minutes
+    python -m bench.cpu.decode --share 0.5 --tokens 512
+
+Random weights of the real shape (they do not matter for speed), a ragged plan. One prompt, then so many tokens with a
+DynamicCache, one at a time. Answers first: the logits of prompt and decoded tokens of everyone are compared with
+float64 eager, removed rows zeroed where the model is pruned. Then all take turns in one process; the minimum over
+rounds of the time a token takes is compared. "bytes" are those of weights and cache that one token reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import prunekern as pk
+from bench.common import progress, report
+from bench.common.answers import LEAST_DECIBEL, decibel
+from bench.common.shapes import SMOLLM2, ragged
+from bench.common.sliced import masked
+from bench.common.sliced_decoder import sliced
+from prunekern.checkpoint import WEIGHTS
+from prunekern.measure import interleaved, threads
+
+TOLERANCE = 5e-5  # of fp32 logits, of the largest
+
+
+@torch.inference_mode()
+def decode(model: nn.Module, ids: torch.Tensor, prompt: int) -> tuple[torch.Tensor, float, list[float]]:
+    """(logits of the last prompt token and all after it, seconds of the prompt, of each token) with given ids."""
+    cache, logits, seconds = DynamicCache(config=model.config), [], []
+    for first in range(prompt - 1, ids.shape[1]):
+        part = ids[:, :prompt] if first < prompt else ids[:, first : first + 1]
+        start = time.perf_counter()
+        out = model(part, past_key_values=cache, logits_to_keep=1)
+        seconds.append(time.perf_counter() - start)
+        logits.append(out.logits)
+    return torch.cat(logits, 1), seconds[0], seconds[1:]
+
+
+def bytes_read(model: nn.Module, keys: int) -> int:
+    """Weights of all linears (the head's too), and the cache at `keys` tokens."""
+    weights = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, pk.nn.CompactLinear)):
+            weights += module.weight.numel() * module.weight.element_size()
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+    return weights + keys * sum(t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values))
+
+
+def subjects(share: float, seed: int = 0) -> tuple[dict[str, nn.Module], dict[str, nn.Module], pk.Plan]:
+    torch.manual_seed(seed)
+    dense = LlamaForCausalLM._from_config(LlamaConfig(**SMOLLM2), attn_implementation="sdpa").eval()
+    dense.requires_grad_(False)
+    small, plan = ragged(dense, share)
+    models = {"dense": dense, "sliced": sliced(dense, plan)}
+    with tempfile.TemporaryDirectory() as folder:
+        pk.save(small, Path(folder) / "compact")
+        for kind in WEIGHTS:
+            models[f"compact {kind}"] = pk.load(Path(folder) / "compact", weights=kind)
+    return models, {"dense": copy.deepcopy(dense).double(), "pruned": masked(dense, plan)}, plan
+
+
+def check(models: dict, exact: dict, ids: torch.Tensor, prompt: int) -> dict[str, float]:
+    """Decibels of the logits of those whose weights are rounded. SystemExit for a wrong answer."""
+    want = {}
+    with torch.inference_mode():
+        for name, model in exact.items():
+            want[name] = model(ids, use_cache=False).logits[:, prompt - 1 :]
+    noise = {}
+    for name, model in models.items():
+        right = want["dense" if name == "dense" else "pruned"]
+        got = decode(model, ids, prompt)[0].double()
+        if name in ("compact bf16", "compact int8"):
+            noise[name] = decibel(got, right)
+            good = noise[name] >= LEAST_DECIBEL
+        else:
+            good = (got - right).abs().max() <= TOLERANCE * right.abs().max()
+        if not good:
+            raise SystemExit(f"{name}: wrong answer")
+    return noise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=0.2, help="of the block parameters, removed")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", default="decode")
+    args = parser.parse_args()
+    with threads(args.threads):
+        models, exact, plan = subjects(args.share)
+        ids = torch.randint(5, 49_000, (1, args.prompt + args.tokens), generator=torch.Generator().manual_seed(1))
+        noise = check(models, exact, ids[:, : args.prompt + 8], args.prompt)
+        del exact
+        prompts = dict.fromkeys(models, math.inf)
+
+        def token_seconds(name: str) -> float:
+            _, prompt, each = decode(models[name], ids, args.prompt)
+            prompts[name] = min(prompts[name], prompt)
+            return sum(each) / len(each)
+
+        calls = {name: partial(token_seconds, name) for name in models}
+        with progress.bar("rounds") as tell:
+            best = interleaved(calls, 0.0, args.rounds, timed=lambda call: call(), progress=tell)
+    keys = args.prompt + args.tokens // 2
+    size = {name: bytes_read(model, keys) for name, model in models.items()}
+    rows = [
+        {
+            "model": name,
+            "prompt_ms": round(1e3 * prompts[name], 1),
+            "token_ms": round(1e3 * best[name], 2),
+            "tokens_per_s": round(1 / best[name], 1),
+            "MB_a_token": round(size[name] / 1e6, 1),
+            "GB_per_s": round(size[name] / best[name] / 1e9, 1),
+            "x_dense": round(best["dense"] / best[name], 3),
+            "bytes_x_dense": round(size["dense"] / size[name], 3),
+            "x_sliced": round(best["sliced"] / best[name], 3),
+            "x_compact_fp32": round(best["compact fp32"] / best[name], 3),
+            "dB": round(noise[name], 1) if name in noise else None,
+        }
+        for name in models
+    ]
+    title = f"SmolLM2-135M's shape, {100 * plan.sparsity():.0f} % removed, {args.prompt} + {args.tokens} tokens"
+    report.table(title, rows)
+    report.write(args.out, title=title, rows=rows, threads=args.threads, rounds=args.rounds, removed=plan.sparsity())
+    plot(rows, title, report.RESULTS / f"{args.out}.png")
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    names = [r["model"] for r in rows][::-1]
+    bars = axis.barh(names, [r["tokens_per_s"] for r in rows][::-1], color="#0072B2")
+    axis.bar_label(bars, [f"{r['tokens_per_s']:.0f} ({r['x_dense']:.2f} x dense)" for r in rows][::-1], padding=3)
+    axis.margins(x=0.4)
+    axis.set(xlabel="tokens a second, batch 1", title=title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

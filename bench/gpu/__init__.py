@@ -1,0 +1,1 @@
+"""Figures of the Triton kernels, and what they compile to."""

@@ -1,0 +1,1 @@
+"""No kernel may get slower unnoticed: `make bench-check`."""
