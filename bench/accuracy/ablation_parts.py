@@ -23,7 +23,7 @@ class HardConcrete(ChannelMask):
     LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        if not self.training or self.is_open or self._is_final:
+        if not self.training or self.is_open or bool(self.final):
             return super().forward(dtype)
         soft = torch.sigmoid((self.logits - self.threshold + self.noise) / self.BETA)
         groups = (soft * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1).to(dtype)
