@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekern import budget
 from prunekern.nn import ChannelMask
-from prunekern.pruner import Pruner
-from prunekern.saliency import Saliency, group_cost, starting_logits
+from prunekern.pruning import budget
+from prunekern.pruning.pruner import Pruner
+from prunekern.pruning.saliency import Saliency, group_cost, starting_logits
 
 
 class HardConcrete(ChannelMask):

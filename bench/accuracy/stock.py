@@ -25,8 +25,8 @@ from bench.common import bits, report
 from bench.common.training import train
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.training.recipe import TrainOptions, evaluate, load_dense, training_arguments
 from prunekern.exporting.stock import save_stock
+from prunekern.training.recipe import TrainOptions, evaluate, load_dense, training_arguments
 
 RULES = ("learned", "stock")
 

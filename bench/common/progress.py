@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[float], None]]:
-    """Yields what is told the share that is done, 0 to 1: `progress` of `prunekern.measure.interleaved`."""
+    """Yields what is told the share that is done, 0 to 1: `progress` of `prunekern.machine.measure.interleaved`."""
     start = last = time.perf_counter()
 
     def line(share: float) -> None:

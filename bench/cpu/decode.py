@@ -29,8 +29,8 @@ from bench.common.answers import LEAST_DECIBEL, decibel
 from bench.common.shapes import SMOLLM2, ragged
 from bench.common.sliced import masked
 from bench.common.sliced_decoder import sliced
-from prunekern.checkpoint import WEIGHTS
-from prunekern.measure import interleaved, threads
+from prunekern.compacting.checkpoint import WEIGHTS
+from prunekern.machine.measure import interleaved, threads
 
 TOLERANCE = 5e-5  # of fp32 logits, of the largest
 

@@ -24,7 +24,7 @@ from torch import nn
 import prunekern as pk
 from bench.common import peers_models, progress, report, shapes, sliced
 from bench.common.answers import check_logits
-from prunekern.measure import interleaved, threads
+from prunekern.machine.measure import interleaved, threads
 
 SHARES = [round(0.1 * i, 1) for i in range(10, 0, -1)]
 MODEL = "DistilBERT-base"

@@ -22,7 +22,7 @@ from bench.common.answers import check, geomean, randn
 from bench.common.turns import race
 from bench.cpu import layer_tables as tables
 from prunekern import info
-from prunekern.measure import peak_gflops, read_bandwidth, run_peak
+from prunekern.machine.measure import peak_gflops, read_bandwidth, run_peak
 
 SHAPES = "768x768,3072x768,768x3072,2319x768,768x2319,577x768,4096x4096,8311x4096"
 ROWS = "1,4,16,32,128,512,1024"

@@ -27,8 +27,8 @@ from transformers.utils.logging import disable_progress_bar
 import prunekern as pk
 from bench.common import peers_models, progress, report, shapes, sliced
 from bench.common.answers import LEAST_DECIBEL, check_logits, decibel
-from prunekern import checkpoint
-from prunekern.measure import interleaved, threads
+from prunekern.compacting import checkpoint
+from prunekern.machine.measure import interleaved, threads
 
 
 def kinds(small: nn.Module) -> dict[str, nn.Module]:

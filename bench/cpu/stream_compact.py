@@ -29,10 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekern as pk
 from bench.common import progress, report
-from prunekern.adapter import ADAPTER_FORMAT, adapter_tensors
-from prunekern.plan import from_kept
-from prunekern.shards import INDEX, Shards, write_shard
-from prunekern.streaming import compact_files
+from prunekern.compacting.plan import from_kept
+from prunekern.pruning.adapter import ADAPTER_FORMAT, adapter_tensors
+from prunekern.pruning.compact_files import compact_files
+from prunekern.storage.shards import INDEX, Shards, write_shard
 
 DTYPE, MB, GB = torch.bfloat16, 1e6, 1e9
 ROWS = 1024  # of random numbers made at once

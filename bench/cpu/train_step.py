@@ -18,7 +18,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import prunekern as pk
 from bench.common import progress, report
-from prunekern.measure import interleaved
+from prunekern.machine.measure import interleaved
 
 TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 

@@ -12,7 +12,13 @@ from prunekern.kernels import launch
 from prunekern.kernels.compact_finish import compact_finish_kernel
 from prunekern.kernels.compact_linear import compact_linear_kernel
 from prunekern.kernels.compact_mlp import compact_gated_kernel
-from prunekern.kernels.dora_gain import AS_IT_IS, MOST_FACTORED, dora_gain_factored_kernel, dora_gain_finish_kernel, dora_gain_kernel
+from prunekern.kernels.dora_gain import (
+    AS_IT_IS,
+    MOST_FACTORED,
+    dora_gain_factored_kernel,
+    dora_gain_finish_kernel,
+    dora_gain_kernel,
+)
 from prunekern.kernels.dora_linear import dora_backward_kernel, dora_compose_kernel, dora_fused_kernel
 from prunekern.kernels.dora_merge import dora_merge_kernel
 

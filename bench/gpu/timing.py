@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch._library.triton import set_wrap_triton_enabled
 
-from prunekern.measure import interleaved
+from prunekern.machine.measure import interleaved
 
 
 def sets_for(bytes_of_one: int, device: torch.device) -> int:

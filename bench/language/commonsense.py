@@ -22,8 +22,8 @@ import prunekern.hf  # noqa: F401  (compact folders load too)
 from bench.common import progress, report
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.training.recipe import evaluate
 from prunekern.tasks.harness import evaluate_tasks
+from prunekern.training.recipe import evaluate
 
 TIE = 1e-3  # of log-likelihoods: batches of other sizes round differently
 

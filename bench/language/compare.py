@@ -28,8 +28,8 @@ from bench.common.rules import LoraGradient, taylor
 from bench.language import tables
 from prunekern import tasks
 from prunekern.demo.models import demo_model
-from prunekern.training.recipe import TrainOptions, evaluate, load_dense, training_arguments
 from prunekern.tasks.language import language_task
+from prunekern.training.recipe import TrainOptions, evaluate, load_dense, training_arguments
 from prunekern.training.trainer import SCHEDULE
 
 MIXTURE = {"wikipedia": 0.5, "winogrande": 0.25, "science": 0.25}  # of the training tokens

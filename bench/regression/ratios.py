@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from prunekern.measure import interleaved
+from prunekern.machine.measure import interleaved
 
 BASELINE = Path(__file__).with_name("baseline.json")
 # Of the baseline. Four runs of the suite on a shared machine lay within 7 % of each other, but for one case in 80.

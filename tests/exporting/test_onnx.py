@@ -227,7 +227,7 @@ def test_twin_takes_weights_as_they_are_held(weights, tmp_path):
     twin, inputs = plain_twin(small), tiny_decoders.batch(padded=False)
     assert not any(isinstance(m, CompactLinear) for m in twin.modules())
     assert {p.dtype for p in twin.parameters()} == {torch.float32}
-    # AMX rounds the inputs of bf16 products, too: 2^-9 of each, in the layers one after another that tell on the logits.
+    # AMX rounds the inputs of bf16 products, too: 2^-9 of each, in layers one after another.
     in_tiles = weights == "bf16" and _native.available() and _native.core().isa() == "amx"
     tolerance = 2.0**-9 * 4 * small.config.num_hidden_layers if in_tiles else TOLERANCE
     assert difference(twin(**inputs).logits, small(**inputs).logits) <= tolerance

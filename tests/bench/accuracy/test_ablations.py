@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import attached, batch, build, logits
 
 import prunekern as pk
 from bench.accuracy.ablation_parts import (
@@ -21,8 +20,9 @@ from bench.accuracy.ablation_parts import (
 )
 from bench.accuracy.ablation_train import WarmStates, train
 from bench.accuracy.ablation_variants import BASE, RECIPE, VARIANTS, Variant
-from prunekern import budget
-from prunekern.trainer import SCHEDULE
+from prunekern.pruning import budget
+from prunekern.training.trainer import SCHEDULE
+from tests.helpers.tiny_models import attached, batch, build, logits
 
 
 class Rows(list):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import attached, batch, build, names
 
 from bench.accuracy.compare import MORE_SEEDS, path_of, wanted
 from bench.accuracy.latency import DENSE, compact_of, points_of
 from bench.accuracy.tables import METHODS, allocation, overlap, paired, right, rows_of
 from bench.common.rules import LoraGradient
+from tests.helpers.tiny_models import attached, batch, build, names
 
 
 def run(correct, task="reviews", seed=0, method="ours", share=0.5, kept=None):

@@ -1,8 +1,8 @@
-"""prunekern.measure.interleaved as the bench scripts use it: who follows whom, what is timed, what counts."""
+"""prunekern.machine.measure.interleaved as the bench scripts use it: who follows whom, what is timed, what counts."""
 
 import statistics
 
-from prunekern.measure import interleaved
+from prunekern.machine.measure import interleaved
 
 
 def test_turns_begin_one_call_further_on():

@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-import tiny_models
 import torch
 
 import prunekern as pk
 from bench.common import shapes, sliced
 from bench.common.answers import check_logits
 from bench.cpu import models
+from tests.helpers import tiny_models
 
 
 def ragged_plan(dense, family):

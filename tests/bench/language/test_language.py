@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tiny_decoders import VOCAB, build
-from tiny_tokenizer import WORDS, word_tokenizer
 
 from bench.common.rules import taylor
 from bench.language.compare import MIXTURE, blocks
@@ -12,6 +10,8 @@ from bench.language.tables import METHODS, paired, path_of, rows_of
 from prunekern import families
 from prunekern.tasks.choice import Item, choice_task
 from prunekern.tasks.language import language_task
+from tests.helpers.tiny_decoders import VOCAB, build
+from tests.helpers.tiny_tokenizer import WORDS, word_tokenizer
 
 
 def test_taylor_is_weight_times_gradient_summed_over_the_group():
