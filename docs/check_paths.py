@@ -18,7 +18,7 @@ FOLDERS = ("prunekern", "csrc", "bench", "tests", "examples", "docs", ".ci", ".g
 PATH = re.compile(rf"`((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*)`")
 SCRIPT = re.compile(r"python (bench/[\w/]+\.py)")
 MODULE = re.compile(r"python -m (bench(?:\.\w+)+)")
-LINK = re.compile(r"\]\(([^)#\s:]+)")
+LINK = re.compile(r"\]\(([^)#\s:]+)[)#]")
 MADE = ("bench/results/gpu-",)  # by a command that nobody has run yet
 
 

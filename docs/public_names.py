@@ -42,9 +42,11 @@ def exported(package: griffe.Module) -> list[str]:
 
 
 def where(package: griffe.Module) -> dict[str, str]:
-    """`_WHERE`: the file of each lazy name, relative to the package; empty where there is none."""
+    """`_WHERE`: the module of each lazy name, relative to the package; empty where there is none."""
     table = package.members.get("_WHERE")
-    return {} if table is None else ast.literal_eval(str(table.value))
+    if table is None:
+        return {}
+    return {name: path.removeprefix(f"{package.path}.") for name, path in ast.literal_eval(str(table.value)).items()}
 
 
 def target_of(package: griffe.Module, name: str) -> griffe.Object | None:
