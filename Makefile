@@ -38,11 +38,11 @@ lint: venv
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(wildcard examples/cpp/*.cpp)
 
 # The site, into build/site: strictly (broken links fail), with no network, and every public name documented.
-# The tools are those of pyproject.toml's extra `docs`.
+# The tools are those of pyproject.toml's extra `docs`. (--quiet would hide warnings from --strict, too.)
 docs: venv
 	@test -x $(BIN)/mkdocs || \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/check_names.py build/site
 	$(BIN)/python docs/check_paths.py
 
