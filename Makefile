@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-check | sanitize | clean.
+# make demo | test | lint | docs | bench | bench-check | sanitize | clean.
 # Everything is installed into .venv, from constraints.txt.
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ $(BIN)/cmake --build $(1)
 $(BIN)/ctest --test-dir $(1) --output-on-failure
 endef
 
-.PHONY: venv demo test lint bench bench-check sanitize clean
+.PHONY: venv demo test lint docs bench bench-check sanitize clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,15 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(wildcard examples/cpp/*.cpp)
+
+# The site, into build/site: strictly (broken links fail), with no network, and every public name documented.
+# The tools are those of pyproject.toml's extra `docs`. (--quiet would hide warnings from --strict, too.)
+docs: venv
+	@test -x $(BIN)/mkdocs || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/check_names.py build/site
+	$(BIN)/python docs/check_paths.py
 
 # The C++ tests under AddressSanitizer + UndefinedBehaviorSanitizer, then with two threads under ThreadSanitizer
 # (threads from std::thread: it knows nothing of libgomp's barriers and would report every loop). A test that went
