@@ -22,7 +22,7 @@ venv: $(STAMP)
 $(STAMP): $(SOURCES) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "make: $(PYTHON) cannot make a virtual environment; install it (apt-get install python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,bench,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,bench,docs,dev]'
 	@touch $@
 
 demo: venv
@@ -30,18 +30,17 @@ demo: venv
 
 test: venv
 	$(call cpp_tests,build/cpp,)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(wildcard examples/cpp/*.cpp)
 
 # The site, into build/site: strictly (broken links fail), with no network, and every public name documented.
-# The tools are those of pyproject.toml's extra `docs`. (--quiet would hide warnings from --strict, too.)
+# (--quiet would hide warnings from --strict, too.)
 docs: venv
-	@test -x $(BIN)/mkdocs || \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/check_names.py build/site
 	$(BIN)/python docs/check_paths.py

@@ -6,8 +6,6 @@ import prunekern as pk
 from tests.helpers.tiny_decoders import reference
 from tests.helpers.tiny_models import difference
 
-F64, F32 = 1e-10, 1e-4  # the promise: max |difference| of logits relative to max |logit|
-
 
 @torch.no_grad()
 def logits(model, inputs, **options):

@@ -29,7 +29,7 @@ def trained(dtype=torch.float32, masked=False, bias=True, **kwargs):
 
 
 def definition(layer, x, kept=None):
-    """Equation of method.md in float64, from the layer's parameters only."""
+    """The equation of docs/how-it-works.md in float64, from the layer's parameters only."""
     V, A, B, m = (t.detach().double() for t in (layer.weight, layer.A, layer.B, layer.magnitude))
     W = V + layer.scale * B @ A
     W = m[:, None] * W / W.norm(dim=1, keepdim=True)

@@ -66,7 +66,7 @@ def heads_of(model: nn.Module, prunes_pairs: bool = True) -> DecoderHeads:
 
 
 def decoder_table(model: nn.Module, blocks: Iterable[DecoderBlock], heads: DecoderHeads) -> Table:
-    """The table of method.md for blocks of grouped-query attention, rotary positions and a gated FFN."""
+    """The table (docs/how-it-works.md) for blocks of grouped-query attention, rotary positions and a gated FFN."""
     layers: dict[str, Layer] = {}
     groups: dict[str, Group] = {}
     d, half, shared = heads.dim, heads.dim // 2, heads.shared_by

@@ -25,7 +25,7 @@ class EncoderBlock:
 
 
 def encoder_table(model: nn.Module, blocks: Iterable[EncoderBlock], heads: int) -> Table:
-    """The table of method.md for blocks of plain multi-head attention and a two-layer FFN."""
+    """The table (docs/how-it-works.md) for blocks of plain multi-head attention and a two-layer FFN."""
     layers: dict[str, Layer] = {}
     groups: dict[str, Group] = {}
 

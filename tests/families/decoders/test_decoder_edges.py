@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import prunekern as pk
 from prunekern.nn import CompactLinear
-from tests.helpers.decoder_checks import F64, check, generated
+from tests.helpers.decoder_checks import check, generated
+from tests.helpers.equal_models import F64
 from tests.helpers.tiny_decoders import FAMILIES, FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, batch, build, names
 from tests.helpers.tiny_models import attached, keep_only, prune
 

@@ -6,7 +6,8 @@ import torch
 import prunekern as pk
 from prunekern.compacting import checkpoint
 from prunekern.nn import CompactLinear
-from tests.helpers.decoder_checks import F32, F64, generated, logits
+from tests.helpers.decoder_checks import generated, logits
+from tests.helpers.equal_models import F32, F64
 from tests.helpers.tiny_decoders import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, batch, build, names, reference
 from tests.helpers.tiny_models import attached, difference, prune, state, unchanged
 

@@ -8,7 +8,8 @@ from transformers import DynamicCache, StaticCache
 import prunekern as pk
 from prunekern import _native
 from prunekern.families.key_masks import causal_key_mask_of, key_mask_of
-from tests.helpers.decoder_checks import F32, F64, check, generated, logits
+from tests.helpers.decoder_checks import check, generated, logits
+from tests.helpers.equal_models import F32, F64
 from tests.helpers.tiny_decoders import FAMILIES, HEAD_DIM, LAYERS, batch, build, names
 from tests.helpers.tiny_models import attached, difference, keep_only, prune, watch
 
