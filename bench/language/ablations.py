@@ -124,6 +124,7 @@ def run(variant: Variant, folder: Path, only_warm: bool) -> dict:
     pruner = pk.attach(dense, config)
 
     def perplexity(split: str) -> float:
+        progress.say(f"  scoring: {split} split")
         was_training = pruner.model.training
         metrics, _ = evaluate(pruner.model, tokenizer, wikipedia, LENGTH, split)
         pruner.model.train(was_training)

@@ -63,9 +63,11 @@ def blocks(tokenizer, count: int, length: int):
 
 def score(model, tokenizer, length: int, items: int) -> dict:
     """Perplexity, and which items were answered right."""
+    progress.say("  scoring: wikipedia")
     metrics, _ = evaluate(model, tokenizer, tasks.get("wikipedia").take(test=items), length)
     found = {**metrics, "right": {}, "accuracy": {}, "items": {}}
     for name in ITEMS:
+        progress.say(f"  scoring: {name}")
         task = tasks.get(name).take(test=items)
         metrics, choices = evaluate(model, tokenizer, task)
         right = choices.argmax(1).numpy() == np.array(task.splits["test"]["label"])
