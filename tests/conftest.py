@@ -16,7 +16,7 @@ def _one_thread_fixed_seed():
 @pytest.fixture
 def saved(tmp_path):
     """A folder with a compact DistilBERT, half of it gone."""
-    # Not above: tests of kernels run where transformers is missing (bench/gpu.py).
+    # Not above: tests of kernels run where transformers is missing (bench/gpu/everything.py).
     import prunekern as pk
     from tests.helpers.compact_folders import small_model
 

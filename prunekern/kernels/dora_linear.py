@@ -177,7 +177,7 @@ def takes_fused(T: int) -> bool:
 
     Few rows leave the GPU waiting for launches and for V: one kernel in place of three then counts more than the
     vendor's better product. The bound is reasoned, not measured on a GPU: with more rows our tiles fill the chip less
-    well than the vendor's split products. `bench/gpu.py` times both routes.
+    well than the vendor's split products. `bench/gpu/layers.py` times both routes.
     """
     return T < FUSED_BELOW
 

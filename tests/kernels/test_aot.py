@@ -1,11 +1,12 @@
-"""Kernels compiled ahead of time without a GPU, a representative part: bench/aot.py does all of them."""
+"""Kernels compiled ahead of time without a GPU, a representative part: bench/gpu/aot.py does all of them."""
 
 import re
 
 import pytest
 import torch
-from aot import build, examine
-from aot_cases import cases
+
+from bench.gpu.aot import build, examine
+from bench.gpu.aot_cases import cases
 
 BF16 = (torch.bfloat16,)
 PART = [c for a in ("sm_80", "sm_90") for c in cases((a,), BF16, ranks=(16,))]

@@ -329,7 +329,7 @@ except RuntimeError as error:
 
 @native
 def test_eager_overhead():
-    """Design: under 3 us over the C++ call. Asserted at 8 us: shared machines; bench/layers.py has the figure."""
+    """Design: under 3 us over the C++ call. Asserted at 8 us: shared machines; bench/cpu/layers.py has the figure."""
     x, packed, bias = torch.randn(1, 8), pack_weight(torch.randn(32, 8)), torch.randn(32)
     y = torch.empty(1, 32)
     raw = (x.data_ptr(), 1, 8, 8, packed.data_ptr(), 32, 8, y.data_ptr(), 32, 32, bias.data_ptr())
