@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from .plan import Plan
 from .plan import plan as plan_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _INTRO = """Compact: channels that fine-tuning found it could do without are gone, so that its layers have shapes of
 their own. It loads where prunekern is installed:"""
@@ -24,7 +26,7 @@ def is_ours_to_write(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def model_card(model: nn.Module, command: str | None = None) -> str:
+def model_card(model: PreTrainedModel, command: str | None = None) -> str:
     """Markdown with front matter: how to load `model` (compact), what was kept of each layer, sizes, what made it.
 
     command: as a shell takes it; None: this process's if it is `prunekern` itself, else nothing is said of it: the

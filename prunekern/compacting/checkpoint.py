@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
@@ -17,6 +16,9 @@ from ..storage.folders import replacing
 from ..storage.json_files import read_json
 from . import card
 from .head import plain_head, set_head_weights, word_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What `save_pretrained` writes, and weights in other forms that would contradict it; a model_card.md is not ours.
 _MODEL_FILE = re.compile(
@@ -30,7 +32,7 @@ def is_model_file(name: str) -> bool:
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB", command: str | None = None
+    model: PreTrainedModel, path: str | os.PathLike[str], max_shard_size: str = "5GB", command: str | None = None
 ) -> None:  # fmt: skip
     """Write a compact model to the folder `path` in transformers' layout: safetensors, config.json with the plan, and a
     model card README.md unless there is one of your own (see `card.model_card`, of command too).
@@ -46,7 +48,7 @@ def save(
             (folder / card.FILE).write_text(card.model_card(model, command), encoding="utf-8")
 
 
-def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
+def load(path: str | os.PathLike[str], weights: str = "fp32") -> PreTrainedModel:
     """The compact model in the folder `path`, of the class that config.json names, in eval mode.
 
     weights: how block weights are held, fp32, bf16 (half the memory) or int8 (a quarter, one scale a channel), and the
@@ -61,7 +63,7 @@ def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
 
     from . import hf  # noqa: F401  (registers the format)
 
-    _known(weights)
+    _known(weights, "load")
     path = Path(path)
     config = read_config(path)
     section = config.get("quantization_config")
@@ -72,7 +74,8 @@ def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
     cls = getattr(transformers, names[0], None) if one else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{path / 'config.json'}: architectures must name one transformers model class (got {names})")
-    model, info = cls.from_pretrained(
+    model_class: type[PreTrainedModel] = cls
+    model, info = model_class.from_pretrained(
         path,
         dtype=torch.float32,
         local_files_only=True,
@@ -89,17 +92,17 @@ def load(path: str | os.PathLike, weights: str = "fp32") -> nn.Module:
     return set_weights(model, weights).requires_grad_(False).eval()
 
 
-def set_weights(model: nn.Module, weights: str) -> nn.Module:
+def set_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16 or int8 (see
     `load`), and pack them; returns the model. A head that is tied to the embeddings is rounded from them anew.
 
     ValueError for another kind, and for bf16 and int8 where the model is not compact.
     """
-    _known(weights)
+    _known(weights, "set_weights")
     head = word_head(model)
     layers = [module for module in model.modules() if isinstance(module, CompactLinear) and module is not head]
     if not layers and weights != "fp32":
-        raise ValueError(f"load: weights {weights!r} needs a compact model (got {type(model).__name__} without plan)")
+        raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {type(model).__name__} without plan)")
     for layer in layers:
         layer.set_weights(weights)
     set_head_weights(model, weights)
@@ -107,9 +110,9 @@ def set_weights(model: nn.Module, weights: str) -> nn.Module:
     return model
 
 
-def _known(weights: str) -> None:
+def _known(weights: str, caller: str) -> None:
     if weights not in WEIGHTS:
-        raise ValueError(f"load: weights must be one of {WEIGHTS} (got {weights!r})")
+        raise ValueError(f"{caller}: weights must be one of {WEIGHTS} (got {weights!r})")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,12 @@ from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
 from .plan import LayerPlan, Plan
 from .plan import plan as plan_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def compact(model: nn.Module) -> nn.Module:
+def compact(model: PreTrainedModel) -> PreTrainedModel:
     """The compact model of an attached one, which is left untouched: same class, heads and call signature.
 
     Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode. The
@@ -23,11 +27,13 @@ def compact(model: nn.Module) -> nn.Module:
     if any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"compact: {type(model).__name__} is compact already")
     plan = plan_of(model)
-    linears = {name: model.get_submodule(name) for name in plan.layers}
+    linears: dict[str, nn.Linear | MaskedDoRALinear] = {name: model.get_submodule(name) for name in plan.layers}
     # Block linears are not copied: their place is taken by the compact ones.
     small = copy.deepcopy(model, {id(module): nn.Identity() for module in linears.values()})
 
-    def make(name: str, in_index, out_index, out_features: int, activation: str) -> CompactLinear:
+    def make(
+        name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str
+    ) -> CompactLinear:
         weight, bias = _merged(linears[name], plan.layers[name])
         return CompactLinear(weight, bias, in_index, out_index, out_features, activation).to(weight.device)
 
@@ -35,7 +41,7 @@ def compact(model: nn.Module) -> nn.Module:
     return mark(small.requires_grad_(False).eval(), plan)
 
 
-def _merged(module: nn.Module, kept: LayerPlan) -> tuple[Tensor, Tensor | None]:
+def _merged(module: nn.Linear | MaskedDoRALinear, kept: LayerPlan) -> tuple[Tensor, Tensor | None]:
     if isinstance(module, ShrunkDoRALinear):
         return module.merged()
     if isinstance(module, ShrunkLinear):
@@ -47,7 +53,7 @@ def _merged(module: nn.Module, kept: LayerPlan) -> tuple[Tensor, Tensor | None]:
     return weight, None if module.bias is None else module.bias.index_select(0, rows)
 
 
-def mark(model: nn.Module, plan: Plan) -> nn.Module:
+def mark(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Write the plan into the model's config, so that every `save_pretrained` carries it."""
     from .hf import PrunekernConfig
 

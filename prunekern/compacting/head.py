@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..nn import CompactLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Head(CompactLinear):
@@ -20,7 +24,7 @@ class Head(CompactLinear):
     bf16 or int8 is rounded from it anew.
     """
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         kind = self.weights if name == "weight" and "weight" in self._parameters else None
         super().__setattr__(name, value)
         if kind in ("bf16", "int8") and value.is_floating_point():
@@ -28,19 +32,20 @@ class Head(CompactLinear):
             self.set_weights(kind)
 
 
-def word_head(model: nn.Module) -> nn.Module | None:
+def word_head(model: PreTrainedModel) -> nn.Linear | CompactLinear | None:
     """The output embeddings of a causal language model; None for any other."""
     if not type(model).__name__.endswith("ForCausalLM"):
         return None
-    return model.get_output_embeddings()
+    head: nn.Linear | CompactLinear | None = model.get_output_embeddings()
+    return head
 
 
-def is_tied(model: nn.Module) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
     """Whether output embeddings are the input embeddings."""
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def set_head_weights(model: nn.Module, weights: str) -> None:
+def set_head_weights(model: PreTrainedModel, weights: str) -> None:
     """Hold the head as fp32, bf16 or int8 (see `prunekern.load`); nothing happens to a model without one.
 
     A tied one in fp32 shares the embeddings' parameter; in fewer bits it is rounded from them, whatever it was before.
@@ -49,26 +54,27 @@ def set_head_weights(model: nn.Module, weights: str) -> None:
     if head is None:
         return
     if is_tied(model) or not isinstance(head, CompactLinear):
-        head = _sharing(model.get_input_embeddings().weight if is_tied(model) else head.weight, head)
+        source = model.get_input_embeddings() if is_tied(model) else model.get_output_embeddings()
+        head = _sharing(source.weight, head)
         model.set_output_embeddings(head)
     head.set_weights(weights)
 
 
 @contextmanager
-def plain_head(model: nn.Module) -> Iterator[None]:
+def plain_head(model: PreTrainedModel) -> Iterator[None]:
     """While it lasts, a tied head shares the embeddings' weight: a file then holds them once, and not rounded."""
     head = word_head(model)
-    swap = head is not None and is_tied(model) and head.weight is not model.get_input_embeddings().weight
-    if swap:
-        model.set_output_embeddings(_sharing(model.get_input_embeddings().weight, head))
+    if head is None or not is_tied(model) or head.weight is model.get_input_embeddings().weight:
+        yield
+        return
+    model.set_output_embeddings(_sharing(model.get_input_embeddings().weight, head))
     try:
         yield
     finally:
-        if swap:
-            model.set_output_embeddings(head)
+        model.set_output_embeddings(head)
 
 
-def _sharing(weight: nn.Parameter, head: nn.Module) -> Head:
+def _sharing(weight: nn.Parameter, head: nn.Linear | CompactLinear) -> Head:
     """A head with this very parameter."""
     shared = Head(weight, head.bias)
     shared.weight = weight

@@ -4,8 +4,10 @@ models. The plan travels in `config.json` under `quantization_config`; before th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import nn
+from torch import Tensor
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -13,6 +15,9 @@ from .. import families
 from ..nn import CompactLinear
 from .plan import Plan, check
 from .tensors import check_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHOD = "prunekern"
 FORMAT = 1
@@ -22,13 +27,19 @@ FORMAT = 1
 class PrunekernConfig(QuantizationConfigMixin):
     """`quantization_config` of a compact model: format version and plan."""
 
-    def __init__(self, plan: dict | None = None, format: int = FORMAT, prunekern_version: str | None = None, **kwargs):
+    def __init__(
+        self,
+        plan: dict[str, Any] | None = None,
+        format: int = FORMAT,
+        prunekern_version: str | None = None,
+        **kwargs: Any,
+    ):
         self.quant_method = METHOD
         self.format = format
         self.prunekern_version = prunekern_version or _version()
         self.plan = plan
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": self.quant_method,
             "format": self.format,
@@ -52,21 +63,23 @@ class PrunekernConfig(QuantizationConfigMixin):
 class PrunekernQuantizer(HfQuantizer):
     """Rebuilds the blocks compact on the skeleton transformers has made, then checks what the files hold."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         # transformers builds on the meta device: indices are real all the same, only weights have no storage yet.
         with torch.device("cpu"):
             plan = _named_for(model, self.quantization_config.parsed())
             self.quantization_config.plan = plan.to_dict()
             check(plan, families.of(model).table(model))
             skeleton(model, plan)
-        self._indices = {
+        self._indices: dict[str, Tensor] = {
             name: buffer for name, buffer in model.named_buffers() if name.endswith(("in_index", "out_index"))
         }
         if checkpoint_files:
             check_tensors(model, plan, checkpoint_files)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers has replaced every non-persistent buffer by an uninitialised one: put the kept indices back.
         for name, index in self._indices.items():
             parent, _, buffer = name.rpartition(".")
@@ -77,7 +90,7 @@ class PrunekernQuantizer(HfQuantizer):
         model.is_quantized = False
         return model
 
-    def is_serializable(self, *args, **kwargs) -> bool:
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     @property
@@ -85,22 +98,23 @@ class PrunekernQuantizer(HfQuantizer):
         return True
 
 
-def skeleton(model: nn.Module, plan: Plan) -> None:
+def skeleton(model: PreTrainedModel, plan: Plan) -> None:
     """Give a dense model the compact structure of `plan`, in place, weights unset (on the meta device)."""
 
-    def make(name: str, in_index, out_index, out_features: int, activation: str) -> CompactLinear:
+    def make(
+        name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str
+    ) -> CompactLinear:
         layer, dense = plan.layers[name], model.get_submodule(name).weight
-        options = {"dtype": dense.dtype, "device": "meta"}
-        weight = torch.empty(layer.rows.numel(), layer.cols.numel(), **options)
-        bias = torch.empty(layer.rows.numel(), **options) if layer.bias else None
+        weight = torch.empty(layer.rows.numel(), layer.cols.numel(), dtype=dense.dtype, device="meta")
+        bias = torch.empty(layer.rows.numel(), dtype=dense.dtype, device="meta") if layer.bias else None
         return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
 
     families.of(model).rebuild(model, plan, make)
 
 
-def _named_for(model: nn.Module, plan: Plan) -> Plan:
+def _named_for(model: PreTrainedModel, plan: Plan) -> Plan:
     """`plan` by the layer names of `model`: a base model's lack the prefix that they have under a task head."""
-    prefix = model.base_model_prefix + "."
+    prefix: str = model.base_model_prefix + "."
     bare = model.base_model is model
 
     def rename(name: str) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .. import families
 from ..machine.measure import interleaved, threads
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def latency(
-    models: Mapping[str, nn.Module], batch: int, tokens: int, seconds: float = 3.0, thread_count: int = 1
+    models: Mapping[str, PreTrainedModel], batch: int, tokens: int, seconds: float = 3.0, thread_count: int = 1
 ) -> dict[str, float]:
     """Fastest forward pass of each model, in seconds, on `batch` full sequences of `tokens` random ids.
 
@@ -28,8 +31,8 @@ def latency(
     ids = torch.randint(5, vocabulary, (batch, tokens), generator=generator).to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def forward(model: nn.Module) -> Callable[[], object]:
-        def call():
+    def forward(model: PreTrainedModel) -> Callable[[], object]:
+        def call() -> None:
             model(**inputs)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -40,7 +43,7 @@ def latency(
         return interleaved({name: forward(model) for name, model in models.items()}, seconds)
 
 
-def dense_twin(compact: nn.Module) -> nn.Module:
+def dense_twin(compact: PreTrainedModel) -> PreTrainedModel:
     """The dense model of a compact one's config, weights random: for speed, where weights do not matter."""
     config = type(compact.config).from_dict(
         {k: v for k, v in compact.config.to_dict().items() if k != "quantization_config"}

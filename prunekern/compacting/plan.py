@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Plan:
         kept, dense = (self.params(), self.dense_params()) if cost == "params" else (self.macs(), self.dense_macs())
         return 1.0 - kept / dense
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data. Kept indices as a hexadecimal bitmap (bit i of byte i // 8, lowest first) or "all"."""
         layers = {
             name: {
@@ -79,7 +80,7 @@ class Plan:
         return {"format": FORMAT, "layers": layers}
 
     @classmethod
-    def from_dict(cls, data: dict) -> Plan:
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
         """The inverse of `to_dict`. ValueError names the layer and what is wrong with it."""
         if not isinstance(data, Mapping) or not isinstance(data.get("layers"), Mapping):
             raise ValueError("plan: must be a mapping with 'format' and 'layers'")
@@ -93,14 +94,14 @@ class Plan:
             layers[name] = LayerPlan(rows, cols, out_features, in_features, bias)
         return cls(layers)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
         return f"Plan({len(self.layers)} layers, {self.params():,} of {self.dense_params():,} block parameters)"
 
 
-def _fields(name: str, entry) -> tuple:
+def _fields(name: str, entry: Any) -> tuple[int, int, Any, Any, bool]:
     """out_features, in_features, rows, cols and bias of a layer's plain data, types checked."""
     try:
         out_features, in_features = shape = entry["shape"]
@@ -123,7 +124,7 @@ def _to_bitmap(index: Tensor, size: int) -> str:
     return bytes((bits.view(-1, 8) * weights).sum(1).to(torch.uint8).tolist()).hex()
 
 
-def _from_bitmap(text, size: int, what: str) -> Tensor:
+def _from_bitmap(text: Any, size: int, what: str) -> Tensor:
     if text == "all":
         return torch.arange(size)
     try:
@@ -167,7 +168,8 @@ def plan(model: nn.Module) -> Plan:
         return from_kept(families.of(model).table(model), {c: m.kept() for c, m in masks_of(model).items()})
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored is not None and hasattr(stored, "parsed"):
-        return stored.parsed()
+        kept: Plan = stored.parsed()
+        return kept
     raise ValueError(f"plan: {type(model).__name__} has no masked layers; call prunekern.attach(model, config) first")
 
 
@@ -180,9 +182,9 @@ def check(plan: Plan, table: Table) -> None:
     for name, layer in table.layers.items():
         p = plan.layers[name]
         if (p.out_features, p.in_features, p.bias) != (layer.rows, layer.cols, layer.bias):
-            got = f"[{p.out_features}, {p.in_features}], bias {p.bias}"
             raise ValueError(
-                f"plan: layer {name!r} must be [{layer.rows}, {layer.cols}], bias {layer.bias} (got {got})"
+                f"plan: layer {name!r} must be [{layer.rows}, {layer.cols}], bias {layer.bias} "
+                f"(got [{p.out_features}, {p.in_features}], bias {p.bias})"
             )
     kept = {}
     for carrier, group in table.groups.items():

@@ -20,7 +20,7 @@ def check_tensors(model: nn.Module, plan: Plan, files: Iterable[str]) -> None:
     where = files[0] if len(files) == 1 else os.path.dirname(files[0])
     prefix = getattr(model, "base_model_prefix", "") + "."
     for name, layer in plan.layers.items():
-        wanted = {"weight": (layer.rows.numel(), layer.cols.numel())}
+        wanted: dict[str, tuple[int, ...]] = {"weight": (layer.rows.numel(), layer.cols.numel())}
         if layer.bias:
             wanted["bias"] = (layer.rows.numel(),)
         for part, shape in wanted.items():

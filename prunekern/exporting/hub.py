@@ -5,16 +5,14 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from ..compacting.checkpoint import save
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def push_to_hub(
-    model: nn.Module,
+    model: PreTrainedModel,
     repo_id: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     command: str | None = None,

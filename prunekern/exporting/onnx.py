@@ -14,12 +14,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..families.decoders.blocks import CompactCausalAttention
+from ..families.decoders.attention import CompactCausalAttention
 from .plain import is_compact, plain_twin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEAST_OPSET, LAST_OPSET = 18, 23  # asked for an older one, PyTorch's exporter writes 18 without a word
 _INLINE = 2**31 - 2**26  # bytes of weights; protobuf ends at 2 GiB, and the graph wants some
@@ -28,7 +32,7 @@ _RESULTS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_re
 
 
 @torch.no_grad()
-def export_onnx(model: nn.Module, path: str | os.PathLike, opset: int = 18, with_past: bool = False) -> None:
+def export_onnx(model: PreTrainedModel, path: str | os.PathLike[str], opset: int = 18, with_past: bool = False) -> None:
     """Write a compact model as an ONNX file of plain operators that ONNX Runtime and OpenVINO run, in fp32.
 
     Inputs, int64 [batch, length], both free: input_ids, attention_mask (1 or 0, needed), and token_type_ids where the
@@ -75,9 +79,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, opset: int = 18, with
 class _Whole(nn.Module):
     """A twin as exporters like it: tensors in, tensors out."""
 
-    def __init__(self, twin: nn.Module):
+    def __init__(self, twin: PreTrainedModel):
         super().__init__()
-        self.twin = twin
+        self.twin: PreTrainedModel = twin
         self.names = ["input_ids", "attention_mask"]
         if getattr(twin.config, "type_vocab_size", 1) > 1 and "token_type_ids" in _arguments(twin):
             self.names.append("token_type_ids")
@@ -102,9 +106,9 @@ class _Whole(nn.Module):
 class _WithPast(nn.Module):
     """A causal language model with the tensors of its cache as inputs and outputs."""
 
-    def __init__(self, twin: nn.Module):
+    def __init__(self, twin: PreTrainedModel):
         super().__init__()
-        self.twin = twin
+        self.twin: PreTrainedModel = twin
         layouts = [m.layout for m in twin.modules() if isinstance(m, CompactCausalAttention)]
         self.widths = [(max(at.key.numel(), 1), max(at.value.numel(), 1)) for at in layouts]
 
@@ -138,11 +142,11 @@ class _WithPast(nn.Module):
         return out.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-def _arguments(model: nn.Module) -> set[str]:
+def _arguments(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def _check(model: nn.Module, path: Path, opset: int, with_past: bool) -> None:
+def _check(model: PreTrainedModel, path: Path, opset: int, with_past: bool) -> None:
     name = type(model).__name__
     if not is_compact(model):
         raise ValueError(f"export_onnx: model is not compact ({name}); call prunekern.compact(model) first")

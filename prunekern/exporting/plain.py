@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from .. import families
 from ..compacting.head import word_head
-from ..families.decoders.blocks import CompactCausalAttention
+from ..families.decoders.attention import CompactCausalAttention, Positions
 from ..families.decoders.heads import DecoderLayout
 from ..nn import CompactLinear
 from ..ops.compact_linear import activate
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 
 def is_compact(model: nn.Module) -> bool:
@@ -23,7 +27,7 @@ def is_compact(model: nn.Module) -> bool:
     return any(isinstance(module, CompactLinear) and module is not head for module in model.modules())
 
 
-def plain_twin(model: nn.Module) -> nn.Module:
+def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A compact model as one of plain operators: same class and call signature, in fp32 on the CPU, frozen, in eval
     mode.
 
@@ -36,7 +40,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
     """
     if not is_compact(model):
         raise ValueError(f"plain_twin: model is not compact ({type(model).__name__}); call prunekern.compact(model)")
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     for module in model.modules():
         memo[id(module._forward_hooks)], memo[id(module._forward_pre_hooks)] = OrderedDict(), OrderedDict()
         if not isinstance(module, CompactLinear):
@@ -44,7 +48,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
     places = _places(model)
     for name, layer in model.named_modules():
         if isinstance(layer, CompactLinear):
-            tied = memo.get(id(layer.weight))  # a head, to the embeddings
+            tied: nn.Parameter | None = memo.get(id(layer.weight))  # a head, to the embeddings
             weight = _fp32(layer.plain_weight()) if tied is None else tied
             memo[id(layer)] = _plain(layer, weight, *places.get(name, (False, None, 0)))
     twin = copy.deepcopy(model, memo)
@@ -63,7 +67,7 @@ def _fp32(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to("cpu", torch.float32), requires_grad=False)
 
 
-def _places(model: nn.Module) -> dict[str, tuple[bool, Tensor | None, int]]:
+def _places(model: PreTrainedModel) -> dict[str, tuple[bool, Tensor | None, int]]:
     """By name of the linears around attention: whether rows are padded as heads are; or, of what reads heads, where its
     columns belong among so many channels.
     """
@@ -107,6 +111,11 @@ class PlainLinear(nn.Module):
 
     is_shrunk = True  # such layers are called one by one
     out_index = None  # readers of the result find every channel in its place
+    weight: nn.Parameter | None  # there unless `constant` is
+    bias: nn.Parameter | None
+    in_index: Tensor | None
+    source: Tensor | None
+    constant: Tensor | None
 
     def __init__(
         self,
@@ -119,6 +128,7 @@ class PlainLinear(nn.Module):
     ):
         super().__init__()
         n, k = weight.shape
+        matrix: nn.Parameter | None = weight
         self.activation = activation
         source = constant = None
         if n == 0 or k == 0:  # not every runtime has a product of nothing
@@ -126,10 +136,10 @@ class PlainLinear(nn.Module):
             if n and bias is not None:
                 own = torch.arange(n) if out_index is None else out_index
                 constant = constant.index_copy(0, own, activate(bias.detach(), activation))
-            weight = bias = None
+            matrix = bias = None
         elif out_index is not None:
             source = torch.full((out_features,), n).index_copy(0, out_index, torch.arange(n))
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias = matrix, bias
         self.register_buffer("in_index", in_index, persistent=False)
         self.register_buffer("source", source, persistent=False)
         self.register_buffer("constant", constant, persistent=False)
@@ -140,6 +150,7 @@ class PlainLinear(nn.Module):
         return y if residual is None else residual + y
 
     def _product(self, x: Tensor) -> Tensor:
+        assert self.weight is not None  # else there is a constant
         if self.in_index is not None:
             x = x.index_select(-1, self.in_index)
         y = activate(F.linear(x, self.weight, self.bias), self.activation)  # [..., tokens, N]
@@ -149,13 +160,13 @@ class PlainLinear(nn.Module):
         return rows.index_select(-2, self.source).transpose(-1, -2)
 
 
-class _PlainCausal:
+class _PlainCausal(CompactCausalAttention):
     """Attention of a twin, mixed into the compact one of a family: all is padded but the cache."""
 
-    def _on(self, device: torch.device) -> tuple:
+    def _on(self, device: torch.device) -> Positions:
         return self.layout.turn, None, None, None
 
-    def _cached(self, key: Tensor, value: Tensor, past) -> tuple[Tensor, Tensor]:
+    def _cached(self, key: Tensor, value: Tensor, past: Cache | None) -> tuple[Tensor, Tensor]:
         """Padded keys and values of these tokens -> of all tokens so far, [batch, tokens, kv width]."""
         if past is None:
             return key, value

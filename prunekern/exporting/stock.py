@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import families
 from ..compacting import card
@@ -24,9 +25,12 @@ from ..families.family import Block, StockConfig
 from ..nn import CompactLinear
 from ..storage.folders import replacing
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def save_stock(model: nn.Module, path: str | os.PathLike, max_shard_size: str = "5GB") -> None:
+def save_stock(model: PreTrainedModel, path: str | os.PathLike[str], max_shard_size: str = "5GB") -> None:
     """Write a model to the folder `path` as transformers alone loads it: a smaller dense model of its class.
 
     model: attached, with masks as `pruner.finalize("stock")` leaves them, or the compact model of such a one; it is
@@ -58,7 +62,7 @@ def save_stock(model: nn.Module, path: str | os.PathLike, max_shard_size: str = 
         stock.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
-def config_changes(model: nn.Module, plan: Plan) -> dict[str, int]:
+def config_changes(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
     """What the stock config of a plan has other than the dense one: heads and width of the FFN.
 
     ValueError where the blocks of the plan are not alike, or the config cannot say it.

@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from .family import Family, StockConfig
 from .table import COSTS, Group, Layer, Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _families() -> tuple[Family, ...]:
@@ -34,7 +39,7 @@ def of_type(model_type: str | None) -> Family | None:
     return next((family for family in _families() if model_type in family.MODEL_TYPES), None)
 
 
-def most_tokens(model: nn.Module) -> int | None:
+def most_tokens(model: PreTrainedModel) -> int | None:
     """The longest sequence a transformers model has positions for, by its family or else its config; None: any."""
     config = model.config
     family = of_type(config.model_type)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from .linears import Make
 from .table import Table
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Block(Protocol):
@@ -44,7 +47,7 @@ class Kept(Protocol):
     """A plan, as a family reads it: its layers by module name."""
 
     @property
-    def layers(self) -> Mapping[str, Any]: ...
+    def layers(self) -> Mapping[str, KeptLayer]: ...
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,22 @@ class Family(Protocol):
 
     MODEL_TYPES: tuple[str, ...]
 
-    def table(self, model: nn.Module) -> Table:
+    def table(self, model: PreTrainedModel) -> Table:
         """Layers and channel groups of a dense, masked or shrunk model. ValueError for a config not supported."""
         ...
 
-    def blocks(self, model: nn.Module) -> Sequence[tuple[nn.Module, Block]]:
+    def blocks(self, model: PreTrainedModel) -> Sequence[tuple[nn.Module, Block]]:
         """The blocks, and what their linears are called, in the order they run."""
         ...
 
-    def rebuild(self, model: nn.Module, plan: Kept, make: Make) -> None:
+    def rebuild(self, model: PreTrainedModel, plan: Kept, make: Make) -> None:
         """Turn every block into a compact one, in place: `make` gives the linear that takes a layer's place."""
         ...
 
-    def stock(self, config: Any) -> StockConfig:
+    def stock(self, config: PretrainedConfig) -> StockConfig:
         """What transformers' own config can say of such a model."""
         ...
 
-    def most_tokens(self, config: Any) -> int | None:
+    def most_tokens(self, config: PretrainedConfig) -> int | None:
         """The longest sequence the model has positions for; None where there is no limit."""
         ...

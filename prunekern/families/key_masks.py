@@ -52,9 +52,9 @@ def for_each(key_mask: Tensor | None, batch: int) -> Tensor | None:
 class _Last(threading.local):
     """The mask asked about last by this thread: a reference that does not keep it, its version, question, answer."""
 
-    mask: Callable = staticmethod(lambda: None)
+    mask: Callable[[], Tensor | None] = staticmethod(lambda: None)
     version = 0
-    question: Callable | None = None
+    question: Callable[[Tensor], bool] | None = None
     answer = False
 
 

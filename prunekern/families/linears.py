@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..nn import CompactLinear
 from .table import Layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Activations with act(0) = 0, by transformers' names: a pruned FFN channel must contribute exactly nothing.
 ACTIVATIONS = {
@@ -22,7 +25,7 @@ ACTIVATIONS = {
 }
 
 
-def activation_name(hidden_act) -> str:
+def activation_name(hidden_act: object) -> str:
     """Our name of a transformers activation. ValueError for one whose value at zero is not known to be zero."""
     if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
@@ -41,7 +44,7 @@ def padded_width(widest: int, most: int) -> int:
     return max(widest, min(-(-widest // 8) * 8, most))
 
 
-def dense_layer(model: nn.Module, name: str) -> Layer:
+def dense_layer(model: PreTrainedModel, name: str) -> Layer:
     """The linear of that module name, of the size it had before anything was pruned."""
     module = model.get_submodule(name)
     N, K = getattr(module, "dense_shape", module.weight.shape)  # of a shrunk layer: what it was
@@ -53,5 +56,7 @@ def full_or(index: Tensor, size: int) -> Tensor | None:
     return None if index.numel() == size else index
 
 
-# make(name, in_index, out_index, out_features, activation) -> the CompactLinear of that layer
-Make = Callable[[str, Tensor | None, Tensor | None, int, str], CompactLinear]
+# make(name, in_index, out_index, out_features, activation) -> the CompactLinear of that layer; in training, the layer
+# itself, shrunk (`nn.shrunk`), which is called alike
+Make = Callable[[str, Tensor | None, Tensor | None, int, str], nn.Module]
+Projections = tuple[nn.Module, nn.Module, nn.Module, nn.Module]  # q, k, v and o of a block, of `make`

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
-from ..nn import CompactLinear
+from ..nn import CompactAttention
+from ..nn.compact_attention import Layers
 from ..nn.hooked import is_hooked
 from ..ops.packing import is_packable
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-class PacksTogether:
+
+class PacksTogether(nn.Module):
     """Queries, keys and values as one product: to be mixed into an attention module that has them under `names`, and
     a `CompactAttention` under `ragged`.
     """
 
     names: tuple[str, str, str]  # of q, k and v in the module
+    ragged: CompactAttention
+    config: PretrainedConfig  # the module's own, as transformers made it
+    _modules: dict[str, Any]  # q, k and v, if no shrunk ones, are CompactLinear
 
     def pack(self) -> None:
         """Pack q, k and v as one where they will be used so."""
@@ -22,7 +31,7 @@ class PacksTogether:
         if layers:
             self.ragged.pack_layers(layers)
 
-    def packs_together(self) -> tuple[CompactLinear, ...]:
+    def packs_together(self) -> Layers | tuple[()]:
         """See `prunekern.nn.packed.pack_all`."""
         layers = self._layers()
         if is_shrunk(*layers):
@@ -31,7 +40,7 @@ class PacksTogether:
         alike = all(is_packable(w) and w.dtype is weights[0].dtype for w in weights)
         return layers if alike and self.ragged.v_first[-1] > 0 and self._is_plain() else ()
 
-    def _layers(self) -> tuple[CompactLinear, CompactLinear, CompactLinear]:
+    def _layers(self) -> Layers:
         q, k, v = self.names
         modules = self._modules
         return modules[q], modules[k], modules[v]
@@ -39,7 +48,10 @@ class PacksTogether:
     def _is_plain(self) -> bool:
         return self.config._attn_implementation == "sdpa" and not (self.training and self._dropout_rate() > 0)
 
-    def _runs_ragged(self, x: Tensor, layers) -> bool:
+    def _dropout_rate(self) -> float:
+        raise NotImplementedError
+
+    def _runs_ragged(self, x: Tensor, layers: Layers) -> bool:
         return self._is_plain() and not is_shrunk(*layers) and not is_hooked(*layers) and self.ragged.fuses(x, layers)
 
 

@@ -44,6 +44,12 @@ class Group:
     def count(self) -> int:
         return self.rows.shape[0]
 
+    @property
+    def heads(self) -> Tensor:
+        """`head`, of a group of a kind that has one."""
+        assert self.head is not None, f"groups of {self.carrier} belong to no head"
+        return self.head
+
 
 def channels(count: int) -> Tensor:
     """int64 [count, 1]: group i is channel i."""
@@ -56,8 +62,11 @@ class Table:
 
     layers: Mapping[str, Layer]
     groups: Mapping[str, Group]  # by carrier
+    # Layers whose rows or columns a group governs: its carrier, and how many of them one channel group takes.
+    _rows: dict[str, tuple[str, int]] = field(init=False, repr=False, compare=False)
+    _cols: dict[str, tuple[str, int]] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Each side of a layer is governed by at most one group: the expected cost is then a sum of products.
         rows: dict[str, tuple[str, int]] = {}
         cols: dict[str, tuple[str, int]] = {}
@@ -79,12 +88,11 @@ class Table:
             c: kept[c].cpu() if c in kept else torch.ones(g.count, dtype=torch.bool) for c, g in self.groups.items()
         }
         for carrier, group in self.groups.items():
-            if group.lives_by in self.groups:
-                reader = self.groups[group.lives_by]
-                heads = int(max(group.head.max(), reader.head.max())) + 1
-                alive = torch.zeros(heads, dtype=torch.bool)
-                alive[reader.head[settled[group.lives_by]]] = True
-                settled[carrier] = settled[carrier] & alive[group.head]
+            if group.lives_by is not None and group.lives_by in self.groups:
+                head, readers = group.heads, self.groups[group.lives_by].heads
+                alive = torch.zeros(int(max(head.max(), readers.max())) + 1, dtype=torch.bool)
+                alive[readers[settled[group.lives_by]]] = True
+                settled[carrier] = settled[carrier] & alive[head]
         return settled
 
     def indices(self, kept: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -117,8 +125,8 @@ class Table:
         count = {}
         for carrier, group in self.groups.items():
             p = kept.get(carrier)
-            if group.lives_by in kept:
-                alive = self._head_alive(kept, group)
+            if group.lives_by is not None and group.lives_by in kept:
+                alive = _head_alive(group, self.groups[group.lives_by], kept[group.lives_by])
                 p = alive if p is None else p * alive
             count[carrier] = float(group.count) if p is None else float(p.sum())
         total = 0.0
@@ -133,9 +141,10 @@ class Table:
             total += rows * cols + (rows if layer.bias and what == "params" else 0.0)
         return total
 
-    def _head_alive(self, kept, group: Group) -> np.ndarray:
-        """P(a value channel is left) of the head each of `group`'s groups belongs to."""
-        reader = self.groups[group.lives_by]
-        with np.errstate(divide="ignore"):
-            gone = np.bincount(reader.head.numpy(), weights=np.log1p(-kept[group.lives_by]))
-        return -np.expm1(gone)[group.head.numpy()]
+
+def _head_alive(group: Group, reader: Group, kept: np.ndarray) -> np.ndarray:
+    """P(a value channel is left) of the head each of `group`'s groups belongs to. kept: as in `cost`, of `reader`."""
+    with np.errstate(divide="ignore"):
+        gone = np.bincount(reader.heads.numpy(), weights=np.log1p(-kept))
+    alive: np.ndarray = -np.expm1(gone)[group.heads.numpy()]
+    return alive

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 _LEAST = 256  # tokens of new room, at least; else half of what is there
 
@@ -30,7 +30,7 @@ class Room:
         self.seen = (keys, values)
 
 
-def find_room(past, index: int, tokens: int) -> tuple[DynamicLayer, Room] | None:
+def find_room(past: Cache, index: int, tokens: int) -> tuple[DynamicLayer, Room] | None:
     """The layer `index` of a cache, and room for `tokens` more of what it holds; None for any but a plain cache."""
     if type(past) is not DynamicCache or past.offloading or index >= len(past.layers):
         return None

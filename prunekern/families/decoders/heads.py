@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..linears import Make, full_or, padded_width
+from ..family import Kept
+from ..linears import Make, Projections, full_or, padded_width
 from .table import DecoderBlock, DecoderHeads
 
 
@@ -78,7 +79,9 @@ def _for_queries(position: Tensor, width: int, shared: int) -> Tensor:
     return every.flatten().sort().values
 
 
-def compact_decoder_attention(make: Make, plan, block: DecoderBlock, heads: DecoderHeads):
+def compact_decoder_attention(
+    make: Make, plan: Kept, block: DecoderBlock, heads: DecoderHeads
+) -> tuple[Projections, DecoderLayout]:
     """q, k, v and o of one block, and its head layout.
 
     q, k and v scatter their channels into padded heads; o reads what is kept of every query head side by side.
@@ -93,7 +96,7 @@ def compact_decoder_attention(make: Make, plan, block: DecoderBlock, heads: Deco
     return (q, k, v, o), layout
 
 
-def compact_decoder_ffn(make: Make, plan, block: DecoderBlock):
+def compact_decoder_ffn(make: Make, plan: Kept, block: DecoderBlock) -> tuple[nn.Module, nn.Module, nn.Module]:
     """gate, up and down: the first two keep their channels packed, the last scatters into the residual's width."""
     hidden = plan.layers[block.down].out_features
     gate, up = (make(n, None, None, plan.layers[n].rows.numel(), "none") for n in (block.gate, block.up))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
@@ -14,12 +14,16 @@ from transformers.models.qwen3 import modeling_qwen3
 from ..family import Kept, StockConfig
 from ..linears import Make, activation_name
 from ..table import Table
-from .blocks import CompactCausalAttention, CompactDecoderLayer
+from .attention import CompactCausalAttention
+from .blocks import CompactDecoderLayer
 from .heads import compact_decoder_attention, compact_decoder_ffn
 from .norms import make_norms_fast
 from .table import DecoderBlock, DecoderHeads, decoder_table, heads_of
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MODEL_TYPES: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class CompactLlamaAttention(CompactCausalAttention, modeling_llama.LlamaAttention):
@@ -34,7 +38,8 @@ class CompactMistralAttention(CompactCausalAttention, modeling_mistral.MistralAt
     eager = staticmethod(modeling_mistral.eager_attention_forward)
 
     def window(self) -> int | None:
-        return getattr(self.config, "sliding_window", None)
+        window: int | None = getattr(self.config, "sliding_window", None)
+        return window
 
 
 class CompactMistralDecoderLayer(CompactDecoderLayer, modeling_mistral.MistralDecoderLayer):
@@ -42,6 +47,7 @@ class CompactMistralDecoderLayer(CompactDecoderLayer, modeling_mistral.MistralDe
 
 
 class CompactQwen2Attention(CompactCausalAttention, modeling_qwen2.Qwen2Attention):
+    sliding_window: int | None
     eager = staticmethod(modeling_qwen2.eager_attention_forward)
 
     def window(self) -> int | None:
@@ -57,8 +63,12 @@ class CompactQwen3Attention(CompactCausalAttention, modeling_qwen3.Qwen3Attentio
 
     eager = staticmethod(modeling_qwen3.eager_attention_forward)
     norms_heads = True
+    head_dim: int
+    q_norm: nn.Module
+    k_norm: nn.Module
+    sliding_window: int | None
 
-    def normed(self, query, key):
+    def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         query, key = (t.unflatten(-1, (-1, self.head_dim)) for t in (query, key))
         return self.q_norm(query).flatten(-2), self.k_norm(key).flatten(-2)
 
@@ -85,36 +95,37 @@ _PARTS = (
 )
 
 
-def blocks(model: nn.Module) -> list[tuple[nn.Module, DecoderBlock]]:
+def blocks(model: PreTrainedModel) -> list[tuple[nn.Module, DecoderBlock]]:
     """Every decoder layer, and the module names of its linears."""
+    return [(module, block) for module, block, _ in _found(model)]
+
+
+def _found(model: PreTrainedModel) -> list[tuple[modeling_llama.LlamaDecoderLayer, DecoderBlock, _Parts]]:
     found = []
     for name, module in model.named_modules():
-        if _parts_of(module) is not None:
+        parts = next((parts for parts in _PARTS if isinstance(module, parts.layer)), None)
+        if parts is not None:
             a, f = f"{name}.self_attn.", f"{name}.mlp."
             attention = (a + "q_proj", a + "k_proj", a + "v_proj", a + "o_proj")
-            found.append((module, DecoderBlock(*attention, f + "gate_proj", f + "up_proj", f + "down_proj")))
+            block = DecoderBlock(*attention, f + "gate_proj", f + "up_proj", f + "down_proj")
+            found.append((module, block, parts))
     return found
 
 
-def _parts_of(module: nn.Module) -> _Parts | None:
-    return next((parts for parts in _PARTS if isinstance(module, parts.layer)), None)
-
-
-def _heads(model: nn.Module) -> DecoderHeads:
+def _heads(model: PreTrainedModel) -> DecoderHeads:
     return heads_of(model, prunes_pairs=model.config.model_type != "qwen3")
 
 
-def table(model: nn.Module) -> Table:
+def table(model: PreTrainedModel) -> Table:
     """As `Family.table`. ValueError for an activation that is not zero at zero and for unknown rotary pairs."""
     activation_name(model.config.hidden_act)
     return decoder_table(model, [b for _, b in blocks(model)], _heads(model))
 
 
-def rebuild(model: nn.Module, plan: Kept, make: Make) -> None:
+def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
     """Turn every block into a compact one, in place."""
     heads, activation = _heads(model), activation_name(model.config.hidden_act)
-    for module, block in blocks(model):
-        parts = _parts_of(module)
+    for module, block, parts in _found(model):
         attention, mlp = module.self_attn, module.mlp
         linears, layout = compact_decoder_attention(make, plan, block, heads)
         attention.__class__ = parts.attention
@@ -125,7 +136,7 @@ def rebuild(model: nn.Module, plan: Kept, make: Make) -> None:
     make_norms_fast(model)
 
 
-def stock(config: Any) -> StockConfig:
+def stock(config: PretrainedConfig) -> StockConfig:
     """`head_dim` is a number of its own: whole key/value heads may go, with the query heads that read them. (Qwen2's
     config has no such field, but keeps and honours one; LLaMA's wants the query heads to divide hidden_size.)
     """
@@ -135,6 +146,7 @@ def stock(config: Any) -> StockConfig:
     return StockConfig(heads, kv, True, (*counts, kv))
 
 
-def most_tokens(config: Any) -> int:
+def most_tokens(config: PretrainedConfig) -> int:
     """As `Family.most_tokens`."""
-    return config.max_position_embeddings
+    positions: int = config.max_position_embeddings
+    return positions

@@ -7,6 +7,9 @@ made once, and one C call asks whether they still hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -17,15 +20,32 @@ from ...nn.packed import Packed
 from ...ops import calls
 from ...ops.compact_linear import NUMBER
 from ...ops.packing import is_packable
+from .attention import CompactCausalAttention, Turns
 from .cache_room import find_room, take
-from .norms import FAST_NORMS
+from .norms import FAST_NORMS, FastNorm
 
-_RUN = _native.core().call_decoder_block if calls.EAGER else None  # csrc/eager_decoder_block.cpp
-_UNCHANGED = _native.core().unchanged if calls.EAGER else None
+if TYPE_CHECKING:
+    from transformers import Cache
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+# csrc/eager_decoder_block.cpp
+_RUN: Callable[..., Tensor | None] | None = _native.core().call_decoder_block if calls.EAGER else None
+_UNCHANGED: Callable[..., bool] | None = _native.core().unchanged if calls.EAGER else None
 _FEW_ROWS = 8  # beyond, the products take so long that what is between them does not count
 _f32 = torch.float32
 _grad_enabled = torch.is_grad_enabled
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("up_proj", "gate_proj", "down_proj")
+
+
+class Block(Protocol):
+    """The decoder layer that a step is made of."""
+
+    self_attn: CompactCausalAttention
+    mlp: LlamaMLP  # or that of another family, of the same three layers
+    input_layernorm: FastNorm
+    post_attention_layernorm: FastNorm
+    activation: str
+    _modules: dict[str, nn.Module | None]
 
 
 class Step:
@@ -33,7 +53,7 @@ class Step:
 
     __slots__ = ("_layer", "_index", "_same", "_hooks", "_tensors", "_packed")
 
-    def __init__(self, block: nn.Module, qkv: Packed, o: Packed, mlp: tuple[Packed, Packed, Packed]):
+    def __init__(self, block: Block, qkv: Packed, o: Packed, mlp: tuple[Packed, ...]):
         attention, ffn, norm, ffn_norm = _parts(block)
         at, (*_, o_proj), (up, _, down) = attention.layout, *_linears(attention, ffn)
         weights = [w for p in (qkv, o) for w in (p.weight, p.bias, p.scale)]
@@ -46,14 +66,15 @@ class Step:
             down.out_index, up.out_features, NUMBER[block.activation],
         )  # fmt: skip
         # dict, key, value: submodules, parameters and what else must stay as it is; no one's own forward.
-        same, modules = [], [attention, ffn, norm, ffn_norm, *(m for part in _linears(attention, ffn) for m in part)]
-        for owner in (block, attention, ffn):
-            same += [x for name, m in owner._modules.items() for x in (owner._modules, name, m) if m in modules]
+        same: list[object] = []
+        modules = [attention, ffn, norm, ffn_norm, *(m for part in _linears(attention, ffn) for m in part)]
+        for children in (block._modules, attention._modules, ffn._modules):
+            same += [x for name, m in children.items() for x in (children, name, m) if m in modules]
         for m in modules:
             same += [m.__dict__, "forward", None]
         for m in (norm, ffn_norm):
             same += [m._parameters, "weight", m.weight, m.__dict__, "variance_epsilon", m.variance_epsilon]
-        tensors = []
+        tensors: list[object] = []
         for p in (qkv, o, *mlp):
             for owner, name, tensor, address, version in p._checks:
                 same += [owner, name, tensor]
@@ -66,12 +87,12 @@ class Step:
 
     def is_fresh(self) -> bool:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
-        return _UNCHANGED(self._same, self._hooks, self._tensors)
+        return _UNCHANGED is not None and _UNCHANGED(self._same, self._hooks, self._tensors)
 
-    def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], past) -> Tensor | None:
+    def __call__(self, x: Tensor, position_embeddings: Turns, past: Cache) -> Tensor | None:
         """The block's output, and the cache with the tokens of x; None where the call is not ordinary."""
         found = find_room(past, self._index, x.shape[1])
-        if found is None:
+        if found is None or _RUN is None:
             return None
         layer, room = found
         tokens = room.used + x.shape[1]
@@ -82,14 +103,14 @@ class Step:
         return y
 
 
-def takes(x: Tensor, mask: Tensor | None, past) -> bool:
+def takes(x: Tensor, mask: Tensor | None, past: Cache | None) -> bool:
     """Whether a call is one a `Step` may be made for: a few rows after a cache, no mask, no gradient, no tracer."""
     if _RUN is None or past is None or mask is not None or type(x) is not Tensor or x.dtype is not _f32:
         return False
     return x.dim() == 3 and x.shape[0] * x.shape[1] <= _FEW_ROWS and not _grad_enabled() and calls.unwatched()
 
 
-def make_step(block: nn.Module) -> Step | None:
+def make_step(block: Block) -> Step | None:
     """None where a block does not run on packed weights as a whole, or someone listens to a module of it."""
     attention, ffn, norm, ffn_norm = _parts(block)
     layout, (attends, ffns) = attention.layout, _linears(attention, ffn)
@@ -105,23 +126,26 @@ def make_step(block: nn.Module) -> Step | None:
             return None
         if layer.activation != "none":
             return None
-    *qkv, o = attends
+    q, k, v, o = attends
     up, gate, down = ffns
-    for alike in (qkv, ffns):
+    for alike in ((q, k, v), ffns):
         if len({layer.weight.dtype for layer in alike}) > 1:
             return None
     if up.out_index is not None or gate.out_index is not None or down.weight.shape[1] != up.out_features:
         return None
-    together = attention.ragged.packed_for(norm.weight, tuple(qkv), True)
-    packed = tuple(layer.packed() for layer in (o, *ffns))
-    if together is None or None in packed:
+    together = attention.ragged.packed_for(norm.weight, (q, k, v), True)
+    packed = [p for p in (layer.packed() for layer in (o, *ffns)) if p is not None]
+    if together is None or len(packed) < 1 + len(ffns):
         return None
-    return Step(block, together, packed[0], packed[1:])
+    return Step(block, together, packed[0], tuple(packed[1:]))
 
 
-def _parts(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+def _parts(block: Block) -> tuple[CompactCausalAttention, LlamaMLP, FastNorm, FastNorm]:
     return block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm
 
 
-def _linears(attention: nn.Module, ffn: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+def _linears(
+    attention: CompactCausalAttention, ffn: LlamaMLP
+) -> tuple[tuple[CompactLinear, ...], tuple[CompactLinear, ...]]:
+    """Of an ordinary block, as `make_step` makes sure."""
     return tuple(attention._modules[n] for n in _LINEARS[0]), tuple(ffn._modules[n] for n in _LINEARS[1])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ..linears import dense_layer
 from ..table import Group, Layer, Table, channels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Rotary embeddings whose channel j is turned together with channel j + head_dim / 2, at a frequency of their own.
 ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -46,7 +49,7 @@ class DecoderHeads:
         return self.query // self.kv
 
 
-def heads_of(model: nn.Module, prunes_pairs: bool = True) -> DecoderHeads:
+def heads_of(model: PreTrainedModel, prunes_pairs: bool = True) -> DecoderHeads:
     """Of a model's config. ValueError for a rotary embedding whose pairs are not known."""
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -65,7 +68,7 @@ def heads_of(model: nn.Module, prunes_pairs: bool = True) -> DecoderHeads:
     return DecoderHeads(config.num_attention_heads, config.num_key_value_heads, dim, prunes_pairs)
 
 
-def decoder_table(model: nn.Module, blocks: Iterable[DecoderBlock], heads: DecoderHeads) -> Table:
+def decoder_table(model: PreTrainedModel, blocks: Iterable[DecoderBlock], heads: DecoderHeads) -> Table:
     """The table (docs/how-it-works.md) for blocks of grouped-query attention, rotary positions and a gated FFN."""
     layers: dict[str, Layer] = {}
     groups: dict[str, Group] = {}

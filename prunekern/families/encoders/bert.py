@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
+from ...nn import CompactLinear
 from ...nn.hooked import is_hooked
 from ..family import Kept, StockConfig
 from ..linears import Make, activation_name
@@ -17,38 +18,57 @@ from .blocks import CompactSelfAttention, add_residual, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
 from .table import EncoderBlock, encoder_table
 
-MODEL_TYPES = ("bert", "roberta")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MODEL_TYPES: tuple[str, ...] = ("bert", "roberta")
 
 
 class _CompactAttention(CompactSelfAttention):
     names = ("query", "key", "value")
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: object = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         return self.attend(hidden_states, attention_mask, **kwargs)
 
 
-class _CompactResidual:
+class _CompactResidual(nn.Module):
     """The product of `dense` added to the residual, then LayerNorm: BertSelfOutput and BertOutput alike."""
 
-    def forward(self, hidden_states, input_tensor):
-        return self.LayerNorm(add_residual(self.dense, self.dropout, hidden_states, input_tensor))
+    dense: CompactLinear
+    dropout: nn.Dropout
+    LayerNorm: nn.LayerNorm
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        y: Tensor = self.LayerNorm(add_residual(self.dense, self.dropout, hidden_states, input_tensor))
+        return y
 
 
-class _CompactIntermediate:
+class _CompactIntermediate(nn.Module):
     """The first FFN layer, activation fused."""
 
-    def forward(self, hidden_states):
-        return self.dense(hidden_states)
+    dense: CompactLinear
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        y: Tensor = self.dense(hidden_states)
+        return y
 
 
-class _CompactLayer:
+class _CompactLayer(nn.Module):
     """Both FFN layers in one call, unless someone listens to the modules around them."""
 
-    def feed_forward_chunk(self, attention_output):
+    intermediate: _CompactIntermediate
+    output: _CompactResidual
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         output = self.output
+        y: Tensor
         if is_hooked(self.intermediate, output):
-            return super().feed_forward_chunk(attention_output)
-        return output.LayerNorm(run_ffn(self.intermediate.dense, output.dense, output.dropout, attention_output))
+            y = super().feed_forward_chunk(attention_output)  # type: ignore[misc]  # of the layer this is mixed into
+        else:
+            y = output.LayerNorm(run_ffn(self.intermediate.dense, output.dense, output.dropout, attention_output))
+        return y
 
 
 class CompactBertSelfAttention(_CompactAttention, modeling_bert.BertSelfAttention):
@@ -121,22 +141,24 @@ _PARTS = (
 )
 
 
-def blocks(model: nn.Module) -> list[tuple[nn.Module, EncoderBlock]]:
+def blocks(model: PreTrainedModel) -> list[tuple[nn.Module, EncoderBlock]]:
     """Every layer of the encoder, and the module names of its linears."""
+    return [(module, block) for module, block, _ in _found(model)]
+
+
+def _found(model: PreTrainedModel) -> list[tuple[modeling_bert.BertLayer, EncoderBlock, _Parts]]:
     found = []
     for name, module in model.named_modules():
-        if _parts_of(module) is not None:
+        parts = next((parts for parts in _PARTS if isinstance(module, parts.layer)), None)
+        if parts is not None:
             a = f"{name}.attention."
             attention = (a + "self.query", a + "self.key", a + "self.value", a + "output.dense")
-            found.append((module, EncoderBlock(*attention, f"{name}.intermediate.dense", f"{name}.output.dense")))
+            block = EncoderBlock(*attention, f"{name}.intermediate.dense", f"{name}.output.dense")
+            found.append((module, block, parts))
     return found
 
 
-def _parts_of(module: nn.Module) -> _Parts | None:
-    return next((parts for parts in _PARTS if isinstance(module, parts.layer)), None)
-
-
-def table(model: nn.Module) -> Table:
+def table(model: PreTrainedModel) -> Table:
     """As `Family.table`. ValueError for a model used as a decoder, and for an activation that is not zero at zero."""
     if model.config.is_decoder or model.config.add_cross_attention:
         raise ValueError(
@@ -147,12 +169,11 @@ def table(model: nn.Module) -> Table:
     return encoder_table(model, [b for _, b in blocks(model)], model.config.num_attention_heads)
 
 
-def rebuild(model: nn.Module, plan: Kept, make: Make) -> None:
+def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
     """Turn every block into a compact one, in place."""
     head_dim = model.config.hidden_size // model.config.num_attention_heads
     activation = activation_name(model.config.hidden_act)
-    for module, block in blocks(model):
-        parts = _parts_of(module)
+    for module, block, parts in _found(model):
         attention = module.attention.self
         linears, layout = compact_encoder_attention(make, plan, block, head_dim)
         attention.__class__ = parts.attention
@@ -166,11 +187,13 @@ def rebuild(model: nn.Module, plan: Kept, make: Make) -> None:
         module.__class__ = parts.compact_layer
 
 
-def stock(config: Any) -> StockConfig:
+def stock(config: PretrainedConfig) -> StockConfig:
     """The width of a head is hidden_size / num_attention_heads: fewer heads of that width cannot be said."""
     return StockConfig(config.num_attention_heads, config.num_attention_heads, False, (config.num_attention_heads,))
 
 
-def most_tokens(config: Any) -> int:
+def most_tokens(config: PretrainedConfig) -> int:
     """Positions of RoBERTa begin after that of padding."""
-    return config.max_position_embeddings - 2 * (config.model_type == "roberta")
+    positions: int = config.max_position_embeddings
+    is_roberta: bool = config.model_type == "roberta"
+    return positions - 2 * is_roberta

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.distilbert import modeling_distilbert as hf
 
 from ..family import Kept, StockConfig
@@ -14,7 +14,10 @@ from .blocks import CompactSelfAttention, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
 from .table import EncoderBlock, encoder_table
 
-MODEL_TYPES = ("distilbert",)
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MODEL_TYPES: tuple[str, ...] = ("distilbert",)
 
 
 class CompactDistilBertAttention(CompactSelfAttention, hf.DistilBertSelfAttention):
@@ -23,20 +26,23 @@ class CompactDistilBertAttention(CompactSelfAttention, hf.DistilBertSelfAttentio
     names = ("q_lin", "k_lin", "v_lin")
     eager = staticmethod(hf.eager_attention_forward)
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         return self.attend(hidden_states, attention_mask, **kwargs)
 
 
 class CompactDistilBertBlock(hf.TransformerBlock):
     """A block whose projections write into the residual directly."""
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         context, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
         attended = self.sa_layer_norm(self.attention.out_lin(context, residual=hidden_states))
-        return self.output_layer_norm(run_ffn(self.ffn.lin1, self.ffn.lin2, self.ffn.dropout, attended))
+        y: Tensor = self.output_layer_norm(run_ffn(self.ffn.lin1, self.ffn.lin2, self.ffn.dropout, attended))
+        return y
 
 
-def blocks(model: nn.Module) -> list[tuple[nn.Module, EncoderBlock]]:
+def blocks(model: PreTrainedModel) -> list[tuple[hf.TransformerBlock, EncoderBlock]]:
     """Every layer of the encoder, and the module names of its linears."""
     found = []
     for name, module in model.named_modules():
@@ -47,13 +53,13 @@ def blocks(model: nn.Module) -> list[tuple[nn.Module, EncoderBlock]]:
     return found
 
 
-def table(model: nn.Module) -> Table:
+def table(model: PreTrainedModel) -> Table:
     """As `Family.table`. ValueError for an activation that is not zero at zero."""
     activation_name(model.config.activation)
     return encoder_table(model, [b for _, b in blocks(model)], model.config.n_heads)
 
 
-def rebuild(model: nn.Module, plan: Kept, make: Make) -> None:
+def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
     """Turn every block into a compact one, in place."""
     head_dim = model.config.dim // model.config.n_heads
     activation = activation_name(model.config.activation)
@@ -68,11 +74,12 @@ def rebuild(model: nn.Module, plan: Kept, make: Make) -> None:
         module.__class__ = CompactDistilBertBlock
 
 
-def stock(config: Any) -> StockConfig:
+def stock(config: PretrainedConfig) -> StockConfig:
     """The width of a head is dim / n_heads: fewer heads of that width cannot be said."""
     return StockConfig(config.n_heads, config.n_heads, False, (config.n_heads,), ffn_field="hidden_dim")
 
 
-def most_tokens(config: Any) -> int:
+def most_tokens(config: PretrainedConfig) -> int:
     """As `Family.most_tokens`."""
-    return config.max_position_embeddings
+    positions: int = config.max_position_embeddings
+    return positions

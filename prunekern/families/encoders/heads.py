@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..linears import Make, full_or, padded_width
+from ..family import Kept
+from ..linears import Make, Projections, full_or, padded_width
 from .table import EncoderBlock
 
 
@@ -46,7 +47,9 @@ def encoder_layout(query_rows: Tensor, value_rows: Tensor, head_dim: int) -> Enc
     return EncoderLayout(alive.numel(), width, positions(query_rows), positions(value_rows), qk_first, v_first)
 
 
-def compact_encoder_attention(make: Make, plan, block: EncoderBlock, head_dim: int):
+def compact_encoder_attention(
+    make: Make, plan: Kept, block: EncoderBlock, head_dim: int
+) -> tuple[Projections, EncoderLayout]:
     """q, k, v and o of one block, and its head layout.
 
     q, k and v scatter their channels into padded heads, for attention that wants heads of one width; o reads kept
@@ -62,7 +65,7 @@ def compact_encoder_attention(make: Make, plan, block: EncoderBlock, head_dim: i
     return (q, k, v, o), layout
 
 
-def compact_encoder_ffn(make: Make, plan, block: EncoderBlock, activation: str):
+def compact_encoder_ffn(make: Make, plan: Kept, block: EncoderBlock, activation: str) -> tuple[nn.Module, nn.Module]:
     """Both FFN layers: the first keeps its channels packed, the second scatters into the residual's width."""
     hidden = plan.layers[block.down].out_features
     up = make(block.up, None, None, plan.layers[block.up].rows.numel(), activation)

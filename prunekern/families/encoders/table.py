@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ..linears import dense_layer
 from ..table import Group, Layer, Table, channels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class EncoderBlock:
     down: str
 
 
-def encoder_table(model: nn.Module, blocks: Iterable[EncoderBlock], heads: int) -> Table:
+def encoder_table(model: PreTrainedModel, blocks: Iterable[EncoderBlock], heads: int) -> Table:
     """The table (docs/how-it-works.md) for blocks of plain multi-head attention and a two-layer FFN."""
     layers: dict[str, Layer] = {}
     groups: dict[str, Group] = {}
