@@ -39,7 +39,7 @@ _MOVED: dict[str, tuple[str, ...]] = {
     "families.encoder": ("families.encoders.table", "families.encoders.heads"),
     **{f"families.{old}": (f"families.decoders.{old}",) for old in ("cache_room", "llama", "norms")},
     "families.decoder": ("families.decoders.table", "families.decoders.heads"),
-    "families.decoder_blocks": ("families.decoders.blocks",),
+    "families.decoder_blocks": ("families.decoders.blocks", "families.decoders.attention"),
     "families.decoder_step": ("families.decoders.step",),
     **{
         f"tasks.{old}": (f"tasks.sources.{old}",)

@@ -102,7 +102,8 @@ def set_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     head = word_head(model)
     layers = [module for module in model.modules() if isinstance(module, CompactLinear) and module is not head]
     if not layers and weights != "fp32":
-        raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {type(model).__name__} without plan)")
+        got = f"{type(model).__name__} without plan"
+        raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {got})")
     for layer in layers:
         layer.set_weights(weights)
     set_head_weights(model, weights)

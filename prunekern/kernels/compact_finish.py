@@ -14,7 +14,7 @@ from torch import Tensor
 from .launch import cdiv, device_of, launchable, on_device, pick, precision, rows_of
 from .pieces import activate, position
 
-# Rows from which the vendor multiplies. Reasoned, not measured on a GPU; bench/gpu/layers.py times both routes. A Triton
+# Rows from which the vendor multiplies. Reasoned, not measured on a GPU: bench/gpu/layers.py times both. A Triton
 # product that is fed by cp.async reaches about 3/4 of the vendor's, which makes its own 4/3 of the time; the pass reads
 # z and the residual and writes y, 6 bytes an element, against 2 K operations of the product: at 4 TB/s and 700 TFLOP/s
 # a fifth of the product's time for K = 3072, a tenth for 8256. Few rows are bound by the weights and by launches, where
