@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -25,6 +26,9 @@ from .options import (
     set_threads,
     task_of,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @app.command("eval")
@@ -74,29 +78,29 @@ def evaluate_command(
     if isinstance(data_task, Task) and loaded.config.num_labels != data_task.num_labels:
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
     if isinstance(data_task, Task) and data_task.label_names is not None:
-        _compare_labels(model, [loaded.config.id2label[i] for i in range(loaded.config.num_labels)], data_task)
+        known = [loaded.config.id2label[i] for i in range(loaded.config.num_labels)]
+        _compare_labels(model, known, data_task.name, data_task.label_names)
     metrics, scored = evaluate(loaded, load_tokenizer(model), data_task, max_length, console=console)
     for name, value in metrics.items():
         rows = f"{data_task.score_split} ({len(scored):,})"
         console.print(f"{data_task.name}, {rows}: {name} {data_task.show(value)}")
 
 
-def _compare_labels(model: Path, known: list[str], task) -> None:
+def _compare_labels(model: Path, known: list[str], name: str, ours: Sequence[str]) -> None:
     """Labels are scored by number. ValueError where the model has the data's names in another order; a warning where it
     has other names; nothing where it has none.
     """
-    theirs, ours = ([str(label).casefold() for label in names] for names in (known, task.label_names))
-    if theirs == ours or theirs == [f"label_{i}" for i in range(len(theirs))]:
+    folded, wanted = ([str(label).casefold() for label in names] for names in (known, ours))
+    if folded == wanted or folded == [f"label_{i}" for i in range(len(folded))]:
         return
-    if sorted(theirs) == sorted(ours):
-        raise ValueError(f"{model}: has the labels {known}, {task.name} has them as {list(task.label_names)}")
+    if sorted(folded) == sorted(wanted):
+        raise ValueError(f"{model}: has the labels {known}, {name} has them as {list(ours)}")
     console.print(
-        f"[yellow]warning:[/] labels are compared by number: the model's are {known}, the data's "
-        f"{list(task.label_names)}"
+        f"[yellow]warning:[/] labels are compared by number: the model's are {known}, the data's {list(ours)}"
     )
 
 
-def _loaded(cls, model: Path, weights: str, purpose: str):
+def _loaded(cls: Any, model: Path, weights: str, purpose: str) -> PreTrainedModel:
     """The model of a folder, compact or dense; ValueError where its head would be a random one."""
     from ..compacting import hf  # noqa: F401  (compact folders load too)
     from ..compacting.checkpoint import set_weights
@@ -108,7 +112,15 @@ def _loaded(cls, model: Path, weights: str, purpose: str):
     return set_weights(loaded, weights)
 
 
-def _lm_eval(model: Path, tasks: str, local, limit, batch_size: int, json_file: Path | None, weights: str) -> None:
+def _lm_eval(
+    model: Path,
+    tasks: str,
+    local: Path | None,
+    limit: int | None,
+    batch_size: int,
+    json_file: Path | None,
+    weights: str,
+) -> None:
     from transformers import AutoModelForCausalLM
 
     from ..storage.tokenizer import load_tokenizer
@@ -141,7 +153,7 @@ def _lm_eval(model: Path, tasks: str, local, limit, batch_size: int, json_file: 
         console.print(str(json_file))
 
 
-def _cell(score: dict, metric: str) -> str:
+def _cell(score: dict[str, Any], metric: str) -> str:
     """A score in points with its standard error; marked where papers quote it."""
     if score[metric] is None:
         return ""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..tasks import AnyTask
 
 app = typer.Typer(
     help="The command `prunekern`: train, compact, export, eval, bench, demo, info.",
@@ -39,13 +42,14 @@ Weights = Annotated[str, typer.Option(help="How a compact model holds its block 
 Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0 leaves torch's default.")]
 
 
-def task_of(task: str | None, data: Path | None, **columns):
+def task_of(task: str | None, data: Path | None, **columns: Any) -> AnyTask:
     """The task that --task or --data names. columns: of --data (text, choices, label, validation, test)."""
     from .. import tasks
 
     if (task is None) == (data is None):
         raise typer.BadParameter("give either --task or --data")
-    if task is not None:
+    if data is None:
+        assert task is not None
         if any(o is not None for o in columns.values()):
             listed = [f"--{name}" for name in columns]
             raise typer.BadParameter(f"{', '.join(listed[:-1])} and {listed[-1]} go with --data")

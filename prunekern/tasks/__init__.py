@@ -24,7 +24,9 @@ from .choice import ChoiceTask
 from .language import LanguageTask
 from .task import DataError, Task
 
-__all__ = ["ChoiceTask", "DataError", "LanguageTask", "Task", "get", "names"]
+AnyTask = Task | LanguageTask | ChoiceTask
+
+__all__ = ["AnyTask", "ChoiceTask", "DataError", "LanguageTask", "Task", "get", "names"]
 
 
 def names() -> tuple[str, ...]:
@@ -34,7 +36,7 @@ def names() -> tuple[str, ...]:
     return ("reviews", "topics", "tweets", "wikipedia", "winogrande", "science", *glue.TASKS)
 
 
-def get(name_or_path: str | os.PathLike, **options: Any) -> Task | LanguageTask | ChoiceTask:
+def get(name_or_path: str | os.PathLike, **options: Any) -> AnyTask:
     """The task of that name, or the one a local file describes.
 
     name_or_path: one of `names()` (case, "-" and "_" do not matter), or the path of a .csv, .tsv, .jsonl or

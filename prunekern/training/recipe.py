@@ -23,7 +23,7 @@ from ..pruning.config import PruneConfig
 from ..pruning.pruner import Pruner
 from ..storage.progress import track
 from ..storage.tokenizer import load_tokenizer
-from ..tasks import ChoiceTask, LanguageTask, Task
+from ..tasks import AnyTask, ChoiceTask, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,9 +50,7 @@ class TrainOptions:
     seed: int = 0
 
 
-def load_dense(
-    model: str, task: Task | LanguageTask | ChoiceTask, seed: int = 0
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_dense(model: str, task: AnyTask, seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub.
 
     seed: of the head's first weights, where the checkpoint has none. In the checkpoint's dtype where there is a GPU,
@@ -120,7 +118,7 @@ def training_arguments(options: TrainOptions, out: Path, **extra: Any) -> Traini
 def fine_tune(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task | LanguageTask | ChoiceTask,
+    task: AnyTask,
     config: PruneConfig,
     options: TrainOptions,
     out: Path,
@@ -173,9 +171,7 @@ def fine_tune(
 _MAY_CHANGE = ("epochs", "max_steps", "save_steps")
 
 
-def _same_run(
-    file: Path, task: Task | LanguageTask | ChoiceTask, options: TrainOptions, rows: Any, resume: bool
-) -> None:
+def _same_run(file: Path, task: AnyTask, options: TrainOptions, rows: Any, resume: bool) -> None:
     """Write down what a run is made of; when it is resumed, ValueError unless it is made of the same."""
     digest = hashlib.sha256()
     for batch in rows.iter(1000):
@@ -199,7 +195,7 @@ def _same_run(
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task | LanguageTask | ChoiceTask,
+    task: AnyTask,
     max_length: int = 128,
     split: str | None = None,
     console: Console | None = None,
