@@ -21,7 +21,7 @@ _MOVED: dict[str, tuple[str, ...]] = {
     "budget_stock": ("pruning.whole_heads",),
     "pruner": ("pruning.pruner", "pruning.rules"),
     "saliency": ("pruning.saliency",),
-    "streaming": ("pruning.compact_files",),
+    "streaming": ("pruning.compact_files", "storage.progress"),
     **{old: (f"compacting.{old}",) for old in ("card", "checkpoint", "compact", "head", "plan")},
     "tensors": ("compacting.tensors", "storage.headers"),
     **{old: (f"exporting.{old}",) for old in ("hub", "plain")},

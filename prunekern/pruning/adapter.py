@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ from ..storage.headers import read_header
 from ..storage.json_files import read_json
 from .attach import attach
 from .config import PruneConfig
+from .pruner import Pruner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER_FORMAT = 2
 
@@ -34,7 +39,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t.detach() for n, t in tensors.items()}
 
 
-def save_adapter(pruner, path: str | os.PathLike) -> None:
+def save_adapter(pruner: Pruner, path: str | os.PathLike[str]) -> None:
     """Write what training changed (not the frozen weights) to the folder `path`, replaced in one step."""
     from safetensors.torch import save_file
 
@@ -50,7 +55,7 @@ def save_adapter(pruner, path: str | os.PathLike) -> None:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike):
+def load_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> Pruner:
     """Attach the adapter in the folder `path` to its dense base model, in place; returns the `Pruner`.
 
     ValueError when the adapter is of another format, or does not fit the model (the first tensor that is missing,
@@ -74,7 +79,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike):
     return pruner
 
 
-def load_base(base: str | os.PathLike, adapter: str | os.PathLike) -> nn.Module:
+def load_base(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> PreTrainedModel:
     """The dense model an adapter was trained on, with the task head's shape: class and config as the adapter says.
 
     ValueError when `base` is another model: a tensor that neither it nor the adapter holds, or of another shape.
@@ -97,7 +102,7 @@ def load_base(base: str | os.PathLike, adapter: str | os.PathLike) -> nn.Module:
     return model
 
 
-def model_class(config: dict, adapter: Path) -> type:
+def model_class(config: dict[str, Any], adapter: Path) -> type[PreTrainedModel]:
     """The class that an adapter names. ValueError where it names none of transformers, or holds no model_config."""
     import transformers
 
@@ -109,7 +114,7 @@ def model_class(config: dict, adapter: Path) -> type:
     return cls
 
 
-def load_adapter_state(pruner, path: str | os.PathLike) -> None:
+def load_adapter_state(pruner: Pruner, path: str | os.PathLike[str]) -> None:
     """Take an adapter written by `save_adapter` into a model that is attached already.
 
     ValueError as `load_adapter`, and for an adapter of another config than the pruner's.
@@ -132,7 +137,7 @@ def load_adapter_state(pruner, path: str | os.PathLike) -> None:
     pruner.settle()
 
 
-def check_base(config: dict, name: str, norm: float, adapter: str | os.PathLike) -> None:
+def check_base(config: dict[str, Any], name: str, norm: float, adapter: str | os.PathLike[str]) -> None:
     """ValueError unless `norm` is near the sum of squares that layer `name` had where the adapter was trained.
 
     What another dtype or quantisation rounds does not count. Adapters of before this was written down pass.
@@ -145,7 +150,7 @@ def check_base(config: dict, name: str, norm: float, adapter: str | os.PathLike)
         )
 
 
-def read_adapter(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     from safetensors.torch import load_file
 
     file, weights = path / "adapter_config.json", path / "adapter.safetensors"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -13,8 +15,11 @@ from .budget import most_removable
 from .config import PruneConfig
 from .pruner import Pruner
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def attach(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
+
+def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
     """Replace the targeted linears of `model` by `MaskedDoRALinear`s, in place, and return their `Pruner`.
 
     Everything is frozen but adapters, magnitudes, mask logits and the task head (what lies outside the base model,
@@ -43,7 +48,7 @@ def attach(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
     generator = torch.Generator().manual_seed(config.seed)
     model.requires_grad_(False)
     for name in adapted:
-        linear = model.get_submodule(name)
+        linear: nn.Linear = model.get_submodule(name)
         mask = None
         if name in masked:
             mask = ChannelMask(table.groups[name].count, _row_group(table, name), config.temperature)
@@ -71,13 +76,14 @@ def _adapted(table: Table, config: PruneConfig) -> list[str]:
         return list(table.layers)
     if config.preset == "paper":
         return [n for n in table.layers if n in table.groups and table.groups[n].kind in ("query_key", "value")]
-    for target in config.targets:
+    targets = config.targets or ()
+    for target in targets:
         if not any(n == target or n.endswith("." + target) for n in table.layers):
             known = sorted({n.rpartition(".")[2] for n in table.layers})
             raise ValueError(
                 f"PruneConfig: targets entry {target!r} matches no block linear; block linears end in {known}"
             )
-    return [n for n in table.layers if any(n == t or n.endswith("." + t) for t in config.targets)]
+    return [n for n in table.layers if any(n == t or n.endswith("." + t) for t in targets)]
 
 
 def _refuse_unreachable(table: Table, masked: list[str], config: PruneConfig) -> None:
@@ -94,7 +100,7 @@ def _refuse_unreachable(table: Table, masked: list[str], config: PruneConfig) ->
             )
     most = most_removable(table, masked, config.cost) if masked else 0.0
     if config.sparsity > most:
-        chosen = f"preset {config.preset!r}" if config.preset else f"targets {list(config.targets)}"
+        chosen = f"preset {config.preset!r}" if config.preset else f"targets {list(config.targets or ())}"
         raise ValueError(
             f"PruneConfig: sparsity {config.sparsity} is out of reach of {chosen}; "
             f"the most it can remove is {most:.4f} of the block {config.cost}"

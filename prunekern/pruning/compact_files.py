@@ -10,14 +10,13 @@ import json
 import os
 import re
 import shutil
-import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from .. import ops
@@ -28,20 +27,23 @@ from ..compacting.plan import Plan, from_kept
 from ..nn.merging import merge, pick
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
+from ..storage.progress import Bar
 from ..storage.shards import CODES, INDEX, Shards, write_shard
 from .adapter import check_adapter, check_base, model_class, read_adapter
 from .attach import attach
 from .config import PruneConfig
 
-QUIET_SECONDS = 2.0  # shorter work shows no progress
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ROWS = 256  # rows that are picked or cast at once: 11 MB in fp32 at 11008 columns
 
 
 @torch.no_grad()
 def compact_files(
-    base: str | os.PathLike,
-    adapter: str | os.PathLike,
-    out: str | os.PathLike,
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     max_shard_size: int | str = "5GB",
     console: Console | None = None,
 ) -> Plan:
@@ -61,11 +63,12 @@ def compact_files(
     source.locate(tensors)
     pattern = "model{suffix}.safetensors"
     shards = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
-    with replacing(Path(out), is_model_file) as folder, _Bar(console, len(tensors)) as advance:
+    with replacing(Path(out), is_model_file) as folder, Bar(console=console) as bar:
+        task = bar.add_task("compacting", total=len(tensors))
 
         def parts(name: str) -> Iterator[Tensor]:
             yield from source.parts(name)
-            advance()
+            bar.advance(task)
 
         for file, names in shards.filename_to_tensors.items():
             write_shard(folder / file, {n: tensors[n] for n in names}, parts)
@@ -105,7 +108,7 @@ class _Source:
         if self.shrunk and self.plan != Plan.from_dict(config["pruner"]["shrunk"]):
             raise ValueError(f"{adapter}: its masks do not keep what the shrunk plan of adapter_config.json keeps")
 
-    def compact_skeleton(self) -> nn.Module:
+    def compact_skeleton(self) -> PreTrainedModel:
         """The compact model, weights on the meta device."""
         from ..compacting.hf import skeleton
 
@@ -113,7 +116,7 @@ class _Source:
         skeleton(small, self.plan)
         return mark(small, self.plan)
 
-    def _skeleton(self) -> nn.Module:
+    def _skeleton(self) -> PreTrainedModel:
         with torch.device("meta"):
             model = self.cls._from_config(self.config, dtype=self.dtype)
         model.tie_weights()
@@ -125,14 +128,14 @@ class _Source:
 
     # -- where tensors are -------------------------------------------------------------------------------------
 
-    def locate(self, names) -> None:
+    def locate(self, names: Iterable[str]) -> None:
         """Find every tensor of the compact model before anything is written. ValueError names the first misfit."""
         self.found = {}
         for name in names:
             own = [n for n in self.same.get(name, [name]) if n in self.adapter.shapes]
             self.found[name] = (self.adapter, own[0]) if own else (self.base, self._in_base(name))
         used = {stored for shards, stored in self.found.values() if shards is self.base}
-        inside = {re.match(r"(.*?\.)\d+\.", layer).group(1) for layer in self.plan.layers}
+        inside = {found[1] for layer in self.plan.layers if (found := re.match(r"(.*?\.)\d+\.", layer))}
         for stored in sorted(set(self.base.shapes) - used):
             # A head of another task is of no use here; weights in the blocks mean that these are other blocks.
             in_block = any(n.startswith(tuple(inside)) for n in _with_and_without(stored, self.prefix))
@@ -244,7 +247,7 @@ def _with_and_without(name: str, prefix: str) -> tuple[str, ...]:
     return name, name.removeprefix(prefix), prefix + name
 
 
-def _write_configs(small: nn.Module, base: Path, folder: Path) -> None:
+def _write_configs(small: PreTrainedModel, base: Path, folder: Path) -> None:
     """config.json as `save_pretrained` writes it; generation_config.json of the base, or else of the model."""
     small.config.dtype = str(small.dtype).removeprefix("torch.")
     small.config.architectures = [type(small).__name__]
@@ -255,25 +258,3 @@ def _write_configs(small: nn.Module, base: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
         else:
             small.generation_config.save_pretrained(folder)
-
-
-class _Bar:
-    """A bar over so many tensors, there once the work takes longer than QUIET_SECONDS; gives what moves it."""
-
-    def __init__(self, console: Console | None, total: int):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console, transient=True)
-        self.task = self.bar.add_task("compacting", total=total)
-
-    def __enter__(self):
-        self.begun, self.shown = time.monotonic(), False
-        return self.advance
-
-    def advance(self) -> None:
-        self.bar.advance(self.task)
-        if not self.shown and self.bar.console.is_terminal and time.monotonic() - self.begun > QUIET_SECONDS:
-            self.shown = True
-            self.bar.start()
-
-    def __exit__(self, *error) -> None:
-        self.bar.stop()

@@ -6,6 +6,7 @@ import math
 import numbers
 import sys
 from dataclasses import asdict, dataclass, fields
+from typing import Any, NoReturn
 
 from ..families import COSTS
 
@@ -52,12 +53,12 @@ class PruneConfig:
     spread: float = 4.0
     temperature: float = 1.0
 
-    def __post_init__(self):
-        def refuse(name: str, accepted: str):
+    def __post_init__(self) -> None:
+        def refuse(name: str, accepted: str) -> NoReturn:
             raise ValueError(f"PruneConfig: {name} must be {accepted} (got {getattr(self, name)!r})")
 
-        def number(name: str, low: float, high: float, accepted: str, kind=numbers.Real):
-            value = getattr(self, name)
+        def number(name: str, low: float, high: float, accepted: str, kind: Any = numbers.Real) -> None:
+            value: Any = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 refuse(name, accepted)
             if type(value) not in (int, float):  # numpy's, which JSON does not take
@@ -91,12 +92,12 @@ class PruneConfig:
             object.__setattr__(self, "preset", None)
             object.__setattr__(self, "targets", tuple(self.targets))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Fields by name, as JSON takes them."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict) -> PruneConfig:
+    def from_dict(cls, data: dict[str, Any]) -> PruneConfig:
         """The inverse of `to_dict`. ValueError for a field that is none, or a value that is not accepted."""
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:

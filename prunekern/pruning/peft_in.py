@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from ..nn import MaskedDoRALinear
 from .attach import attach, task_head
 from .config import PruneConfig
 from .pruner import Pruner
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 # Fields of peft.LoraConfig with which a layer computes, or trains, something else than LoRA or DoRA of a weight.
 _OTHER_METHODS = (
@@ -41,7 +46,7 @@ class _LowRank:
     magnitude: Tensor | None
 
 
-def from_peft(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
+def from_peft(model: PeftModel, config: PruneConfig | None = None) -> Pruner:
     """Start pruning from a trained PEFT adapter: `attach` to the model inside, with the adapter's numbers.
 
     model: a `peft.PeftModel` with one active LoRA or DoRA adapter, not merged. It is used up: its transformers model,
@@ -87,7 +92,7 @@ def from_peft(model: nn.Module, config: PruneConfig | None = None) -> Pruner:
     return pruner
 
 
-def _only_adapter(model: nn.Module) -> str:
+def _only_adapter(model: PeftModel) -> str:
     """The name of the active adapter, refused where it is more than LoRA or DoRA of frozen weights."""
     from peft import PeftModel
 
@@ -99,7 +104,7 @@ def _only_adapter(model: nn.Module) -> str:
     active = list(model.active_adapters)
     if len(active) != 1:
         raise ValueError(f"from_peft: model must have exactly one active adapter (got {active}); call set_adapter")
-    (adapter,) = active
+    adapter: str = active[0]
     own = model.peft_config[adapter]
     method = str(getattr(own.peft_type, "value", own.peft_type))
     if method != "LORA":
@@ -113,13 +118,13 @@ def _only_adapter(model: nn.Module) -> str:
             )
     quantised = getattr(getattr(model.base_model.model, "config", None), "quantization_config", None)
     if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        method = getattr(method, "value", method)
-        raise ValueError(f"from_peft: the base model must not be quantised (got {method!r}); load it in 16 or 32 bits")
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        kind = getattr(kind, "value", kind)
+        raise ValueError(f"from_peft: the base model must not be quantised (got {kind!r}); load it in 16 or 32 bits")
     return adapter
 
 
-def _read(name: str, module: nn.Module, adapter: str, lora) -> _LowRank:
+def _read(name: str, module: Any, adapter: str, lora: Any) -> _LowRank:
     """The adapter's numbers for one layer, refused where it is not LoRA or DoRA, active, on a plain linear."""
     base = module.get_base_layer()
     variant = getattr(module, "lora_variant", {}).get(adapter)
@@ -146,7 +151,7 @@ def _as_the_adapter(config: PruneConfig, low_ranks: Iterable[_LowRank], dropout:
     return dataclasses.replace(config, rank=rank, alpha=scale * rank, dropout=dropout)
 
 
-def _saved_modules(model: nn.Module, adapter: str):
+def _saved_modules(model: PeftModel, adapter: str) -> Iterator[tuple[str, Any]]:
     """(name, wrapper) of what modules_to_save trains for the adapter."""
     from peft.utils import ModulesToSaveWrapper
 
@@ -155,7 +160,7 @@ def _saved_modules(model: nn.Module, adapter: str):
             yield name, module
 
 
-def _untrained(model: nn.Module, adapter: str) -> set[tuple[str, str]]:
+def _untrained(model: PeftModel, adapter: str) -> set[tuple[str, str]]:
     """(module, parameter) in modules_to_save that are what the base model has: a head's output embeddings, often."""
     same = set()
     for name, wrapper in _saved_modules(model, adapter):
@@ -166,7 +171,7 @@ def _untrained(model: nn.Module, adapter: str) -> set[tuple[str, str]]:
     return same
 
 
-def _unload(model: nn.Module, adapter: str, same: set[tuple[str, str]]) -> nn.Module:
+def _unload(model: PeftModel, adapter: str, same: set[tuple[str, str]]) -> PreTrainedModel:
     """The transformers model inside, PEFT's layers gone and modules_to_save in their places."""
     for name, wrapper in _saved_modules(model, adapter):
         for owner, leaf in same:
@@ -177,7 +182,9 @@ def _unload(model: nn.Module, adapter: str, same: set[tuple[str, str]]) -> nn.Mo
     return model.base_model.unload()
 
 
-def _refuse_trained_outside_head(dense: nn.Module, model: nn.Module, adapter: str, same: set) -> None:
+def _refuse_trained_outside_head(
+    dense: PreTrainedModel, model: PeftModel, adapter: str, same: set[tuple[str, str]]
+) -> None:
     head = {id(p) for p in task_head(dense)}
     for name, _ in _saved_modules(model, adapter):
         for leaf, parameter in dense.get_submodule(name).named_parameters():
@@ -196,7 +203,7 @@ def _refuse_misplaced(pruner: Pruner, low_ranks: Iterable[str]) -> None:
                 f"from_peft: target {name!r} is no linear of a block, which alone are pruned (they end in {known})"
             )
         if name not in pruner.layers:
-            chosen = pruner.config.preset or list(pruner.config.targets)
+            chosen = pruner.config.preset or list(pruner.config.targets or ())
             raise ValueError(
                 f"from_peft: the adapter has {name!r}, which config does not adapt (it adapts {chosen!r}); "
                 "use preset 'full', or name it in targets"
@@ -216,7 +223,8 @@ def _fill(layer: MaskedDoRALinear, low_rank: _LowRank) -> None:
         layer.magnitude.copy_(torch.where(layer.inv_norm > 0, 1 / layer.inv_norm, 0.0))
 
 
-def import_peft(what: str):
+def import_peft(what: str) -> Any:
+    """The package peft. ImportError says what needs it."""
     try:
         import peft
     except ImportError as error:

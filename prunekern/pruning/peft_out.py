@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ _TASKS = {
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def to_peft(pruner: Pruner, path: str | os.PathLike) -> None:
+def to_peft(pruner: Pruner, path: str | os.PathLike[str]) -> None:
     """Write an unpruned run to the folder `path` as a DoRA adapter of PEFT: `PeftModel.from_pretrained(dense, path)`.
 
     dense is the model as `attach` found it; what PEFT loads then computes in eval mode what the masked model does, to
@@ -110,16 +111,18 @@ def _head_modules(pruner: Pruner) -> list[str]:
 
 def _dense(pruner: Pruner) -> nn.Module:
     """The dense model with the storage of the masked one: modules are new, parameters frozen views."""
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), False) for p in pruner.model.parameters()}
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in pruner.model.parameters()}
     for layer in pruner.layers.values():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight = memo[id(layer.weight)]
-        linear.bias = None if layer.bias is None else memo[id(layer.bias)]
+        if layer.bias is not None:
+            linear.bias = memo[id(layer.bias)]
         memo[id(layer)] = linear
-    return copy.deepcopy(pruner.model, memo)
+    dense: nn.Module = copy.deepcopy(pruner.model, memo)
+    return dense
 
 
-def _lora_config(peft, pruner: Pruner, modules_to_save: list[str]):
+def _lora_config(peft: Any, pruner: Pruner, modules_to_save: list[str]) -> Any:
     config, name = pruner.config, type(pruner.model).__name__
     # alpha of a layer is scale * rank whatever PEFT's rule was: rsLoRA's too.
     ranks = {n: layer.rank for n, layer in pruner.layers.items() if layer.rank != config.rank}

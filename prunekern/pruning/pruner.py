@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,15 +21,18 @@ from .criteria import criterion_scores
 from .rules import check_rule, choose
 from .saliency import Saliency, starting_logits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Pruner:
     """Returned by `attach`. `step()` goes after every `optimizer.step()`, `finalize()` between the two stages."""
 
-    def __init__(self, model: nn.Module, config: PruneConfig, table: Table):
+    def __init__(self, model: PreTrainedModel, config: PruneConfig, table: Table):
         self.model, self.config, self.table = model, config, table
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, MaskedDoRALinear)}
         self.steps, self.flips = 0, 0  # flips: groups whose deterministic mask the last step turned
-        self.warm_steps, self.ramp_steps = config.warm_steps, config.ramp_steps
+        self.warm_steps, self.ramp_steps = config.warm_steps or 0, config.ramp_steps
         self._make_saliency: Callable[[Mapping[str, ChannelMask]], Saliency] = Saliency
         self._saliency: Saliency | None = None
         self._last: np.ndarray | None = None  # deterministic masks after the last step
@@ -48,7 +51,7 @@ class Pruner:
 
     # -- for the optimiser ---------------------------------------------------------------------------------------
 
-    def param_groups(self, lr: float = 5e-5, mask_lr: float = 2e-2, weight_decay: float = 0.0) -> list[dict]:
+    def param_groups(self, lr: float = 5e-5, mask_lr: float = 2e-2, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for any torch optimiser: adapters and task head at `lr`; mask logits at `mask_lr`, never decayed."""
         logits = [mask.logits for mask in self.masks.values()]
         own = {id(p) for p in logits}
@@ -60,7 +63,8 @@ class Pruner:
 
     def penalty(self) -> Tensor:
         """What the budget adds to the loss: zero, as the threshold is solved for instead."""
-        return next(self.model.parameters()).new_zeros(())
+        first: nn.Parameter = next(self.model.parameters())
+        return first.new_zeros(())
 
     # -- the budget ----------------------------------------------------------------------------------------------
 
@@ -155,7 +159,7 @@ class Pruner:
         """Share that `compact` would remove with the masks as they are now, of `config.cost`."""
         return self.plan().sparsity(self.config.cost)
 
-    def plan(self):
+    def plan(self) -> Plan:
         """As `prunekern.plan(model)`."""
         return from_kept(self.table, {c: m.kept() for c, m in self.masks.items()})
 
@@ -205,7 +209,7 @@ class Pruner:
     # -- the stage boundary --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def finalize(self, rule: str = "learned", criterion: str | Scores = "magnitude") -> dict:
+    def finalize(self, rule: str = "learned", criterion: str | Scores = "magnitude") -> dict[str, Any]:
         """Make the masks final: deterministic, aligned, the target met from above to within one alignment step.
 
         rule "learned" ranks all channel groups by their logits. rule "stock" does, too, but leaves what transformers
@@ -222,7 +226,7 @@ class Pruner:
         if self.shrunk:
             raise RuntimeError("finalize: the pruned channels are dropped already (pruner.shrink); masks cannot change")
         self.check_rule(rule, criterion)
-        extra: dict = {}
+        extra: dict[str, Any] = {}
         if self.masks:
             if rule != "uniform" and self.warm and self._has_saliency():
                 self._start_from_saliency()
@@ -241,7 +245,7 @@ class Pruner:
         """
         check_rule(rule, criterion, self.masks, self.table, self.config, self._head_counts())
 
-    def compare_stock(self) -> dict:
+    def compare_stock(self) -> dict[str, Any]:
         """What rule "stock" would give up against rule "learned", were the masks made final now: the second of what
         `whole_heads.choose` returns. Nothing is changed.
 
@@ -284,10 +288,12 @@ class Pruner:
         return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
 
     @torch.no_grad()
-    def _shrink(self, plan: Plan, state: dict | None = None) -> None:
+    def _shrink(self, plan: Plan, state: dict[Any, Any] | None = None) -> None:
         self._base_norms = self.base_norms()
 
-        def make(name: str, in_index, out_index, out_features: int, activation: str) -> nn.Module:
+        def make(
+            name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str
+        ) -> nn.Module:
             kept = plan.layers[name]
             layer = shrink_linear(self.model.get_submodule(name), kept.rows, kept.cols, state)
             layer.take_place(out_index, out_features, activation)
@@ -295,7 +301,7 @@ class Pruner:
 
         families.of(self.model).rebuild(self.model, plan, make)
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """What the masks keep now, as `finalize` returns it."""
         settled = self.table.settle({c: m.kept() for c, m in self.masks.items()})
         return {
@@ -308,16 +314,16 @@ class Pruner:
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What the model's own state does not hold (logits, thresholds and final flags are in the model's)."""
-        state = {"steps": self.steps, "warm_steps": self.warm_steps, "ramp_steps": self.ramp_steps}
+        state: dict[str, Any] = {"steps": self.steps, "warm_steps": self.warm_steps, "ramp_steps": self.ramp_steps}
         usual = (self.config.rank, self.config.alpha / self.config.rank)
         own = {n: (m.rank, m.scale) for n, m in self.layers.items() if (m.rank, m.scale) != usual}
         if own:  # of an adapter that PEFT trained with rank_pattern or alpha_pattern
             state["low_rank"] = own
         return {**state, "shrunk": self.plan().to_dict()} if self.shrunk else state
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after `state["steps"]` steps. Call it before the model's state is loaded: a state of a shrunk
         model is loaded into a model shrunk alike, which this does; so are layers with a rank and scale of their own.
         """

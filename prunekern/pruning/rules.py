@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -36,7 +37,7 @@ def check_rule(
 
 def choose(
     rule: str, scores: budget.Scores, table: Table, config: PruneConfig, head_counts: Sequence[int]
-) -> tuple[dict[str, Tensor], dict]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(groups to keep, bool by carrier; what the report says besides). scores: the lowest go.
 
     ValueError for scores that are not finite.

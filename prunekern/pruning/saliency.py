@@ -34,16 +34,17 @@ class Saliency:
 
         A step that is not finite (fp16) is left out.
         """
-        masks = self.masks.values()
-        flat = torch.cat([torch.zeros_like(m.probe) if m.probe.grad is None else m.probe.grad for m in masks])
+        probed = [(mask, mask.probe) for mask in self.masks.values() if mask.probe is not None]
+        flat = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for _, p in probed])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)
         mean = flat.mean()
         if torch.isfinite(mean) and mean > 0:
-            for mask, part in zip(masks, (flat / mean).split([m.probe.numel() for m in masks]), strict=True):
+            parts = (flat / mean).split([probe.numel() for _, probe in probed])
+            for (mask, _), part in zip(probed, parts, strict=True):
                 mask.saliency += part
-        for mask in masks:
-            mask.probe.grad = None
+        for _, probe in probed:
+            probe.grad = None
 
     def close(self) -> None:
         """No more: masks as they were."""

@@ -4,7 +4,7 @@ loads with no prunekern (`prunekern.exporting.stock` writes it).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import families
-from ..families import Table
+from ..families import Group, Table
 from .budget import Scores, by_kind, removed_share, select_global
 from .config import PruneConfig
 from .saliency import group_cost
@@ -39,7 +39,7 @@ class _Stock:
         """Sums of the scores of a head's groups; 0 where they have none. float64 [heads]."""
         group = self.table.groups[carrier]
         score = self.scores.get(carrier, np.zeros(group.count))
-        return np.bincount(group.head.numpy(), weights=score, minlength=self.dense_heads)
+        return np.bincount(_heads_of(group).numpy(), weights=score, minlength=self.dense_heads)
 
     def kept(self, heads: int, width: int) -> dict[str, np.ndarray]:
         kept = {c: np.ones(s.size) for c, s in self.scores.items()}
@@ -47,7 +47,7 @@ class _Stock:
             alive = np.ones(self.dense_heads)
             alive[self.order[value][: self.dense_heads - heads]] = 0.0
             for carrier in {value, query} & kept.keys():
-                kept[carrier] = alive[self.table.groups[carrier].head.numpy()]
+                kept[carrier] = alive[_heads_of(self.table.groups[carrier]).numpy()]
         for carrier in self.ffn:
             kept[carrier][self.order[carrier][: self.channels - width]] = 0.0
         return kept
@@ -67,6 +67,12 @@ class _Stock:
         """Sum of the scores of what is gone."""
         lost = sum(float(s[self.order[c][: self.dense_heads - heads]].sum()) for c, s in self.by_head.items())
         return lost + sum(float(self.scores[c][self.order[c][: self.channels - width]].sum()) for c in self.ffn)
+
+
+def _heads_of(group: Group) -> Tensor:
+    """The head of each group; those of attention have one."""
+    assert group.head is not None, group.carrier
+    return group.head
 
 
 def _one_a_block(table: Table, carriers: Iterable[str], kind: str) -> list[str]:
@@ -129,7 +135,7 @@ def select_stock(
     return {c: torch.from_numpy(k > 0) for c, k in choice.kept(*best).items()}
 
 
-def _least(least: int, dense: int, masked, what: str) -> str:
+def _least(least: int, dense: int, masked: Collection[str], what: str) -> str:
     if not masked:
         return f"all {what} (their masks are not in every block)"
     return f"{least} of {dense} {what}"
@@ -148,7 +154,7 @@ def head_counts(config: Any) -> tuple[int, ...]:
 
 def choose(
     table: Table, logits: Scores, config: PruneConfig, head_counts: Sequence[int]
-) -> tuple[dict[str, Tensor], dict]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(groups that rule "stock" keeps, bool by carrier; what it gives up against rule "learned"), by these logits.
 
     head_counts: as `StockConfig` has them. The second is {"kept_score": {rule: score}, "given_up": their difference,

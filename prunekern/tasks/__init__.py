@@ -36,7 +36,7 @@ def names() -> tuple[str, ...]:
     return ("reviews", "topics", "tweets", "wikipedia", "winogrande", "science", *glue.TASKS)
 
 
-def get(name_or_path: str | os.PathLike, **options: Any) -> AnyTask:
+def get(name_or_path: str | os.PathLike[str], **options: Any) -> AnyTask:
     """The task of that name, or the one a local file describes.
 
     name_or_path: one of `names()` (case, "-" and "_" do not matter), or the path of a .csv, .tsv, .jsonl or

@@ -190,12 +190,12 @@ def split_items(items: Sequence[Item], keys: Sequence[str], sizes: Mapping[str, 
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     text: str = "text",
     choices: str = "choices",
     label: str = "label",
-    validation: str | os.PathLike | None = None,
-    test: str | os.PathLike | None = None,
+    validation: str | os.PathLike[str] | None = None,
+    test: str | os.PathLike[str] | None = None,
     validation_share: float = 0.1,
     test_share: float = 0.1,
 ) -> ChoiceTask:

@@ -27,11 +27,11 @@ class _Rows:
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     text: str | Sequence[str] = "text",
     label: str = "label",
-    validation: str | os.PathLike | None = None,
-    test: str | os.PathLike | None = None,
+    validation: str | os.PathLike[str] | None = None,
+    test: str | os.PathLike[str] | None = None,
     regression: bool = False,
     metric: str | None = None,
     validation_share: float = 0.1,

@@ -43,7 +43,7 @@ def evaluate_tasks(
     model: Any,
     tokenizer: Any,
     names: Sequence[str],
-    local: str | os.PathLike | None = None,
+    local: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     num_fewshot: int = 0,

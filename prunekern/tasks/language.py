@@ -103,9 +103,9 @@ def language_task(name: str, documents: Mapping[str, Sequence[str]]) -> Language
 
 
 def load(
-    path: str | os.PathLike,
-    validation: str | os.PathLike | None = None,
-    test: str | os.PathLike | None = None,
+    path: str | os.PathLike[str],
+    validation: str | os.PathLike[str] | None = None,
+    test: str | os.PathLike[str] | None = None,
     validation_share: float = 0.1,
     test_share: float = 0.1,
 ) -> LanguageTask:

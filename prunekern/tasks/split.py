@@ -49,7 +49,7 @@ def check_shares(what: str, validation_share: float, test_share: float) -> None:
             raise ValueError(f"{what}: {name} must be in (0, 1) (got {share})")
 
 
-def draw(path: str | os.PathLike, keys: Sequence[str], shares: Mapping[str, float]) -> dict[str, list[int]]:
+def draw(path: str | os.PathLike[str], keys: Sequence[str], shares: Mapping[str, float]) -> dict[str, list[int]]:
     """Row indices of "train" and of every split in `shares`, by `grouped_split`.
 
     path: the file of the rows, for the error. shares: of the rows, above 0; at least one row each. Raises DataError

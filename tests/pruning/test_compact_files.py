@@ -13,6 +13,7 @@ import prunekern as pk
 from prunekern.nn import merging
 from prunekern.pruning import compact_files
 from prunekern.pruning.adapter import load_adapter, load_base
+from prunekern.storage import progress
 from prunekern.storage.shards import write_shard
 from tests.helpers import tiny_decoders, tiny_models
 from tests.helpers.compact_folders import python
@@ -288,7 +289,7 @@ def test_progress_shows_when_it_takes_long(tmp_path, monkeypatch):
     on_disk(tmp_path, build("distilbert", "sequence"))
     shown = []
     for seconds in (60.0, -1.0):
-        monkeypatch.setattr(compact_files, "QUIET_SECONDS", seconds)
+        monkeypatch.setattr(progress, "QUIET_SECONDS", seconds)
         console = Console(file=io.StringIO(), force_terminal=True, width=100)
         run(tmp_path, console=console)
         shown.append(console.file.getvalue())

@@ -99,7 +99,7 @@ def cache_dir() -> Path:
     return path
 
 
-def sha256_of(path: str | os.PathLike) -> str:
+def sha256_of(path: str | os.PathLike[str]) -> str:
     """sha256 of a file, hex, read in 1 MiB blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -199,7 +199,7 @@ def _mismatch(archive: Archive, got: str) -> str:
     )
 
 
-def read_member(archive: str | os.PathLike | bytes, name: str) -> bytes:
+def read_member(archive: str | os.PathLike[str] | bytes, name: str) -> bytes:
     """Bytes of the regular file `name` inside a zip (wheel) or tar archive.
 
     archive: a path, or the bytes of an archive found inside another one.
@@ -226,7 +226,7 @@ def read_member(archive: str | os.PathLike | bytes, name: str) -> bytes:
         raise FetchError(f"{label} cannot be read as an archive: {error}") from error
 
 
-def read_folder(archive: str | os.PathLike, folder: str, suffix: str) -> dict[str, bytes]:
+def read_folder(archive: str | os.PathLike[str], folder: str, suffix: str) -> dict[str, bytes]:
     """Bytes of every file of a zip (wheel) below `folder` whose name ends in `suffix`, by its name below the folder.
 
     Raises FetchError when it is no zip, damaged, or holds no such file.
@@ -242,7 +242,7 @@ def read_folder(archive: str | os.PathLike, folder: str, suffix: str) -> dict[st
     return files
 
 
-def unpack(archive: str | os.PathLike, members: Mapping[str, str], folder: Path) -> None:
+def unpack(archive: str | os.PathLike[str], members: Mapping[str, str], folder: Path) -> None:
     """Write the named members to `folder`, each under the relative path the caller gives: {member: target}.
 
     Names inside the archive never become paths. Each file appears whole or not at all.

@@ -34,7 +34,7 @@ TASKS = {
 }
 
 
-def load(name: str, source: str | os.PathLike = SOURCE) -> Task:
+def load(name: str, source: str | os.PathLike[str] = SOURCE) -> Task:
     """One GLUE task: "train" and "validation". The test splits have hidden labels, so they are never loaded.
 
     name: a key of TASKS. source: dataset name on the hub, or a local folder of the same layout (README.md
