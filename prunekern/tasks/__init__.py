@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 from .choice import ChoiceTask
@@ -51,8 +52,10 @@ def get(name_or_path: str | os.PathLike[str], **options: Any) -> AnyTask:
 
     text = os.fspath(name_or_path)
     key = text.lower().replace("-", "").replace("_", "")
-    archived = {"reviews": reviews, "topics": topics, "tweets": tweets, "wikipedia": wikipedia}
+    archived: dict[str, Any] = {"reviews": reviews, "topics": topics, "tweets": tweets, "wikipedia": wikipedia}
     archived |= {"winogrande": winogrande, "science": science}
+    load: Callable[..., AnyTask]
+    first: tuple[str, ...]
     if key in archived:
         load, first = archived[key].load, ()
     elif key in glue.TASKS:
@@ -72,4 +75,5 @@ def get(name_or_path: str | os.PathLike[str], **options: Any) -> AnyTask:
         if option not in accepted:
             listed = ", ".join(accepted) or "none"
             raise ValueError(f"task {text!r} takes no option {option!r}: accepted are {listed}")
-    return load(*first, **given)
+    task: AnyTask = load(*first, **given)
+    return task

@@ -9,6 +9,7 @@ from .task import take_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+    from typing_extensions import Self
 
 
 class CausalTask:
@@ -16,7 +17,7 @@ class CausalTask:
 
     splits: DatasetDict
 
-    def model_class(self) -> type:
+    def model_class(self) -> Any:
         """What loads a model for this task."""
         from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,10 @@ class CausalTask:
         """For `model_class().from_pretrained`: a language model's head is not new."""
         return {}
 
-    def take(self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0):
+    def take(
+        self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0
+    ) -> Self:
         """The same task with at most that many rows a split, drawn without replacement; None keeps it whole."""
-        return replace(self, splits=take_rows(self.splits, (train, validation, test), seed))
+        smaller: Any = self  # a dataclass, as all that inherit this are
+        taken: Self = replace(smaller, splits=take_rows(self.splits, (train, validation, test), seed))
+        return taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,19 +57,26 @@ class ChoiceTask(CausalTask):
         """
         return type(self.splits)({name: _encoded(rows, tokenizer, max_length) for name, rows in self.splits.items()})
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
         """A callable: list of encoded items -> input_ids and attention_mask [items * choices, tokens], padded on the
         left; counted [items, choices], 0 where an item has fewer choices; labels [items].
         """
         return Collator(tokenizer.pad_token_id)
 
-    def objective(self, model, inputs: Mapping[str, Tensor]) -> Tensor:
+    def objective(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy of the right choice, the choices' log-likelihoods being the logits: a scalar."""
         from torch.nn import functional as F
 
         return F.cross_entropy(log_likelihoods(model, inputs), inputs["labels"])
 
-    def score(self, model, tokenizer, max_length: int, split: str | None = None, track: Callable = iter):
+    def score(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        split: str | None = None,
+        track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> tuple[dict[str, float], Tensor]:
         """({"accuracy": share of right answers}, log-likelihoods [items, choices]) on the scored split."""
         import torch
 
@@ -87,7 +94,7 @@ class ChoiceTask(CausalTask):
         return {self.metric: right.double().mean().item()}, scores
 
 
-def log_likelihoods(model, inputs: Mapping[str, Tensor]) -> Tensor:
+def log_likelihoods(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Sum of the log-probabilities of every choice's continuation, fp32 [items, choices]; -inf where there is none.
 
     inputs: as `ChoiceTask.collator` makes them.
@@ -113,7 +120,7 @@ class Collator:
     def __init__(self, pad: int):
         self._pad = pad
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         import torch
 
         choices = max(len(row["counted"]) for row in rows)
@@ -144,7 +151,9 @@ def _encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
     return rows.map(_encode_batch, batched=True, remove_columns=rows.column_names, fn_kwargs=given, desc="encoding")
 
 
-def _encode_batch(rows: Mapping[str, list], tokenizer, max_length: int) -> dict[str, list]:
+def _encode_batch(
+    rows: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[Any]]:
     contexts, continuations = ([text for row in rows[name] for text in row] for name in ("contexts", "continuations"))
     whole = _without_end(tokenizer, [c + e for c, e in zip(contexts, continuations, strict=True)])
     known = _without_end(tokenizer, contexts)
@@ -154,7 +163,7 @@ def _encode_batch(rows: Mapping[str, list], tokenizer, max_length: int) -> dict[
             raise ValueError(
                 f"encode: max_length must leave room before the {count} tokens of {continuation!r} (got {max_length})"
             )
-    encoded: dict[str, list] = {"input_ids": [], "counted": [], "labels": rows["label"], "length": []}
+    encoded: dict[str, list[Any]] = {"input_ids": [], "counted": [], "labels": rows["label"], "length": []}
     first = 0
     for row in rows["contexts"]:
         choices = slice(first, first + len(row))
@@ -165,7 +174,7 @@ def _encode_batch(rows: Mapping[str, list], tokenizer, max_length: int) -> dict[
     return encoded
 
 
-def _without_end(tokenizer, texts: list[str]) -> list[list[int]]:
+def _without_end(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids, without the end that some tokenizers put after every text: a continuation goes on where it stands."""
     end = tokenizer.eos_token_id
     return [i[:-1] if end is not None and i and i[-1] == end else i for i in tokenizer(texts)["input_ids"]]

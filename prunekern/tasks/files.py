@@ -71,7 +71,7 @@ def load(
     for name in SPLITS:
         if name in rows:
             texts = map(list, zip(*rows[name].texts, strict=True))
-            columns: dict[str, list] = dict(zip(text_columns, texts, strict=True))
+            columns: dict[str, list[Any]] = dict(zip(text_columns, texts, strict=True))
             columns[label] = rows[name].labels
             splits[name] = label_dataset(columns, text_columns, label, regression)
     return Task(Path(path).name, DatasetDict(splits), text_columns, label, names, metric)

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..storage.progress import Bar
 from . import harness_local
 from .task import DataError
 
@@ -73,10 +74,7 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(f"evaluate_tasks needs lm-eval ({error}): pip install 'prunekern[eval]'") from None
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _quiet(), Progress(*columns, console=console, transient=True) as progress:
+    with _quiet(), Bar(console=console) as progress:
         bar = progress.add_task("looking up tasks", total=None)
         # lm-eval takes 16 s to index its 14,000 definitions; finding those asked for takes 1 s, once a process.
         folders = sorted({str(definition(name).parent) for name in names})
@@ -118,7 +116,7 @@ def _definitions() -> dict[str, tuple[str, Path]]:
     """{name: ("task" or "group", file)} of all that lm-eval defines."""
     import lm_eval
 
-    found = {}
+    found: dict[str, tuple[str, Path]] = {}
     for file in Path(lm_eval.__file__).parent.joinpath("tasks").rglob("*.yaml"):
         found |= {name.decode(): (kind.decode(), file) for kind, name in _DEFINES.findall(file.read_bytes())}
     return found
@@ -173,11 +171,11 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, progress: Any, 
     class Model(HFLM):
         truncated = 0
 
-        def loglikelihood(self, requests, disable_tqdm=False):
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             progress.update(bar, total=len(requests))
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def _loglikelihood_tokens(self, requests, *args, **options):
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> Any:
             self.truncated += sum(len(start) + len(rest) > self.max_length + 1 for _, start, rest in requests)
             return super()._loglikelihood_tokens(requests, *args, **options)
 
@@ -214,7 +212,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "transformers")]
     levels, bars = [logger.level for logger in loggers], tqdm.__init__
 
-    def none(self, *args, **options):
+    def none(self: Any, *args: Any, **options: Any) -> None:
         bars(self, *args, **options | {"disable": True})
 
     try:

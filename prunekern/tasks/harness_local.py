@@ -23,7 +23,7 @@ def source(local: Path, name: str, config: dict[str, Any], num_fewshot: int) -> 
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in local.iterdir() if path.is_dir())) or "none"
         raise DataError(f"evaluate_tasks: local: {local} has no folder {name!r}; there are {there}")
-    needed = {config.get("test_split") or config.get("validation_split")}
+    needed: set[Any] = {config.get("test_split") or config.get("validation_split")}
     if num_fewshot:
         needed.add(next(config[kind] for kind in _SPLITS if config.get(kind)))  # the order in which lm-eval looks
     splits = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +67,18 @@ class LanguageTask(CausalTask):
             )
         return type(self.splits)(encoded)
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
         """A callable: list of encoded rows -> dict of int64 tensors [rows, tokens]."""
         return _stack
 
-    def score(self, model, tokenizer, max_length: int, split: str | None = None, track: Callable = iter):
+    def score(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        split: str | None = None,
+        track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> tuple[dict[str, float], Tensor]:
         """({"perplexity": exp of the mean loss of a token}, losses [blocks, max_length - 1]) on the scored split."""
         import torch
 
@@ -81,7 +88,7 @@ class LanguageTask(CausalTask):
         return {METRIC: math.exp(every.double().mean().item())}, every
 
 
-def token_losses(model, ids: Tensor) -> Tensor:
+def token_losses(model: Any, ids: Tensor) -> Tensor:
     """Loss of each token but the first, [rows, tokens - 1], fp32 on the CPU. ids: int64 [rows, tokens]."""
     from torch.nn import functional as F
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Task:
         """The split to take the final score on: "test" where its labels are public, else "validation"."""
         return "test" if "test" in self.splits else "validation"
 
-    def model_class(self) -> type:
+    def model_class(self) -> Any:
         """What loads a model with a head for this task."""
         from transformers import AutoModelForSequenceClassification
 
@@ -116,7 +116,9 @@ class Task:
         label = Value("float32" if self.label_names is None else "int64")
         return Features({**tokens, "labels": label, "length": Value("int32")})
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None) -> Callable:
+    def collator(
+        self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None
+    ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
         """A callable: list of encoded rows -> dict of tensors [rows, tokens], padded to the longest row."""
         return Collator(tokenizer, pad_to_multiple_of)
 
@@ -144,7 +146,7 @@ def take_rows(splits: DatasetDict, most: Sequence[int | None], seed: int) -> Dat
         if name in splits:
             data = splits[name]
             whole = rows is None or rows >= len(data)
-            taken[name] = data if whole else data.shuffle(seed=seed).select(range(rows))
+            taken[name] = data if whole else data.shuffle(seed=seed).select(range(rows or 0))
     return type(splits)(taken)
 
 
@@ -156,17 +158,20 @@ class Collator:
 
         self._pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._pad([{name: value for name, value in row.items() if name != "length"} for row in rows])
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        padded: dict[str, Any] = self._pad(
+            [{name: value for name, value in row.items() if name != "length"} for row in rows]
+        )
+        return padded
 
 
 def _encode_batch(
-    rows: dict[str, list],
+    rows: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,
     text_columns: tuple[str, ...],
     label_column: str,
     max_length: int,
-) -> dict[str, list]:
+) -> dict[str, list[Any]]:
     encoded = tokenizer(*(rows[name] for name in text_columns), truncation=True, max_length=max_length)
     return {
         **encoded,
@@ -176,7 +181,7 @@ def _encode_batch(
 
 
 def label_dataset(
-    columns: dict[str, list], text_columns: tuple[str, ...], label_column: str, regression: bool
+    columns: dict[str, list[Any]], text_columns: tuple[str, ...], label_column: str, regression: bool
 ) -> Dataset:
     """An in-memory split: text columns as strings, label as int64 or float32, other columns as they come."""
     from datasets import Dataset, Features, Value

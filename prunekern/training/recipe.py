@@ -27,7 +27,7 @@ from ..tasks import AnyTask, ChoiceTask, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TrainOptions:
     seed: int = 0
 
 
-def load_dense(model: str, task: AnyTask, seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_dense(model: str, task: AnyTask, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model with a head for `task`, and its tokenizer. `model`: a folder or a name on the hub.
 
     seed: of the head's first weights, where the checkpoint has none. In the checkpoint's dtype where there is a GPU,
@@ -116,7 +116,7 @@ def training_arguments(options: TrainOptions, out: Path, **extra: Any) -> Traini
 
 
 def fine_tune(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: AnyTask,
     config: PruneConfig,
@@ -224,7 +224,7 @@ def evaluate(
     return task.compute_metrics(EvalPrediction(predictions=logits.numpy(), label_ids=labels.numpy())), logits
 
 
-def finish(pruner: Pruner, tokenizer: PreTrainedTokenizerBase, out: Path, rule: str = "learned") -> nn.Module:
+def finish(pruner: Pruner, tokenizer: PreTrainedTokenizerBase, out: Path, rule: str = "learned") -> PreTrainedModel:
     """Write OUT/adapter, OUT/compact and, of rule "stock", OUT/stock (both with the tokenizer); return the compact
     model.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..split import grouped_split, text_key
 from ..task import Task, label_dataset
@@ -14,7 +15,7 @@ def archived_task(
     labels: Sequence[int],
     label_names: tuple[str, ...],
     sizes: Mapping[str, int],
-    **columns: Sequence,
+    **columns: Sequence[Any],
 ) -> Task:
     """The task of these rows; metric accuracy. columns: further ones, after sentence and label.
 
@@ -32,6 +33,6 @@ def archived_task(
             "label",
             regression=False,
         )
-        for part in ("train", *reversed(sizes))
+        for part in ("train", *reversed(list(sizes)))
     }
     return Task(name, DatasetDict(splits), ("sentence",), "label", label_names, "accuracy")

@@ -31,4 +31,5 @@ def unpacked(name: str, members: Mapping[str, str]) -> Path:
 def instructions(name: str, subtask: str) -> list[dict[str, Any]]:
     """Examples ("input", "target") of a subtask of natural instructions (Mishra et al., ACL 2022)."""
     folder = unpacked(name, {f"natural_instructions/{subtask}/task.json": "task.json"})
-    return json.loads((folder / "task.json").read_text(encoding="utf-8"))["examples"]
+    examples: list[dict[str, Any]] = json.loads((folder / "task.json").read_text(encoding="utf-8"))["examples"]
+    return examples

@@ -219,7 +219,9 @@ def read_member(archive: str | os.PathLike[str] | bytes, name: str) -> bytes:
             member = tarred.getmember(name)
             if not member.isreg():  # a link could point anywhere: nothing we need is one
                 raise FetchError(f"{label}: {name} is not a regular file")
-            return tarred.extractfile(member).read()
+            content = tarred.extractfile(member)
+            assert content is not None, name  # of a regular file there is one
+            return content.read()
     except KeyError as error:
         raise FetchError(f"{label} has no member {name}") from error
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:

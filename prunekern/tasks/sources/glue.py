@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from ..task import DataError, Task
 
@@ -63,7 +64,7 @@ def load(name: str, source: str | os.PathLike[str] = SOURCE) -> Task:
     return Task(f"GLUE {name}", splits, glue.text, "label", glue.labels, glue.metric)
 
 
-def _check(name: str, glue: Glue, split: str, data) -> None:
+def _check(name: str, glue: Glue, split: str, data: Any) -> None:
     """Raise DataError unless `data` has the task's columns and only public labels."""
     import numpy as np
 

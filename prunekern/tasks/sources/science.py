@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 from ..choice import ChoiceTask, Item, choice_task, split_items
 from ..split import text_key
@@ -29,7 +30,7 @@ def load() -> ChoiceTask:
     return choice_task(NAME, split_items(items, [text_key(row["question"]) for row in rows], SIZES))
 
 
-def records() -> list[dict]:
+def records() -> list[dict[str, Any]]:
     """Rows of question, choices (four strings) and label (the right one's place)."""
     rows, seen = [], set()
     for example in bigbench.instructions("science", "subtask042_qasc_incorrect_option_generation"):
@@ -46,6 +47,6 @@ def records() -> list[dict]:
     return rows
 
 
-def as_item(row: dict) -> Item:
+def as_item(row: dict[str, Any]) -> Item:
     """Prompted as lm-eval prompts ARC."""
     return Item([f"Question: {row['question']}\nAnswer:"] * 4, [" " + c for c in row["choices"]], row["label"])
