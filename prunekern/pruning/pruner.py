@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,9 @@ from . import budget, whole_heads
 from .budget import Scores
 from .config import PruneConfig
 from .criteria import criterion_scores
+from .kept import kept_probability, kept_shares, report
 from .rules import check_rule, choose
-from .saliency import Saliency, starting_logits
+from .saliency import Saliency, start_from_saliency
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +82,7 @@ class Pruner:
         """
         self.warm_steps, self.ramp_steps = warm_steps, ramp_steps
         if self.warm and self.steps >= warm_steps and not self.finalized and self._has_saliency():
-            self._start_from_saliency()
+            start_from_saliency(self.masks, self.table, self.config)
         self._open_while_warm()
 
     def settle(self) -> None:
@@ -114,14 +114,6 @@ class Pruner:
         return any(not mask.saliency.is_meta and bool(mask.saliency.any()) for mask in self.masks.values())
 
     @torch.no_grad()
-    def _start_from_saliency(self) -> None:
-        """Logits from what was gathered; flat where nothing was. The threshold is solved for at once."""
-        masks = self.masks
-        gathered = {c: m.saliency.double().cpu().numpy() for c, m in masks.items()}
-        for carrier, values in starting_logits(self.table, gathered, self.config.cost, self.config.spread).items():
-            masks[carrier].logits.copy_(torch.from_numpy(values))
-
-    @torch.no_grad()
     def logits(self) -> dict[str, np.ndarray]:
         """Mask logits as they are now, float64 [groups] by carrier."""
         masks = self.masks
@@ -131,29 +123,13 @@ class Pruner:
         sizes = np.cumsum([mask.logits.numel() for mask in masks.values()])[:-1]
         return dict(zip(masks, np.split(flat, sizes), strict=True))
 
-    def _kept_probability(self) -> dict[str, np.ndarray]:
-        """By carrier: the probability of each group to be kept at the next draw (0 or 1 once final)."""
-        kept = {}
-        for carrier, mask in self.masks.items():
-            shifted = (mask.logits - mask.threshold).detach().double().cpu().numpy()
-            if mask.is_open:
-                kept[carrier] = np.ones_like(shifted)
-            else:
-                kept[carrier] = (shifted > 0).astype(float) if mask.is_final else budget.sigmoid(shifted)
-        return kept
-
     def expected_sparsity(self) -> float:
         """Share removed in expectation over the mask noise (exact once final), of `config.cost`."""
-        return budget.removed_share(self.table, self._kept_probability(), self.config.cost)
+        return budget.removed_share(self.table, kept_probability(self.masks), self.config.cost)
 
     def kept_shares(self) -> dict[str, float]:
         """Expected share of groups kept: by kind of group ("ffn"), then by carrier."""
-        by_carrier = self._kept_probability()
-        by_kind: dict[str, list[np.ndarray]] = defaultdict(list)
-        for carrier, kept in by_carrier.items():
-            by_kind[self.table.groups[carrier].kind].append(kept)
-        shares = {kind: float(np.concatenate(kept).mean()) for kind, kept in by_kind.items()}
-        return shares | {carrier: float(kept.mean()) for carrier, kept in by_carrier.items()}
+        return kept_shares(self.masks, self.table)
 
     def sparsity(self) -> float:
         """Share that `compact` would remove with the masks as they are now, of `config.cost`."""
@@ -183,7 +159,7 @@ class Pruner:
                 for mask in masks.values():  # wherever an optimiser moved its logits, a mask stays on
                     mask.threshold.copy_(mask.logits.min() - 1)
                 return
-            self._start_from_saliency()
+            start_from_saliency(self.masks, self.table, self.config)
             self._open_while_warm()
         logits = self.logits()
         bad = next((c for c, v in logits.items() if not np.isfinite(v).all()), None)
@@ -229,7 +205,7 @@ class Pruner:
         extra: dict[str, Any] = {}
         if self.masks:
             if rule != "uniform" and self.warm and self._has_saliency():
-                self._start_from_saliency()
+                start_from_saliency(self.masks, self.table, self.config)
             scores = self._scores(criterion) if rule == "uniform" else self.logits()
             kept, extra = choose(rule, scores, self.table, self.config, self._head_counts())
             for carrier, mask in self.masks.items():
@@ -303,14 +279,7 @@ class Pruner:
 
     def report(self) -> dict[str, Any]:
         """What the masks keep now, as `finalize` returns it."""
-        settled = self.table.settle({c: m.kept() for c, m in self.masks.items()})
-        return {
-            "sparsity": self.sparsity(),
-            "target": self.config.sparsity,
-            "cost": self.config.cost,
-            "kept": {c: [int(k.sum()), k.numel()] for c, k in settled.items()},
-            "by_kind": budget.by_kind(self.table, settled),
-        }
+        return report(self.masks, self.table, self.config)
 
     # -- resuming ------------------------------------------------------------------------------------------------
 

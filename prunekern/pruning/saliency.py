@@ -9,6 +9,7 @@ import torch
 
 from ..families import Table
 from ..nn import ChannelMask
+from .config import PruneConfig
 
 LIMIT = 3.0  # standard deviations: no group is so dear or so cheap that training could not turn it
 
@@ -77,3 +78,11 @@ def starting_logits(
     if deviation == 0:
         return {c: np.zeros_like(s) for c, s in logs.items()}
     return {c: spread * np.clip((s - mean) / deviation, -LIMIT, LIMIT) for c, s in logs.items()}
+
+
+@torch.no_grad()
+def start_from_saliency(masks: Mapping[str, ChannelMask], table: Table, config: PruneConfig) -> None:
+    """Logits from what was gathered; flat where nothing was. The threshold is solved for at once."""
+    gathered = {carrier: mask.saliency.double().cpu().numpy() for carrier, mask in masks.items()}
+    for carrier, values in starting_logits(table, gathered, config.cost, config.spread).items():
+        masks[carrier].logits.copy_(torch.from_numpy(values))

@@ -21,6 +21,7 @@ from ..pruning.budget import Scores
 from ..pruning.pruner import Pruner
 from .arguments import check_arguments
 from .checkpoints import last_checkpoint
+from .data_parallel import wrapped_anew
 from .sampler import ByEpoch
 
 # docs/learning-to-prune.md tells what set these.
@@ -184,16 +185,7 @@ class PruneTrainer(Trainer):
         old = self.model_wrapped
         if isinstance(old, DistributedDataParallel):
             # Its buckets were laid out for the parameters of stage one, logits among them.
-            new = DistributedDataParallel(
-                old.module,
-                device_ids=old.device_ids,
-                output_device=old.output_device,
-                broadcast_buffers=old.broadcast_buffers,
-                process_group=old.process_group,
-                find_unused_parameters=old.find_unused_parameters,
-                gradient_as_bucket_view=old.gradient_as_bucket_view,
-                static_graph=old.static_graph,
-            )
+            new = wrapped_anew(old)
             self._rewrapped = self.model_wrapped = new
             self.accelerator._models = [new if m is old else m for m in self.accelerator._models]
 

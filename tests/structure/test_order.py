@@ -9,7 +9,7 @@ PACKAGE = ROOT / "prunekern"
 # kernels < _native < ops < nn < families < compacting < (exporting, pruning) < training < (demo, serving) < cli.
 CHAIN = ("kernels", "_native", "ops", "nn", "families", "compacting")
 MAY_KNOW = {room: {*CHAIN[:i]} for i, room in enumerate(CHAIN)}
-MAY_KNOW |= {"storage": set(), "tasks": set(), "machine": {"kernels", "_native", "ops", "version"}}
+MAY_KNOW |= {"storage": set(), "tasks": {"storage"}, "machine": {"kernels", "_native", "ops", "version"}}
 ASIDE = {"storage", "tasks", "machine", "version"}  # known to whoever stands above `ops`, and knowing none of them
 MAY_KNOW["compacting"] |= ASIDE
 MAY_KNOW["exporting"] = MAY_KNOW["pruning"] = {*CHAIN, *ASIDE}
