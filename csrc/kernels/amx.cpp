@@ -7,15 +7,23 @@
 // An epilogue of 32 x 32 sums takes about 1,000 cycles with gelu, 200 without, against 1,536 of products at
 // K = 768. Products leave the vector units idle, so each tile's epilogue runs, row by row, between the
 // products of the next.
-#include "amx.h"
+#include "kernels/amx.h"
 
 #include <immintrin.h>
 
-#include "avx512.h"
-#include "epilogue.h"
+#include "kernels/avx512.h"
+#include "kernels/epilogue.h"
 
 namespace prunekern {
 namespace {
+
+constexpr int kTileRows = 16, kTileInputs = 32, kTileBytes = 1024, kPanelWidth = 32;
+
+// Few rows do not go through tiles: they wait for weights either way (2 KB of them come from the last-level
+// cache in about 220 cycles, 4 rows multiply them in 200 on the vector units), and there x stays fp32.
+constexpr std::int64_t kMinRows = 5;
+
+const Window kPlain[2] = {{0, 0, 16, 0xffff}, {16, 16, 16, 0xffff}};
 
 // Constant from the start: gcc 12 tells the compiler of 8 of the 64 bytes that ldtilecfg reads, and drops
 // stores to the others. Palette 1 is the same on every CPU with AMX, so nobody asks cpuid's leaf 0x1D.
@@ -33,7 +41,7 @@ inline void barrier() { __asm__ volatile("" ::: "memory"); }
 constexpr int kAhead = 2;  // rows activated before one is written: its stores have landed by then
 
 template <class T, Activation act>
-void finish(AmxFinish& one, std::int64_t rows) {
+void finish(Finish& one, std::int64_t rows) {
   const EpilogueArgs& args = one.args;
   const __m512 scale[2] = {Avx512::load(args.scale), Avx512::load(args.scale + 16)};
   const __m512 bias[2] = {Avx512::load(args.bias), Avx512::load(args.bias + 16)};
@@ -59,7 +67,7 @@ void finish(AmxFinish& one, std::int64_t rows) {
 // weights to come, some rows of y.
 class Shadow {
  public:
-  explicit Shadow(const AmxTileArgs& args)
+  explicit Shadow(const ProductArgs& args)
       : args_(args), weights_(args.next_weights), y_(args.y), residual_(args.residual) {
     const std::int64_t steps = args.k_steps > 0 ? args.k_steps : 1;
     std::int64_t rows = 0;
@@ -72,7 +80,7 @@ class Shadow {
       __builtin_prefetch(weights_, 0, 2);
     for (std::int64_t r = 0; r < y_rows_ && y_done_ < args_.rows; ++r, ++y_done_) prefetch_row();
     if (at_ == args_.n_before) return;
-    AmxFinish& one = args_.before[at_];
+    Finish& one = args_.before[at_];
     args_.finish(one, rows_);
     if (one.written == one.args.rows) ++at_;
   }
@@ -92,16 +100,16 @@ class Shadow {
     residual_ += args_.residual_step;
   }
 
-  const AmxTileArgs& args_;
+  const ProductArgs& args_;
   const char *weights_, *y_, *residual_;
   std::int64_t at_ = 0, rows_, y_rows_, y_done_ = 0;
 };
 
 constexpr std::int64_t kRowBytes = 64, kPairBytes = 128, kStepBytes = kTileRows * kPairBytes;
 
-void two_row_tiles(const AmxTileArgs& args) {
-  const std::uint16_t* top = args.a;
-  const std::uint16_t* bottom = args.a + args.k_steps * kTileValues;
+void two_row_tiles(const ProductArgs& args) {
+  const char* top = args.x;
+  const char* bottom = args.x + args.row_tile_bytes;
   const char* panel = args.panel;
   Shadow shadow(args);
   _tile_zero(0);
@@ -117,8 +125,8 @@ void two_row_tiles(const AmxTileArgs& args) {
     _tile_loadd(5, bottom, kRowBytes);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    top += kTileValues;
-    bottom += kTileValues;
+    top += kTileBytes;
+    bottom += kTileBytes;
     panel += kStepBytes;
     shadow.step();
   }
@@ -134,9 +142,9 @@ void two_row_tiles(const AmxTileArgs& args) {
 
 // Even and odd steps of k have sums of their own: a product takes 52 cycles until the next may add to it, and
 // two sums in turn would leave half of them idle.
-void one_row_tile(const AmxTileArgs& args) {
+void one_row_tile(const ProductArgs& args) {
   alignas(64) float odd[kTileRows * kPanelWidth];
-  const std::uint16_t* a = args.a;
+  const char* a = args.x;
   const char* panel = args.panel;
   Shadow shadow(args);
   _tile_zero(0);
@@ -157,7 +165,7 @@ void one_row_tile(const AmxTileArgs& args) {
       _tile_loadd(7, panel + kRowBytes, kPairBytes);
       _tile_dpbf16ps(3, 5, 7);
     }
-    a += kTileValues;
+    a += kTileBytes;
     panel += kStepBytes;
     shadow.step();
   }
@@ -187,108 +195,65 @@ inline __m512i take(const std::uint16_t* x, std::int64_t inputs) {
 }
 
 template <class T>
-void take_rows(const AmxTakeArgs& args) {
+void prepare(const PrepareArgs& args) {
   const std::int64_t k_steps = (args.k + kTileInputs - 1) / kTileInputs;
   const std::int64_t padded = (args.rows + kTileRows - 1) / kTileRows * kTileRows;
   for (std::int64_t r = 0; r < padded; ++r) {
     const T* x = static_cast<const T*>(args.x) + r * args.x_stride;
-    std::uint16_t* to = args.to + (r / kTileRows * k_steps * kTileRows + r % kTileRows) * kTileInputs;
-    for (std::int64_t k = 0; k < args.k; k += kTileInputs, to += kTileValues)
+    char* to = args.to + r / kTileRows * k_steps * kTileBytes + r % kTileRows * kRowBytes;
+    for (std::int64_t k = 0; k < args.k; k += kTileInputs, to += kTileBytes)
       _mm512_storeu_si512(to, r < args.rows ? take(x + k, args.k - k) : _mm512_setzero_si512());
   }
 }
 
-template <class T>
-AmxFinishFn pick_finish(Activation activation) {
-  switch (activation) {
-    case Activation::relu:
-      return finish<T, Activation::relu>;
-    case Activation::gelu:
-      return finish<T, Activation::gelu>;
-    case Activation::gelu_tanh:
-      return finish<T, Activation::gelu_tanh>;
-    case Activation::silu:
-      return finish<T, Activation::silu>;
-    default:
-      return finish<T, Activation::none>;
-  }
+// A panel of 32 outputs is one step of the next layer.
+void place(char* tile, std::int64_t, std::int64_t panel, EpilogueArgs& args) {
+  args.windows = kPlain;
+  args.n_windows = 2;
+  args.y = tile + panel * kTileBytes;
+  args.y_stride = kTileInputs;
 }
 
-}  // namespace
+void begin() { _tile_loadconfig(&kConfig); }
+void end() { _tile_release(); }
 
-void amx_begin() { _tile_loadconfig(&kConfig); }
-void amx_end() { _tile_release(); }
-
-void amx_tile(const AmxTileArgs& args) {
+void multiply(const ProductArgs& args) {
   barrier();
   args.row_tiles == 2 ? two_row_tiles(args) : one_row_tile(args);
 }
 
-void amx_take(const AmxTakeArgs& args, bool is_bf16) {
-  is_bf16 ? take_rows<std::uint16_t>(args) : take_rows<float>(args);
+template <class T>
+constexpr void fill_finishes(FinishFn (&table)[kActivations]) {
+  table[0] = finish<T, Activation::none>;
+  table[1] = finish<T, Activation::relu>;
+  table[2] = finish<T, Activation::gelu>;
+  table[3] = finish<T, Activation::gelu_tanh>;
+  table[4] = finish<T, Activation::silu>;
 }
 
-AmxFinishFn amx_finish(bool to_bf16, Activation activation) {
-  return to_bf16 ? pick_finish<std::uint16_t>(activation) : pick_finish<float>(activation);
+constexpr Product make_product() {
+  Product row{};
+  row.weights = WeightType::bf16;
+  row.least_rows[0] = row.least_rows[1] = kMinRows;
+  row.tile_rows = kTileRows;
+  row.row_tiles = 2;
+  row.step_inputs = kTileInputs;
+  row.step_bytes = kTileBytes;
+  row.panel_step_bytes = kStepBytes;
+  row.begin = begin;
+  row.end = end;
+  row.prepare[0] = prepare<float>;
+  row.prepare[1] = prepare<std::uint16_t>;
+  row.multiply = multiply;
+  fill_finishes<float>(row.finish[0]);
+  fill_finishes<std::uint16_t>(row.finish[1]);
+  row.place = place;
+  row.between = Element::bf16;
+  return row;
 }
 
-std::int64_t amx_peak(std::int64_t steps) {
-  amx_begin();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  _tile_zero(7);
-  for (std::int64_t step = 0; step < steps; ++step) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  amx_end();
-  return steps * 4 * kTileRows * 16 * kTileInputs * 2;
-}
+}  // namespace
 
-AmxSelfTest amx_self_test() {
-  constexpr int kSteps = 3;
-  alignas(64) static std::uint16_t a[2 * kSteps * kTileValues], panel[kSteps * kTileInputs * kPanelWidth];
-  alignas(64) static float acc[2 * kTileRows * kPanelWidth];
-  // Integers of -8 .. 8 are exact in bf16 (the upper half of the float), their products and sums in fp32.
-  const auto number = [](int i) { return static_cast<float>(i * 37 % 17 - 8); };
-  const auto half = [](float value) {
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, &value, 4);
-    return static_cast<std::uint16_t>(bits >> 16);
-  };
-  for (int r = 0; r < 2 * kTileRows; ++r)
-    for (int k = 0; k < kSteps * kTileInputs; ++k)
-      a[(r / 16 * kSteps + k / 32) * kTileValues + r % 16 * 32 + k % 32] = half(number(r * 101 + k));
-  for (int k = 0; k < kSteps * kTileInputs; ++k)
-    for (int n = 0; n < kPanelWidth; ++n)
-      panel[(k / 2 * kPanelWidth + n) * 2 + k % 2] = half(number(n * 59 + k * 7));
-  AmxSelfTest result;
-  amx_begin();
-  for (int row_tiles = 2; row_tiles >= 1 && !result.failed; --row_tiles) {
-    AmxTileArgs args{};
-    args.a = a;
-    args.row_tiles = row_tiles;
-    args.panel = reinterpret_cast<const char*>(panel);
-    args.k_steps = kSteps;
-    args.acc = acc;
-    amx_tile(args);
-    for (int r = 0; r < row_tiles * kTileRows; ++r)
-      for (int n = 0; n < kPanelWidth; ++n) {
-        float want = 0.0f;
-        for (int k = 0; k < kSteps * kTileInputs; ++k) want += number(r * 101 + k) * number(n * 59 + k * 7);
-        if (acc[r * kPanelWidth + n] != want && !result.failed)
-          result = {true, acc[r * kPanelWidth + n], want};
-      }
-  }
-  amx_end();
-  return result;
-}
+constexpr Product kAmxBf16 = make_product();
 
 }  // namespace prunekern

@@ -2,7 +2,7 @@
 // registers).
 #include <immintrin.h>
 
-#include "table.h"
+#include "kernels/make_table.h"
 
 namespace prunekern {
 namespace {

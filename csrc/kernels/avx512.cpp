@@ -1,7 +1,7 @@
 // AVX-512: tiles of 14 rows by 2 vectors of 16.
-#include "avx512.h"
+#include "kernels/avx512.h"
 
-#include "table.h"
+#include "kernels/make_table.h"
 
 namespace prunekern {
 

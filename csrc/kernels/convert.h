@@ -2,7 +2,7 @@
 // nobody reads.
 #pragma once
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace prunekern {
 

@@ -1,8 +1,8 @@
 // Scale, bias, activation, scatter, residual: from sums to y.
 #pragma once
 
-#include "kernel.h"
-#include "math.h"
+#include "kernels/kernel.h"
+#include "kernels/math.h"
 
 namespace prunekern {
 

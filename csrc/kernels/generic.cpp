@@ -1,5 +1,5 @@
 // Any CPU: four floats at a time in plain C++, which the compiler turns into SSE2, NEON or whatever there is.
-#include "table.h"
+#include "kernels/make_table.h"
 
 namespace prunekern {
 namespace {

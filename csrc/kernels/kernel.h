@@ -1,10 +1,11 @@
-// What a kernel file offers to the loops: a table of functions and three sizes. Kernel files know nothing of
-// layers, indices or threads; the loops know nothing of instruction sets.
+// What a kernel file offers to the loops: a table of functions and sizes. Kernel files know nothing of
+// layers, indices or threads; the loops know nothing of instruction sets. Which table a CPU gets, and with
+// which rows, is said in cpu/table.cpp.
 #pragma once
 
 #include <cstdint>
 
-#include "attention_kernels.h"
+#include "kernels/attention_kernels.h"
 #include "prunekern/linear.h"
 
 namespace prunekern {
@@ -106,6 +107,10 @@ constexpr int kActivations = 5;
 constexpr int kElements = 2;
 constexpr int kWeightTypes = 3;
 
+constexpr int kMaxProducts = 8;
+
+struct Product;  // kernels/product.h
+
 struct Kernels {
   int width;                       // columns of a panel
   int vector;                      // floats of a vector: widest window
@@ -117,8 +122,9 @@ struct Kernels {
   StreamFn stream[kWeightTypes][kMaxStreamRows + 1];  // by WeightType and rows, from 1; null for fp32
   TakeFn take[kElements];                             // by Element of x
   EpilogueFn epilogue[kElements][kActivations];       // by Element of y and the residual, and by Activation
-  PeakFn peak;  // multiply-adds and nothing else; returns how many flops that was
-  ReadFn read;  // reads memory once, returns a checksum
+  const Product* products[kMaxProducts];  // rows besides fp32 arithmetic, the better one later; or null
+  PeakFn peak;                            // multiply-adds and nothing else; returns how many flops that was
+  ReadFn read;                            // reads memory once, returns a checksum
   AttentionKernels attention;
 };
 
@@ -127,8 +133,5 @@ extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
-
-// The table of an instruction set; throws std::runtime_error where this CPU cannot run it.
-const Kernels& kernels(Isa isa);
 
 }  // namespace prunekern

@@ -5,7 +5,7 @@
 // both are equal, and 32 would take 1.4 x what tiles do.
 #pragma once
 
-#include "softmax.h"
+#include "kernels/softmax.h"
 
 namespace prunekern {
 

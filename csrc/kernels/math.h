@@ -9,7 +9,7 @@
     "prunekern must be compiled without -ffast-math: NaN and rounding by magic numbers need IEEE arithmetic"
 #endif
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace prunekern {
 

@@ -2,7 +2,7 @@
 // Written once for any vector type V; the rules of tile.h hold here too.
 #pragma once
 
-#include "attention_kernels.h"
+#include "kernels/attention_kernels.h"
 
 namespace prunekern {
 

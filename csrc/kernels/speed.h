@@ -1,7 +1,7 @@
 // What this CPU can do at best: the two yardsticks of every measurement.
 #pragma once
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace prunekern {
 

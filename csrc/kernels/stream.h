@@ -5,7 +5,7 @@
 // 90 GB/s. Widening into L1 first, as more rows do it, took 10 and 6 GB/s: 4 bytes of stores for each weight.
 #pragma once
 
-#include "tile.h"
+#include "kernels/tile.h"
 
 namespace prunekern {
 

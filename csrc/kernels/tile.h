@@ -5,7 +5,7 @@
 // over V, or an AVX-512 copy of it could end up in the path of a CPU without AVX-512.
 #pragma once
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace prunekern {
 

@@ -1,6 +1,6 @@
 // Decodes and runs the eight instructions the kernels use, after the pseudocode of Intel's manual (volume 2,
 // AMX): palette 1, eight tiles of up to 16 rows of 64 bytes.
-#include "amx_emulator.h"
+#include "tests/amx_emulator.h"
 
 #include <signal.h>
 #include <ucontext.h>
@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "amx_probe.h"
+#include "cpu/amx_probe.h"
 
 namespace prunekern {
 namespace {

@@ -1,5 +1,5 @@
 // The activations against float64 over the whole range of fp32. k = 1 and a weight of 1 leave x as it is.
-#include "check.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

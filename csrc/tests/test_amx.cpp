@@ -5,12 +5,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "amx_emulator.h"
-#include "amx_linear.h"
-#include "amx_probe.h"
-#include "check.h"
-#include "guarded.h"
-#include "kernels/amx.h"
+#include "cpu/amx_probe.h"
+#include "cpu/guarded.h"
+#include "cpu/table.h"
+#include "loops/products.h"
+#include "tests/amx_emulator.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 
@@ -98,7 +98,8 @@ double run(const Case& c, const std::vector<float>& weight, std::vector<float> x
   call.y = y.data();
   call.activation = c.activation;
   call.threads = c.threads;
-  CHECK(amx_takes(Isa::amx, WeightType::bf16, c.m), "these rows must go through tiles");
+  CHECK(product_for(kernels(Isa::amx), WeightType::bf16, c.element, c.m) != nullptr,
+        "these rows must go through tiles");
   compact_linear(Isa::amx, call);
   CHECK(!amx_in_use(), "tiles must be released after a call");
 

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "check.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

@@ -1,7 +1,7 @@
 // decoder_block against its parts, called one after the other: the same numbers, bit for bit.
 #include <algorithm>
 
-#include "check.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

@@ -1,5 +1,5 @@
 // Detection, names, and what is refused.
-#include "check.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

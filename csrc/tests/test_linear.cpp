@@ -2,8 +2,8 @@
 // indices, options, threads.
 #include <algorithm>
 
-#include "amx_emulator.h"
-#include "check.h"
+#include "tests/amx_emulator.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

@@ -1,8 +1,8 @@
 // compact_mlp against float64, every instruction set: weight types, elements, options, threads, empty layers.
 #include <algorithm>
 
-#include "amx_emulator.h"
-#include "check.h"
+#include "tests/amx_emulator.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 
@@ -193,7 +193,7 @@ int main() {
       // More rows than one block holds: 2 MB of L2 keep 87 rows of 3000.
       run(isa, {200, 40, 3000, 20, type, Element::fp32, false, true, true, true, true, Activation::gelu, 2});
     }
-  // So wide that both layers go through a block of rows in parts (amx_mlp).
+  // So wide that both layers go through a block of rows in parts (loops/prepared_mlp.cpp).
   if (supported_isas().back() == Isa::amx)
     run(Isa::amx, {150, 40, 9000, 20, WeightType::bf16, Element::fp32, true, true, true, true, true,
                    Activation::silu, 1});

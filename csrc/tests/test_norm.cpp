@@ -1,7 +1,7 @@
 // rms_norm against float64: odd sizes, strides, threads, rows of zeros.
 #include <algorithm>
 
-#include "check.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

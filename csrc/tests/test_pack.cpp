@@ -2,7 +2,7 @@
 // and subnormal weights become.
 #include <algorithm>
 
-#include "check.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

@@ -1,7 +1,7 @@
 // rotate_pairs against float64: ragged heads, query heads that share a key's angles, strides, threads.
 #include <algorithm>
 
-#include "check.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

@@ -2,7 +2,7 @@
 // one of them gets must not depend on the others. Says most under ThreadSanitizer (make sanitize).
 #include <thread>
 
-#include "check.h"
+#include "tests/check.h"
 
 using namespace prunekern;
 

@@ -92,7 +92,7 @@ def test_without_a_compiler_the_package_still_builds(sources, tmp_path):
 
 @compiler
 def test_code_that_does_not_compile_is_no_missing_compiler(sources):
-    with open(sources / "csrc/isa.cpp", "a") as file:
+    with open(sources / "csrc/cpu/isa.cpp", "a") as file:
         file.write("this is not C++\n")
     result = build(sources)
     assert result.returncode != 0

@@ -1,0 +1,280 @@
+// One (sequence, head) after the other, blocks of queries, blocks of keys.
+//
+// What to expect of one core at about 165 GFLOP/s: 128 tokens and a head of 64 channels make 4.2 MFLOP, 25
+// us. Around the products, by operations: powers of two 16,384 x 11 / 16 lanes = 2 us, packing keys 1 us,
+// packing values 0.3 us. Packed, both stay in L2 (64 KB), a block of scores and its powers in L1.
+#include "loops/attention_head.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "loops/scratch.h"
+
+namespace prunekern {
+namespace {
+
+constexpr std::int64_t kKeyBlock = 256;  // 14 rows of scores and of powers: 28 of 48 KB of L1
+constexpr float kLog2E = 1.44269504f;
+
+// Offset of row i of `rows` rows of `floats` floats: an odd number of lines, so that the rows of a tile do
+// not meet in one set of L1.
+std::int64_t odd_lines(std::int64_t floats) { return round_up(floats, 32) + 16; }
+
+// Memory of one thread for one head, in floats.
+struct Workspace {
+  float *keys, *values, *q, *scores, *p, *sums;
+  std::int64_t q_stride, p_stride;
+
+  Workspace(const Kernels& kernel, std::int64_t n, std::int64_t qk, std::int64_t v, bool is_packed,
+            Scratch& scratch) {
+    const std::int64_t padded = round_up(n, kernel.width), block = std::min(padded, kKeyBlock);
+    q_stride = odd_lines(qk);
+    p_stride = odd_lines(block);
+    const std::int64_t v_floats = round_up(v, kernel.width);
+    const std::int64_t sizes[] = {
+        is_packed ? padded * qk : 0, is_packed ? n * v_floats : 0,
+        kernel.rows * q_stride,      kernel.rows * block,
+        kernel.rows * p_stride,      kernel.rows * (is_packed ? kernel.width : v_floats)};
+    std::int64_t total = 0;
+    for (std::int64_t size : sizes) total += round_up(size, kLine / 4);
+    float* next = scratch.get<float>(total);
+    float** parts[] = {&keys, &values, &q, &scores, &p, &sums};
+    for (int i = 0; i < 6; ++i) {
+      *parts[i] = next;
+      next += round_up(sizes[i], kLine / 4);
+    }
+  }
+};
+
+// Draws what an item will read into L2, some lines after every tile of the one before. Its rows lie pages
+// apart, where no hardware prefetcher follows: 8 % at 8 x 128 tokens, whose q, k and v outgrow L2.
+class Ahead {
+ public:
+  void start(const AttentionCall& call, const Item& item, std::int64_t tiles) {
+    const std::int64_t qk = call.qk_first[item.head], v = call.v_first[item.head];
+    const std::int64_t qk_floats = call.qk_first[item.head + 1] - qk, s = item.sequence;
+    parts_[0] = {call.k + s * call.k_batch_stride + qk, call.k_stride, call.keys, line_count(qk_floats)};
+    parts_[1] = {call.v + s * call.v_batch_stride + v, call.v_stride, call.keys,
+                 line_count(call.v_first[item.head + 1] - v)};
+    parts_[2] = {call.q + s * call.q_batch_stride + call.shared_by * qk + item.queries.begin * call.q_stride,
+                 call.q_stride, item.queries.size(), line_count(call.shared_by * qk_floats)};
+    part_ = row_ = 0;
+    std::int64_t lines = 0;
+    for (const Part& part : parts_) lines += part.rows * part.lines;
+    lines_ = ceil_div(lines, tiles);
+  }
+
+  void step() {
+    for (std::int64_t left = lines_; left > 0 && part_ < 3;) {
+      const Part& part = parts_[part_];
+      if (row_ == part.rows) {
+        ++part_;
+        row_ = 0;
+        continue;
+      }
+      const float* row = part.data + row_++ * part.stride;
+      for (std::int64_t i = 0; i < part.lines; ++i) __builtin_prefetch(row + i * (kLine / 4), 0, 2);
+      left -= std::max<std::int64_t>(part.lines, 1);
+    }
+  }
+
+ private:
+  struct Part {
+    const float* data;
+    std::int64_t stride, rows, lines;
+  };
+  static std::int64_t line_count(std::int64_t floats) { return floats == 0 ? 0 : floats * 4 / kLine + 1; }
+
+  Part parts_[3] = {};
+  std::int64_t part_ = 3, row_ = 0, lines_ = 0;
+};
+
+// Allowed keys and values of one head where they lie, in elements from its channel 0.
+struct InPlace {
+  const float *keys, *values;
+  const std::int64_t *k_row, *v_row;
+  float scale;
+};
+
+// Queries x all allowed keys of one head.
+struct Head {
+  const Kernels& kernel;
+  std::int64_t keys_there, qk, v;  // allowed keys, channels
+  const std::int64_t* seen;        // [queries]: how many of the allowed keys each may read; null: all
+  const float* q;                  // at query 0
+  std::int64_t q_stride;
+  float* y;
+  std::int64_t y_stride;
+  const InPlace* in_place;  // null: packed, in the workspace
+
+  // One tile of queries.
+  void run(Range rows, const Workspace& work, Ahead& ahead) const {
+    const std::int64_t width = kernel.width, count = rows.size();
+    // Those that see the most come last.
+    const std::int64_t n = seen == nullptr ? keys_there : seen[rows.end - 1];
+    alignas(64) float max[kMaxLanes], sum[kMaxLanes] = {}, decay[kMaxLanes], after[kMaxLanes];
+    alignas(64) float present[kMaxWidth], all[kMaxWidth];
+    std::fill_n(max, kMaxLanes, std::numeric_limits<float>::lowest());
+    std::fill_n(all, kMaxWidth, 1.0f);
+    for (std::int64_t i = 0; i < kMaxWidth; ++i) present[i] = i < (n - 1) % width + 1 ? 1.0f : 0.0f;
+    const float* a = q + rows.begin * q_stride;
+    std::int64_t a_stride = q_stride;
+    if (a_stride * 4 % 4096 == 0) {  // whole pages: the rows of a tile would meet in one set of L1
+      for (std::int64_t r = 0; r < count; ++r)
+        std::memcpy(work.q + r * work.q_stride, a + r * a_stride, static_cast<std::size_t>(qk) * 4);
+      a = work.q;
+      a_stride = work.q_stride;
+    }
+    for (std::int64_t first = 0; first < n; first += kKeyBlock) {
+      const std::int64_t keys = std::min(kKeyBlock, n - first);
+      const bool last = first + keys == n;
+      score({first, first + keys}, a, a_stride, count, work, ahead);
+      if (seen != nullptr) forbid(rows, {first, first + keys}, work.scores);
+      kernel.attention.softmax(
+          {work.scores, count, keys, last ? present : all, work.p, work.p_stride, max, sum, decay});
+      for (std::int64_t r = 0; r < count; ++r) after[r] = last ? 1.0f / sum[r] : 1.0f;
+      for (std::int64_t c = 0; c < v; c += width) {
+        const float* sums = weigh({first, first + keys}, c, rows, work, ahead);
+        kernel.attention.combine({sums, count, std::min(width, v - c), first == 0 ? nullptr : decay, after,
+                                  y + rows.begin * y_stride + c, y_stride});
+      }
+    }
+    if (seen != nullptr)
+      for (std::int64_t r = rows.begin; r < rows.end && seen[r] == 0; ++r)
+        std::fill_n(y + r * y_stride, v, 0.0f);
+  }
+
+  // Scores of `count` rows from a on with a block of keys.
+  void score(Range keys, const float* a, std::int64_t a_stride, std::int64_t count, const Workspace& work,
+             Ahead& ahead) const {
+    if (in_place != nullptr)
+      return kernel.attention.score({a, a_stride, count, in_place->keys, in_place->k_row + keys.begin,
+                                     keys.size(), qk, in_place->scale, work.scores});
+    for (std::int64_t p = 0; p * kernel.width < keys.size(); ++p) {
+      TileArgs args{};
+      args.a = a;
+      args.a_stride = a_stride;
+      args.panel = work.keys + (keys.begin + p * kernel.width) * qk;
+      args.k = qk;
+      args.acc = work.scores + p * count * kernel.width;
+      tile(keys.size() - p * kernel.width)[count](args);
+      ahead.step();
+    }
+  }
+
+  // Powers of scores x a block of values: sums of the panel of channels from c on. In place all come at once.
+  const float* weigh(Range keys, std::int64_t c, Range rows, const Workspace& work, Ahead& ahead) const {
+    if (in_place != nullptr) {
+      if (c == 0)
+        kernel.attention.weigh({work.p, work.p_stride, rows.size(), in_place->values,
+                                in_place->v_row + keys.begin, keys.size(), v, work.sums});
+      return work.sums + c * rows.size();
+    }
+    const std::int64_t columns = std::min<std::int64_t>(kernel.width, v - c);
+    TileArgs args{};
+    args.a = work.p;
+    args.a_stride = work.p_stride;
+    args.panel = work.values + c * keys_there + keys.begin * kernel.width;
+    args.k = keys.size();
+    args.acc = work.sums;
+    args.y = reinterpret_cast<const char*>(y + rows.begin * y_stride + c);
+    args.y_step = y_stride * 4;
+    args.row_lines = ceil_div(columns * 4, kLine) + 1;
+    tile(columns)[rows.size()](args);
+    ahead.step();
+    return work.sums;
+  }
+
+  // Scores of keys that a row does not see: only the blocks on the diagonal have any.
+  void forbid(Range rows, Range keys, float* scores) const {
+    const std::int64_t width = kernel.width, count = rows.size();
+    for (std::int64_t r = 0; r < count; ++r)
+      for (std::int64_t i = std::max(seen[rows.begin + r], keys.begin) - keys.begin; i < keys.size(); ++i)
+        scores[(i / width * count + r) * width + i % width] = -std::numeric_limits<float>::infinity();
+  }
+
+  const TileFn* tile(std::int64_t columns) const {
+    return columns > kernel.vector ? kernel.tile : kernel.half_tile;
+  }
+};
+
+// Keys that the mask of one sequence allows.
+void allowed_keys(const AttentionCall& call, std::int64_t sequence, std::vector<std::int64_t>& keys) {
+  keys.clear();
+  const bool* mask = call.key_mask == nullptr ? nullptr : call.key_mask + sequence * call.key_mask_stride;
+  for (std::int64_t i = 0; i < call.keys; ++i)
+    if (mask == nullptr || mask[i]) keys.push_back(i);
+}
+
+// How many of the allowed keys each query may read.
+void count_seen(const AttentionCall& call, const std::vector<std::int64_t>& keys,
+                std::vector<std::int64_t>& seen) {
+  seen.resize(call.queries);
+  for (std::int64_t i = 0; i < call.queries; ++i)
+    seen[i] = std::upper_bound(keys.begin(), keys.end(), call.keys - call.queries + i) - keys.begin();
+}
+
+}  // namespace
+
+void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item, const Item* next) {
+  static thread_local Scratch scratch;
+  static thread_local std::vector<std::int64_t> keys, k_row, v_row, seen;
+  const std::int64_t sequence = item.sequence, head = item.head, shared = call.shared_by;
+  const std::int64_t qk_first = call.qk_first[head], v_first = call.v_first[head];
+  const std::int64_t qk = call.qk_first[head + 1] - qk_first, v = call.v_first[head + 1] - v_first;
+  if (v == 0) return;
+  const float* q = call.q + sequence * call.q_batch_stride + shared * qk_first;
+  float* y = call.y + sequence * call.y_batch_stride + shared * v_first;
+  allowed_keys(call, sequence, keys);
+  const std::int64_t n = static_cast<std::int64_t>(keys.size());
+  if (n == 0) {
+    for (std::int64_t r = item.queries.begin; r < item.queries.end; ++r)
+      std::fill_n(y + r * call.y_stride, shared * v, 0.0f);
+    return;
+  }
+
+  k_row.resize(keys.size());
+  v_row.resize(keys.size());
+  for (std::int64_t i = 0; i < n; ++i) {
+    k_row[i] = keys[i] * call.k_stride;
+    v_row[i] = keys[i] * call.v_stride;
+  }
+  const InPlace in_place{call.k + sequence * call.k_batch_stride + qk_first,
+                         call.v + sequence * call.v_batch_stride + v_first, k_row.data(), v_row.data(),
+                         call.scale * kLog2E};
+  // A lone query sees all keys, in every head that shares them: the heads are the rows of its tile.
+  const bool is_lone = call.queries == 1, is_packed = !is_lone || shared > kMaxLoneRows;
+  const Workspace work(kernel, n, qk, v, is_packed, scratch);
+  if (is_packed) {
+    kernel.attention.pack_keys({in_place.keys, in_place.k_row, n, qk, in_place.scale, work.keys});
+    kernel.attention.pack_values({in_place.values, in_place.v_row, n, v, work.values});
+  }
+  if (call.causal && !is_lone) count_seen(call, keys, seen);
+  const Range queries = is_lone ? Range{0, shared} : item.queries;
+  const std::int64_t passes = is_lone ? 1 : shared, tiles = ceil_div(queries.size(), kernel.rows);
+  Ahead ahead;
+  if (next != nullptr && is_packed)
+    ahead.start(
+        call, *next,
+        passes * tiles * (ceil_div(n, kernel.width) + ceil_div(n, kKeyBlock) * ceil_div(v, kernel.width)));
+  for (std::int64_t i = 0; i < passes; ++i) {
+    const Head one{kernel,
+                   n,
+                   qk,
+                   v,
+                   call.causal && !is_lone ? seen.data() : nullptr,
+                   q + i * qk,
+                   is_lone ? qk : call.q_stride,
+                   y + i * v,
+                   is_lone ? v : call.y_stride,
+                   is_packed ? nullptr : &in_place};
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const Range tile = share(queries.size(), t, tiles);
+      one.run({queries.begin + tile.begin, queries.begin + tile.end}, work, ahead);
+    }
+  }
+}
+
+}  // namespace prunekern

@@ -1,0 +1,52 @@
+// prunekern._C: rms_norm.
+#include "prunekern/norm.h"
+
+#include <cstdint>
+
+#include "python/addresses.h"
+#include "python/eager.h"
+#include "python/module.h"
+
+namespace py = pybind11;
+
+namespace prunekern {
+namespace {
+
+void norm(std::int64_t rows, std::int64_t n, Address x, std::int64_t x_stride, Address weight, float eps,
+          Address y, int threads) {
+  py::gil_scoped_release release;
+  rms_norm({rows, n, at<const float>(x), x_stride, at<const float>(weight), eps, at<float>(y), threads});
+}
+
+struct EagerNorm {
+  static constexpr const char* kName = "call_norm";
+  enum Argument { kX, kWeight, kEps, kThreads, kArguments };
+
+  bool read(PyObject* const* args) {
+    Element element;
+    if (!eager::view_input(args[kX], x, element) || element != Element::fp32) return false;
+    norm.rows = eager::count_rows(x);
+    norm.n = x.shape[x.ndim - 1];
+    if (norm.rows * norm.n == 0 || !eager::rows(x, norm.rows, norm.x_stride)) return false;
+    norm.x = static_cast<const float*>(x.data);
+    return eager::view_vector(args[kWeight], norm.n, norm.weight) && eager::to_float(args[kEps], norm.eps) &&
+           eager::read_threads(args[kThreads], norm.threads);
+  }
+  std::int64_t channels() const { return norm.n; }
+  void write_to(void* y) { norm.y = static_cast<float*>(y); }
+  void run() const { rms_norm(norm); }
+
+  dlpack::Tensor x;
+  NormCall norm;
+};
+
+}  // namespace
+
+void add_norm(py::module_& m) {
+  using py::arg;
+  m.def("rms_norm", &norm, arg("rows"), arg("n"), arg("x"), arg("x_stride"), arg("weight"), arg("eps"),
+        arg("y"), arg("threads"), "NormCall of prunekern/norm.h.");
+  eager::add_call<EagerNorm>(m, "call_norm(x, weight, eps, threads) -> y, or None: the same for rms_norm.");
+}
+
+}  // namespace prunekern
