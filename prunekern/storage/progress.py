@@ -19,12 +19,13 @@ class Bar(Progress):
     """rich's `Progress`, gone when the work is done; it shows once the work takes longer than QUIET_SECONDS.
 
     Where the console is no terminal it prints a line of its first task at most every LINE_SECONDS: what is done, of how
-    much, and the seconds it took. console: None for one of its own. columns: after the usual ones.
+    much, and the seconds it took. console: None for standard error, so that a program's own output stays what it is.
+    columns: after the usual ones.
     """
 
     def __init__(self, *columns: ProgressColumn | str, console: Console | None = None):
         usual = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        super().__init__(*usual, *columns, console=console, transient=True)
+        super().__init__(*usual, *columns, console=console or Console(stderr=True), transient=True)
         self._began = self._said = time.monotonic()
         self._shows = False
 
