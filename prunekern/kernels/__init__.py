@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def usable(first: Tensor, *others: Tensor | None, rank: int = 1) -> bool:
     return reason is None
 
 
-def register_early(register) -> None:
+def register_early(register: Callable[[], object]) -> None:
     """Register an op of Triton kernels at import where PyTorch is built for GPUs: saved programs then find it."""
     if (torch.version.cuda or torch.version.hip) and problem() is None:
         try:

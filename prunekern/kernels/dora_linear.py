@@ -187,7 +187,10 @@ def adds_low(x: Tensor, T: int, r: int) -> bool:
     return not takes_fused(T) and by_rank("dora_compose", device_of(x)[0], x.dtype, r)["ONE_BLOCK"]
 
 
-def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Tensor, Tensor, Tensor, bool]:
+def forward(
+    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, x_lora: Tensor | None,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, bool]:  # fmt: skip
     """y [T, N], z [T, N], p [T, r], and whether z lacks the low-rank part. x and x_lora [T, K]; all in one dtype
     but gain and bias.
 
@@ -223,7 +226,9 @@ def forward(x, V, A, B, gain, bias, s: float, x_lora, keep_z: bool) -> tuple[Ten
     return y, z, p, add_low
 
 
-def compose(z: Tensor, p: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, add_low: bool, y: Tensor):
+def compose(
+    z: Tensor, p: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, add_low: bool, y: Tensor
+) -> None:
     """y = gain * (z + s p B^T) + bias, into y; z and y [T, N] contiguous. add_low: z lacks s p B^T."""
     (T, N), r = z.shape, B.shape[1]
     if not (T and N):

@@ -7,6 +7,7 @@ import functools
 import json
 import re
 from importlib.resources import files
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +16,20 @@ from torch.library import wrap_triton
 # Less shared memory a block than this, in bytes: consumer GPUs, where sm_86's blocks fit whatever the generation.
 LARGE_SHARED = 160 * 1024
 
+Blocks = dict[str, int]  # block sizes, num_warps and num_stages by the names that kernels give them
+
 
 @functools.cache
-def configs() -> dict:
+def configs() -> dict[str, dict[str, dict[str, list[Blocks]]]]:
     """configs.json: architecture -> kernel -> bits of the products' dtype -> entries.
 
     An entry holds block sizes, num_warps, num_stages, and may hold `up_to`: the largest size (rank of dora kernels,
     rows of compact ones) it is for. The first that fits is taken.
     """
-    return json.loads(files(__package__).joinpath("configs.json").read_text())
+    read: dict[str, dict[str, dict[str, list[Blocks]]]] = json.loads(
+        files(__package__).joinpath("configs.json").read_text()
+    )
+    return read
 
 
 def nearest(architecture: str, shared: int | None = None) -> str:
@@ -43,7 +49,7 @@ def nearest(architecture: str, shared: int | None = None) -> str:
 
 
 def _number(architecture: str) -> int:
-    digits = re.match(r"\D*([0-9a-f]+)", architecture)[1]
+    digits = re.sub(r"^\D*", "", architecture)
     return int(digits, 16 if architecture.startswith("gfx") else 10)
 
 
@@ -65,7 +71,7 @@ def device_of(tensor: Tensor) -> tuple[str, int]:
     return _of_device(torch.cuda.current_device() if index is None else index)
 
 
-def pick(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> dict:
+def pick(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> Blocks:
     """Block sizes, num_warps and num_stages for products in `dtype`."""
     for entry in configs()[architecture][kernel][str(8 * dtype.itemsize)]:
         if size <= entry.get("up_to", size):
@@ -73,7 +79,7 @@ def pick(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> dict:
     raise AssertionError(f"configs.json: {kernel} on {architecture} has no entry for {size}")
 
 
-def by_rank(kernel: str, architecture: str, dtype: torch.dtype, r: int) -> dict:
+def by_rank(kernel: str, architecture: str, dtype: torch.dtype, r: int) -> Blocks:
     """`pick` by rank, with BLOCK_R (a power of two of at least 16: what `tl.dot` takes) and ONE_BLOCK."""
     chosen = pick(kernel, architecture, dtype, r)
     chosen.setdefault("BLOCK_R", max(16, 1 << (r - 1).bit_length()))
@@ -94,7 +100,7 @@ def precision(dtype: torch.dtype, architecture: str, exact: bool = False) -> str
     return "tf32" if tf32 else "tf32x3"
 
 
-def on_device(tensor: Tensor):
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object, None]:
     """Context for a launch: Triton takes the current GPU, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
@@ -108,6 +114,6 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launchable(kernel):
+def launchable(kernel: Any) -> Any:
     """The kernel as a graph can hold it. One that is interpreted never is in a graph, and PyTorch 2.11 refuses it."""
     return wrap_triton(kernel) if type(kernel).__name__ != "InterpretedFunction" else kernel

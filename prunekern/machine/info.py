@@ -30,7 +30,8 @@ def info(measure: bool = False) -> dict[str, Any]:
     """
     available = _native.available()
     runtimes = openmp_runtimes()
-    facts = {
+    warnings: list[str] = []
+    facts: dict[str, Any] = {
         "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -45,20 +46,20 @@ def info(measure: bool = False) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "openmp": runtimes,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "warnings": [],
+        "warnings": warnings,
     }
     if len(runtimes) > 1:
-        facts["warnings"].append(
+        warnings.append(
             f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(runtimes)}): their threads may wait for one "
             "another. Import torch before prunekern._C"
         )
     if facts["cuda"] is not None and kernels.problem() is not None:
-        facts["warnings"].append(f"Triton kernels are not used: {kernels.problem()}")
+        warnings.append(f"Triton kernels are not used: {kernels.problem()}")
     if measure:
         if available:
             facts["fp32_peak"], facts["read_bandwidth"] = round(peak_gflops(), 1), round(read_bandwidth(), 1)
         if bf16_matmul_crashes():
-            facts["warnings"].append(BF16_REASON)
+            warnings.append(BF16_REASON)
     return facts
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from prunekern import _native
 
 # The core looks into tensors itself (csrc/eager_tensor.h); False without the core or with torch < 2.10.
-EAGER = _native.available() and _native.core().use_tensor_types(Tensor, torch.nn.Parameter)
+EAGER: bool = _native.available() and _native.core().use_tensor_types(Tensor, torch.nn.Parameter)
 
 # What an eager call asks every time, looked up once: an attribute of torch costs as much as the question.
 _is_tracing = torch.compiler.is_dynamo_compiling
@@ -55,6 +57,10 @@ def rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     return tensor, tensor.data_ptr(), tensor.shape[-1]
 
 
+@overload
+def plain_memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
+@overload
+def plain_memory(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None: ...
 def plain_memory(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """The tensor contiguous, without a sign kept aside, in `dtype`; None stays None."""
     if tensor is None:

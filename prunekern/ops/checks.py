@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,7 +27,13 @@ def floating(op: str, name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16 (got {tensor.dtype})")
 
 
-def dtypes(op: str, x: torch.Tensor, weights: dict, biases: dict, residual: torch.Tensor | None) -> None:
+def dtypes(
+    op: str,
+    x: torch.Tensor,
+    weights: Mapping[str, torch.Tensor | None],
+    biases: Mapping[str, torch.Tensor | None],
+    residual: torch.Tensor | None,
+) -> None:
     """Raises TypeError unless all fit x; weights and biases by argument name, None where not given."""
     low = x.dtype in (torch.bfloat16, torch.float16)  # computed in float32 anyway
     for name, weight in weights.items():
@@ -93,7 +100,7 @@ def _is_checked(index: torch.Tensor, size: int) -> bool:
     return False
 
 
-def without_autocast(device: torch.device):
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object, None]:
     """Context for the products inside an op: autocast would cast their fp32 operands back to 16 bit.
 
     The norm would lose all but 8 bits, and a bf16 product on CPU kills the process on some machines.

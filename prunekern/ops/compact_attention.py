@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from prunekern import _native
 from . import calls, checks
 
 OP = "compact_attention"
-_RUN = _native.core().compact_attention if _native.available() else None
-# The whole eager call in one C function (csrc/eager_attention.cpp); None without the core or with torch < 2.10.
-_EAGER = _native.core().call_attention if calls.EAGER else None
+_RUN: Callable[..., None] | None = _native.core().compact_attention if _native.available() else None
+# The whole eager call in one C function (csrc/eager_attention.cpp), which gives None for a call that it leaves to the
+# op; None without the core or with torch < 2.10.
+_EAGER: Callable[..., Tensor | None] | None = _native.core().call_attention if calls.EAGER else None
 _f32 = torch.float32
 
 
@@ -57,7 +59,10 @@ def compact_attention(
         y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads())
         if y is not None:
             return y
-    return torch.ops.prunekern.compact_attention(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
+    read: Tensor = torch.ops.prunekern.compact_attention(
+        q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal
+    )  # fmt: skip
+    return read
 
 
 def compact_attention_reference(
@@ -84,7 +89,9 @@ def compact_attention_reference(
     return y.to(out)
 
 
-def _heads(qk_first: Sequence[int], v_first: Sequence[int], shared_by: int):
+def _heads(
+    qk_first: Sequence[int], v_first: Sequence[int], shared_by: int
+) -> Iterator[tuple[slice, slice, slice]]:
     """(query, key, value channels) of every query head, as slices."""
     for a, b, c, d in zip(qk_first, qk_first[1:], v_first, v_first[1:], strict=False):
         for i in range(shared_by):
@@ -92,7 +99,9 @@ def _heads(qk_first: Sequence[int], v_first: Sequence[int], shared_by: int):
             yield slice(first, first + b - a), slice(a, b), slice(c, d)
 
 
-def _readable(q, k, v, key_mask, dtype):
+def _readable(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v in `dtype`, forbidden keys and values zero; key_mask as it meets the logits, [batch, 1, keys]."""
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if key_mask is None:
@@ -122,7 +131,10 @@ def _weights(q: Tensor, k: Tensor, may_read: Tensor | None, scale: float) -> Ten
 # --- checks and the C++ path ------------------------------------------------------------------------------------
 
 
-def _check(q, k, v, qk_first, v_first, key_mask, shared_by=1, causal=False) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
+    shared_by: int = 1, causal: bool = False,
+) -> None:  # fmt: skip
     checks.shape(OP, "q", q, (None, None, None))
     if shared_by < 1:
         raise ValueError(f"{OP}: shared_by must be at least 1 (got {shared_by})")
@@ -157,7 +169,10 @@ def _check(q, k, v, qk_first, v_first, key_mask, shared_by=1, causal=False) -> N
         checks.shape(OP, "key_mask", key_mask, (batch, k.shape[1]))
 
 
-def _run(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal) -> Tensor:
+def _run(
+    run: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int],
+    key_mask: Tensor | None, scale: float, shared_by: int, causal: bool,
+) -> Tensor:  # fmt: skip
     """The C++ kernel on float32 tensors of the CPU."""
     q, k, v = (t if t.stride(2) == 1 and not t.is_neg() else t.resolve_neg().contiguous() for t in (q, k, v))
     (batch, queries, _), keys, width = q.shape, k.shape[1], shared_by * v_first[-1]
@@ -166,7 +181,7 @@ def _run(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal) -> Tens
     if key_mask is not None:
         key_mask = key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()
         mask_address, mask_stride = key_mask.data_ptr(), key_mask.stride(0)
-    _RUN(
+    run(
         batch, queries, keys, qk_first, v_first, q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2],
         v.data_ptr(), v.stride()[:2], y.data_ptr(), (queries * width, width), mask_address, mask_stride, scale,
         calls.threads(), shared_by, causal,
@@ -184,27 +199,33 @@ _LIB.define(
 )
 
 
-def _forward(q, k, v, qk_first, v_first, key_mask, scale, shared_by=1, causal=False) -> Tensor:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
+    scale: float, shared_by: int = 1, causal: bool = False,
+) -> Tensor:  # fmt: skip
     _check(q, k, v, qk_first, v_first, key_mask, shared_by, causal)
     rest = (qk_first, v_first, key_mask, scale, shared_by, causal)
     if not q.is_cpu or q.dtype == torch.float64 or _RUN is None:
         return compact_attention_reference(q, k, v, *rest)
     if q.dtype is _f32:
-        return _run(q, k, v, *rest)
-    return _run(q.float(), k.float(), v.float(), *rest).to(q.dtype)
+        return _run(_RUN, q, k, v, *rest)
+    return _run(_RUN, q.float(), k.float(), v.float(), *rest).to(q.dtype)
 
 
-def _fake(q, k, v, qk_first, v_first, key_mask, scale, shared_by=1, causal=False) -> Tensor:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
+    scale: float, shared_by: int = 1, causal: bool = False,
+) -> Tensor:  # fmt: skip
     _check(q, k, v, qk_first, v_first, key_mask, shared_by, causal)
     return q.new_empty(*q.shape[:-1], shared_by * v.shape[2])
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, ctx.qk_first, ctx.v_first, key_mask, ctx.scale, ctx.shared_by, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, key_mask)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad: [batch, queries, shared_by D]. Weights are computed again instead of kept."""
     q, k, v, key_mask = ctx.saved_tensors
     dtypes, dtype = (q.dtype, k.dtype, v.dtype), checks.compute_dtype(q, k, v)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,8 @@ OP = "compact_linear"
 # Position: the number the C++ core knows it by. Every one maps 0 to 0: a removed channel is exactly zero after it.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
-_EAGER = _native.core().call if calls.EAGER else None  # the whole eager call in one C function
+# The whole eager call in one C function, which gives None for a call that it leaves to the op.
+_EAGER: Callable[..., Tensor | None] | None = _native.core().call if calls.EAGER else None
 
 
 def compact_linear(
@@ -69,7 +72,8 @@ def compact_linear(
     if not is_packed(packed) and x.device.type == "cpu" and calls.plain_eager(x):
         _check_plain(*args)
         return compact_linear_reference(*args)
-    return torch.ops.prunekern.compact_linear(*args)
+    made: Tensor = torch.ops.prunekern.compact_linear(*args)
+    return made
 
 
 def compact_linear_reference(
@@ -92,6 +96,8 @@ def compact_linear_reference(
         z = F.linear(z, widened(weight, scale, dtype), None if bias is None else bias.to(dtype))
     y = activate(z, activation)  # [..., N]
     if out_index is not None:
+        if n_out is None:
+            raise ValueError(f"{OP}: n_out is needed with out_index (got None)")
         y = y.new_zeros(*y.shape[:-1], n_out).index_copy(-1, out_index, y)  # [..., n_out]
     if residual is not None:
         y = y + residual.to(dtype)
@@ -118,16 +124,21 @@ def _activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return grad * (z > 0)
     if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, z)
-    if activation == "gelu_tanh":
-        return torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
-    return torch.ops.aten.silu_backward(grad, z) if activation == "silu" else grad
+        grad = torch.ops.aten.gelu_backward(grad, z)
+    elif activation == "gelu_tanh":
+        grad = torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
+    elif activation == "silu":
+        grad = torch.ops.aten.silu_backward(grad, z)
+    return grad
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale) -> None:
+def _check_shapes(
+    x: Tensor, packed: Tensor, n: int, k: int, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
+    n_out: int, activation: str, residual: Tensor | None, scale: Tensor | None,
+) -> None:  # fmt: skip
     """All that can be told without reading an index. n, k: what the weight makes and reads."""
     if activation not in NUMBER:
         raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
@@ -154,7 +165,10 @@ def _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation,
         checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
 
 
-def _check_plain(x, weight, bias, in_index, out_index, n_out, activation, residual, scale) -> None:
+def _check_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
+    activation: str, residual: Tensor | None, scale: Tensor | None,
+) -> None:  # fmt: skip
     checks.shape(OP, "packed", weight, (None, None))
     n, k = weight.shape
     _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
@@ -163,7 +177,10 @@ def _check_plain(x, weight, bias, in_index, out_index, n_out, activation, residu
             checks.kept_index_anywhere(OP, name, index, size)
 
 
-def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale) -> tuple[int, int]:
+def _check_packed(
+    x: Tensor, packed: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
+    activation: str, residual: Tensor | None, scale: Tensor | None,
+) -> tuple[int, int]:  # fmt: skip
     n, k = _sizes(x, packed, in_index, out_index, n_out)
     check_panels(OP, "packed", packed, n, k)
     _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
@@ -172,7 +189,9 @@ def _check_packed(x, packed, bias, in_index, out_index, n_out, activation, resid
     return n, k
 
 
-def _sizes(x, packed, in_index, out_index, n_out) -> tuple[int, int]:
+def _sizes(
+    x: Tensor, packed: Tensor, in_index: Tensor | None, out_index: Tensor | None, n_out: int
+) -> tuple[int, int]:
     """Outputs and inputs of a packed weight. Panels of bfloat16 pad their inputs: there the caller's count stands."""
     n = n_out if out_index is None else out_index.numel()
     if packed.dim() == 3:
@@ -185,7 +204,10 @@ def _sizes(x, packed, in_index, out_index, n_out) -> tuple[int, int]:
 # --- the C++ path -----------------------------------------------------------------------------------------------
 
 
-def _run_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale) -> Tensor:
+def _run_packed(
+    x: Tensor, packed: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
+    activation: str, residual: Tensor | None, scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     n, k = _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     y = x.new_empty((*x.shape[:-1], n_out))
     if y.numel() == 0:
@@ -221,7 +243,10 @@ _LIB.define(
 )
 
 
-def _forward(x, packed, bias, in_index, out_index, n_out, activation, residual, scale=None) -> Tensor:
+def _forward(
+    x: Tensor, packed: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
+    activation: str, residual: Tensor | None, scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     args = (x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     if is_packed(packed):
         return _run_packed(*args)
@@ -231,9 +256,12 @@ def _forward(x, packed, bias, in_index, out_index, n_out, activation, residual, 
     return compact_linear_reference(*args).contiguous()
 
 
-def run_triton(x, weight, bias, in_index, out_index, n_out, activation, residual, scale) -> Tensor:
+def run_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
+    activation: str, residual: Tensor | None, scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The Triton kernels, or the vendor's product where there is nothing to fuse. Checked arguments, on a GPU."""
-    x, in_index, weight = lined_up(x, in_index, weight)
+    x, in_index, (weight,) = lined_up(x, in_index, weight)
     if in_index is None and out_index is None and activation == "none" and weight.dtype == x.dtype:
         with checks.without_autocast(x.device):
             y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -249,7 +277,9 @@ GATHER_ROWS, PAD_ROWS = 64, 512  # from so many rows on
 STEP = 16  # inputs that whole 16-byte loads go into, whatever the dtype
 
 
-def lined_up(x, in_index, *weights) -> tuple:  # (x, in_index, *weights)
+def lined_up(
+    x: Tensor, in_index: Tensor | None, *weights: Tensor
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The same products with their inputs side by side, and a multiple of STEP of them, where many rows pay for it.
 
     Every block of columns reads x again: gathered loads are of one element each, and so are those of a width that is no
@@ -258,18 +288,18 @@ def lined_up(x, in_index, *weights) -> tuple:  # (x, in_index, *weights)
     rows, K = x.numel() // max(1, x.shape[-1]), weights[0].shape[1]
     short = -K % STEP if rows >= PAD_ROWS else 0
     if K == 0 or not (short or (in_index is not None and rows >= GATHER_ROWS)):
-        return x, in_index, *weights
+        return x, in_index, weights
     if short:
         weights = tuple(F.pad(weight, (0, short)) for weight in weights)
     if in_index is None:
-        return F.pad(x, (0, short)), None, *weights
+        return F.pad(x, (0, short)), None, weights
     if short:
         in_index = torch.cat([in_index, in_index[-1:].expand(short)])
-    return x.index_select(-1, in_index), None, *weights
+    return x.index_select(-1, in_index), None, weights
 
 
 @functools.cache
-def triton_op():
+def triton_op() -> Callable[..., Tensor]:
     """`prunekern::compact_linear_triton`, registered when first asked for."""
     from ..kernels.compact_linear import compact_linear as launch
 
@@ -285,21 +315,24 @@ def triton_op():
 kernels.register_early(triton_op)
 
 
-def _forward_cached(x, weight, packed, address, version, *rest) -> Tensor:
+def _forward_cached(x: Tensor, weight: Tensor, packed: Tensor, address: int, version: int, *rest: Any) -> Tensor:
     return _forward(x, packed if is_unchanged(weight, address, version) else weight, *rest)
 
 
-def _fake(x, packed, bias, in_index, out_index, n_out, activation, residual, scale=None) -> Tensor:
+def _fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
+    activation: str, residual: Tensor | None, scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     n, k = _sizes(x, packed, in_index, out_index, n_out) if is_packed(packed) else packed.shape
     _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     return x.new_empty((*x.shape[:-1], n_out))
 
 
-def _fake_cached(x, weight, packed, address, version, *rest) -> Tensor:
+def _fake_cached(x: Tensor, weight: Tensor, packed: Tensor, address: int, version: int, *rest: Any) -> Tensor:
     return _fake(x, weight, *rest)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, bias, in_index, out_index, _, ctx.activation, residual, scale = inputs
     ctx.is_packed = is_packed(packed)
     ctx.with_bias, ctx.with_residual = bias is not None, residual is not None
@@ -307,7 +340,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(x, packed, bias, in_index, out_index, scale)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad: [..., n_out]. The activation's input is computed again instead of kept."""
     if ctx.is_packed:
         raise RuntimeError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, is_unchanged
 
 OP = "compact_mlp"
-_EAGER = _native.core().call_mlp if calls.EAGER else None  # the whole eager call in one C function
+# The whole eager call in one C function, which gives None for a call that it leaves to the op.
+_EAGER: Callable[..., Tensor | None] | None = _native.core().call_mlp if calls.EAGER else None
 
 
 def compact_mlp(
@@ -82,19 +85,26 @@ def compact_mlp(
     if not packed and not is_packed(down):
         tensors = (x, up, down, gate, up_bias, down_bias, gate_bias, residual)
         if x.device.type == "cuda" and not calls.needs_grad(*tensors):
-            return torch.ops.prunekern.compact_mlp(*args)
+            made: Tensor = torch.ops.prunekern.compact_mlp(*args)
+            return made
         _check_shapes(*args)
         return _composed(compact_linear, *args)  # differentiable and traceable, layer by layer
-    return torch.ops.prunekern.compact_mlp(*args)
+    made = torch.ops.prunekern.compact_mlp(*args)
+    return made
 
 
-def compact_mlp_reference(*args, **kwargs) -> Tensor:
+def compact_mlp_reference(*args: Any, **kwargs: Any) -> Tensor:
     """The same in plain PyTorch on plain weights, arguments as in the schema; never calls the C++ core."""
     return _composed(compact_linear_reference, *args, **kwargs)
 
 
-def _composed(linear, x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
-              out_index, n_hidden, n_out, activation, residual) -> Tensor:  # fmt: skip
+def _composed(
+    linear: Callable[..., Tensor],
+    x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
+    gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
+    in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
     """One `linear` a layer."""
     if gate is None:
         hidden = linear(x, up, up_bias, in_index, None, n_hidden, activation, None, up_scale)  # [..., H]
@@ -107,8 +117,12 @@ def _composed(linear, x, up, down, gate, up_bias, down_bias, gate_bias, up_scale
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
-                  out_index, n_hidden, n_out, activation, residual) -> None:  # fmt: skip
+def _check_shapes(
+    x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
+    gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
+    in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
+    residual: Tensor | None,
+) -> None:  # fmt: skip
     """All that can be told without reading an index."""
     if activation not in NUMBER:
         raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
@@ -132,8 +146,9 @@ def _check_shapes(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, do
             raise ValueError(f"{OP}: {name} must be {'packed' if is_packed(up) else 'plain'} like up")
         if not is_packed(weight):
             checks.shape(OP, name, weight, shape)
-        if biases[name + "_bias"] is not None:
-            checks.shape(OP, name + "_bias", biases[name + "_bias"], (shape[0],))
+        bias = biases[name + "_bias"]
+        if bias is not None:
+            checks.shape(OP, name + "_bias", bias, (shape[0],))
         check_scale(OP, name + "_scale", weight, shape[0], scales[name + "_scale"])
     for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
         if index is not None and (index.dtype != torch.int64 or index.dim() != 1 or index.numel() > size):
@@ -144,15 +159,21 @@ def _check_shapes(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, do
         checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
 
 
-def _named(up, down, gate, suffix: str = "") -> dict[str, Tensor | None]:
+def _named(
+    up: Tensor | None, down: Tensor | None, gate: Tensor | None, suffix: str = ""
+) -> dict[str, Tensor | None]:
     return {"up" + suffix: up, "down" + suffix: down, "gate" + suffix: gate}
 
 
 # --- the C++ path -----------------------------------------------------------------------------------------------
 
 
-def _run_packed(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
-                out_index, n_hidden, n_out, activation, residual) -> Tensor:  # fmt: skip
+def _run_packed(
+    x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
+    gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
+    in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
     if x.dtype not in ELEMENT:
         raise TypeError(f"{OP}: x must be float32 or bfloat16 with packed weights (got {x.dtype})")
     y = x.new_empty((*x.shape[:-1], n_out))
@@ -173,13 +194,14 @@ def _run_packed(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down
         if weight is not None:
             check_panels(OP, name, weight, *shape)
     kinds = [None if w is None else KIND[w.dtype] for w in (up, down, gate)]
-    up, down, gate = (
+    # (kind, weight, bias, scale) of each layer, by address.
+    first, last, third = (
         None if w is None else (kind, w.data_ptr(), calls.address(bias), calls.address(scale))
         for w, kind, bias, scale in zip((up, down, gate), kinds, biases, scales, strict=True)
     )
     _native.core().compact_mlp(
         x=x_address, m=y.numel() // n_out, x_stride=x_stride, in_features=x.shape[-1],
-        k=k, up=up, n_hidden=n_hidden, down=down, n=n, y=y.data_ptr(), y_stride=n_out, n_out=n_out, gate=gate,
+        k=k, up=first, n_hidden=n_hidden, down=last, n=n, y=y.data_ptr(), y_stride=n_out, n_out=n_out, gate=third,
         in_index=calls.address(in_index), out_index=calls.address(out_index), activation=activation,
         residual=residual_address, residual_stride=residual_stride, threads=calls.threads(),
         element=ELEMENT[x.dtype],
@@ -191,7 +213,7 @@ def _run_packed(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down
 
 
 @functools.cache
-def triton_op():
+def triton_op() -> Callable[..., Tensor]:
     """`prunekern::compact_gated_triton`, registered when first asked for."""
     from ..kernels.compact_mlp import compact_gated as launch
 
@@ -207,15 +229,19 @@ def triton_op():
 kernels.register_early(triton_op)
 
 
-def _run_triton(x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index,
-                out_index, n_hidden, n_out, activation, residual) -> Tensor:  # fmt: skip
+def _run_triton(
+    x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
+    gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
+    in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Gate and up in one launch, then down, for few rows; what many rows take, `kernels.compact_finish` says."""
     if gate is None or up.dtype != gate.dtype:
         return _composed(compact_linear, x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale,
                          gate_scale, in_index, out_index, n_hidden, n_out, activation, residual)  # fmt: skip
     if in_index is not None:
         checks.kept_index_anywhere(OP, "in_index", in_index, x.shape[-1])
-    x, in_index, up, gate = lined_up(x, in_index, up, gate)
+    x, in_index, (up, gate) = lined_up(x, in_index, up, gate)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     with checks.without_autocast(x.device):
         hidden = triton_op()(rows, up, gate, up_bias, gate_bias, up_scale, gate_scale, in_index, activation)
@@ -240,7 +266,7 @@ _LIB.define(
 )
 
 
-def _forward(x, up, down, gate, *rest) -> Tensor:
+def _forward(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: Any) -> Tensor:
     _check_shapes(x, up, down, gate, *rest)
     if is_packed(up):
         return _run_packed(x, up, down, gate, *rest)
@@ -249,17 +275,22 @@ def _forward(x, up, down, gate, *rest) -> Tensor:
     return compact_mlp_reference(x, up, down, gate, *rest).contiguous()
 
 
-def _forward_cached(x, weights, packed, addresses, versions, *rest) -> Tensor:
+def _forward_cached(
+    x: Tensor, weights: list[Tensor], packed: list[Tensor], addresses: list[int], versions: list[int], *rest: Any
+) -> Tensor:
     fresh = all(map(is_unchanged, weights, addresses, versions))
     return _forward(x, *_three(packed if fresh else weights), *rest)
 
 
-def _fake(x, up, down, gate, *rest) -> Tensor:
+def _fake(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: Any) -> Tensor:
     _check_shapes(x, up, down, gate, *rest)
-    return x.new_empty((*x.shape[:-1], rest[9]))
+    n_out: int = rest[9]
+    return x.new_empty((*x.shape[:-1], n_out))
 
 
-def _fake_cached(x, weights, packed, addresses, versions, *rest) -> Tensor:
+def _fake_cached(
+    x: Tensor, weights: list[Tensor], packed: list[Tensor], addresses: list[int], versions: list[int], *rest: Any
+) -> Tensor:
     return _fake(x, *_three(weights), *rest)
 
 
@@ -267,7 +298,7 @@ def _three(weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     return weights[0], weights[1], weights[2] if len(weights) > 2 else None
 
 
-def _backward(ctx, *grads):
+def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(f"{OP}: this op is for inference; prunekern.ops.compact_mlp on plain weights has a gradient")
 
 

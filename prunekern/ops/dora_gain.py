@@ -8,6 +8,8 @@ Equation of DoRA (Liu et al. 2024) with a channel mask m_b on the magnitude (Ali
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ def row_sqnorm(V: Tensor) -> Tensor:
         return torch.einsum("nk,nk->n", V, V)
 
 
-def dora_gain_reference(V, A, B, m, m_b, s, v_sqnorm=None) -> tuple[Tensor, Tensor]:
+def dora_gain_reference(
+    V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The definition: forms V + s B A and takes its row norm. `v_sqnorm` is not read. Differentiable in all."""
     dtype = checks.compute_dtype(V, A, B)
     merged = V.to(dtype) + s * (B.to(dtype) @ A.to(dtype))  # [N, K]
@@ -34,7 +38,7 @@ def dora_gain_reference(V, A, B, m, m_b, s, v_sqnorm=None) -> tuple[Tensor, Tens
     return (gain if m_b is None else m_b.to(dtype) * gain), inv_norm
 
 
-def factored_inv_norm(V, A, B, s, v_sqnorm) -> Tensor:
+def factored_inv_norm(V: Tensor, A: Tensor, B: Tensor, s: float, v_sqnorm: Tensor) -> Tensor:
     """1 / ||V + s B A|| by rows, as |V|^2 + 2 s <V, BA> + s^2 |BA|^2: B A [N, K] is never formed.
 
     With U = V A^T [N, r] and G = A A^T [r, r] this reads V once and costs 2 N K r + 2 K r^2 + 2 N r^2 operations.
@@ -61,7 +65,7 @@ def _forward(
     return gain, inv_norm
 
 
-def _check(V, A, B, m, m_b, v_sqnorm) -> None:
+def _check(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, v_sqnorm: Tensor) -> None:
     op = "dora_gain"
     checks.shape(op, "V", V, (None, None))
     (N, K), r = V.shape, A.shape[0] if A.dim() else None
@@ -76,18 +80,20 @@ def _check(V, A, B, m, m_b, v_sqnorm) -> None:
 
 
 @_forward.register_fake
-def _(V, A, B, m, m_b, s, v_sqnorm):
+def _(
+    V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
+) -> tuple[Tensor, Tensor]:
     dtype = checks.compute_dtype(V, A, B)
     return V.new_empty(V.shape[0], dtype=dtype), V.new_empty(V.shape[0], dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     m, m_b = inputs[3:5]
     ctx.save_for_backward(m, m_b, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, d_gain, _d_inv_norm):
+def _backward(ctx: Any, d_gain: Tensor, _d_inv_norm: Tensor | None) -> tuple[Tensor | None, ...]:
     m, m_b, inv_norm = ctx.saved_tensors
     scaled = d_gain * inv_norm
     d_m = d_mb = None
@@ -102,7 +108,7 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 @functools.cache
-def triton_op():
+def triton_op() -> Callable[..., tuple[Tensor, Tensor]]:
     """`prunekern::dora_gain_triton`, registered when first asked for."""
     from ..kernels.dora_gain import dora_gain as launch
 
@@ -111,8 +117,9 @@ def triton_op():
     ) -> tuple[Tensor, Tensor]:
         return launch(V, A, B, m, m_b, s, v_sqnorm)
 
-    op = torch.library.triton_op("prunekern::dora_gain_triton", dora_gain_triton, mutates_args=())
-    op.register_autograd(_backward, setup_context=_setup_context)
+    name = "prunekern::dora_gain_triton"
+    op = torch.library.triton_op(name, dora_gain_triton, mutates_args=())
+    torch.library.register_autograd(name, _backward, setup_context=_setup_context)
     return op
 
 
@@ -123,11 +130,13 @@ torch.library.define("prunekern::dora_gain", _SCHEMA)
 
 
 @torch.library.impl("prunekern::dora_gain", "CompositeImplicitAutograd")
-def _dora_gain(V, A, B, m, m_b, s, v_sqnorm):
+def _dora_gain(
+    V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
+) -> tuple[Tensor, Tensor]:
     _check(V, A, B, m, m_b, v_sqnorm)
-    if kernels.usable(V, A, B, m, m_b, rank=A.shape[0]):
-        return triton_op()(V, A, B, m, m_b, s, v_sqnorm)
-    return _forward(V, A, B, m, m_b, s, v_sqnorm)
+    usable = kernels.usable(V, A, B, m, m_b, rank=A.shape[0])
+    pair: tuple[Tensor, Tensor] = (triton_op() if usable else _forward)(V, A, B, m, m_b, s, v_sqnorm)
+    return pair
 
 
 def dora_gain(
@@ -141,4 +150,5 @@ def dora_gain(
     `dora_linear` rounds them). Gradients flow to m and m_b only: the norm is detached (DoRA, section 4.3).
     An all-zero row has inv_norm 0. ValueError / TypeError on shapes, dtypes or devices that do not fit.
     """
-    return torch.ops.prunekern.dora_gain(V, A, B, m, m_b, s, v_sqnorm)
+    pair: tuple[Tensor, Tensor] = torch.ops.prunekern.dora_gain(V, A, B, m, m_b, s, v_sqnorm)
+    return pair

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,10 @@ from prunekern import kernels
 from . import checks
 
 
-def dora_linear_reference(x, V, A, B, gain, bias, s, x_lora=None) -> Tensor:
+def dora_linear_reference(
+    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float,
+    x_lora: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The definition, differentiable: one weight for V, one for the low-rank branch, no factoring of the product."""
     dtype = checks.compute_dtype(x, V, A, B, gain)
     x_low = (x if x_lora is None else x_lora).to(dtype)
@@ -59,13 +64,16 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, V, A, B, gain, bias, s, x_lora, probe):
+def _(
+    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, x_lora: Tensor | None,
+    probe: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     T, N, r = math.prod(x.shape[:-1]), V.shape[0], A.shape[0]
     dtype = _matmul_dtype(x)
     return x.new_empty(*x.shape[:-1], N), x.new_empty(T, N, dtype=dtype), x.new_empty(T, r, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, V, A, B, gain, bias, s, x_lora, probe = inputs
     _, z, p = output
     needs = ctx.needs_input_grad
@@ -87,7 +95,7 @@ def _setup_context(ctx, inputs, output):
     ctx.add_low = None
 
 
-def _backward(ctx, dy, _dz, _dp):
+def _backward(ctx: Any, dy: Tensor | None, _dz: None, _dp: None) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * 9
     if dy is None:
         return tuple(grads)
@@ -95,7 +103,7 @@ def _backward(ctx, dy, _dz, _dp):
         return _gradients(ctx, dy, grads)
 
 
-def _gradients(ctx, dy, grads):
+def _gradients(ctx: Any, dy: Tensor, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     x, x_lora, V, A, B, gain, z, p, bias = ctx.saved_tensors
     needs, s, (x_shape, x_dtype) = ctx.needs_input_grad, ctx.s, ctx.x_meta
     in_fp32 = dy.device.type == "cpu" and dy.dtype != torch.float64 and ctx.add_low is None
@@ -128,7 +136,8 @@ def _gradients(ctx, dy, grads):
         if needs[8]:
             y = z * gain if bias is None else torch.addcmul(bias, z, gain)
             grads[8] = y.mul_(dy).square_().sum(0).to(ctx.probe_dtype)
-        dz = (dy * gain).to(dtype) if want_dz else None  # [T, N]
+        if want_dz:
+            dz = (dy * gain).to(dtype)  # [T, N]
     if want_dz:
         if needs[3] and grads[3] is None:
             grads[3] = (dz.T @ p).mul_(s).to(B.dtype)
@@ -167,7 +176,7 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 @functools.cache
-def triton_ops():
+def triton_ops() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]:
     """`prunekern::dora_linear_triton` and `prunekern::dora_linear_backward_triton`, registered when first asked for."""
     from ..kernels import dora_linear as launch
 
@@ -188,14 +197,17 @@ def triton_ops():
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         return launch.backward(dy, z, p, B, gain, bias, s, add_low, want_dz, want_gain, want_bias, want_probe)
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _setup_context(ctx, inputs[:9], output)
         ctx.add_low = launch.adds_low(inputs[0], *output[2].shape)
 
-    forward = torch.library.triton_op("prunekern::dora_linear_triton", dora_linear_triton, mutates_args=())
-    forward.register_autograd(lambda ctx, *grads: (*_backward(ctx, *grads), None), setup_context=setup_context)
-    name = "prunekern::dora_linear_backward_triton"
-    return forward, torch.library.triton_op(name, dora_linear_backward_triton, mutates_args=())
+    def backward(ctx: Any, dy: Tensor | None, _dz: None, _dp: None) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, dy, _dz, _dp), None
+
+    names = "prunekern::dora_linear_triton", "prunekern::dora_linear_backward_triton"
+    forward = torch.library.triton_op(names[0], dora_linear_triton, mutates_args=())
+    torch.library.register_autograd(names[0], backward, setup_context=setup_context)
+    return forward, torch.library.triton_op(names[1], dora_linear_backward_triton, mutates_args=())
 
 
 kernels.register_early(triton_ops)
@@ -207,7 +219,10 @@ _SCHEMA = (
 torch.library.define("prunekern::dora_linear", _SCHEMA)
 
 
-def _check(x, V, A, B, gain, bias, x_lora, probe) -> None:
+def _check(
+    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, x_lora: Tensor | None,
+    probe: Tensor | None,
+) -> None:  # fmt: skip
     op = "dora_linear"
     checks.shape(op, "V", V, (None, None))
     (N, K), r = V.shape, A.shape[0] if A.dim() else None
@@ -229,12 +244,16 @@ def _check(x, V, A, B, gain, bias, x_lora, probe) -> None:
 
 
 @torch.library.impl("prunekern::dora_linear", "CompositeImplicitAutograd")
-def _dora_linear(x, V, A, B, gain, bias, s, x_lora=None, probe=None):
+def _dora_linear(
+    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float,
+    x_lora: Tensor | None = None, probe: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     _check(x, V, A, B, gain, bias, x_lora, probe)
     if kernels.usable(x, V, A, B, gain, bias, x_lora, rank=A.shape[0]):
         keep_z = torch.is_grad_enabled() and (gain.requires_grad or (probe is not None and probe.requires_grad))
         return triton_ops()[0](x, V, A, B, gain, bias, s, x_lora, probe, keep_z)[0]
-    return _forward(x, V, A, B, gain, bias, s, x_lora, probe)[0]
+    y: Tensor = _forward(x, V, A, B, gain, bias, s, x_lora, probe)[0]
+    return y
 
 
 def _register_autocast(device: str, key: str) -> None:
@@ -242,12 +261,16 @@ def _register_autocast(device: str, key: str) -> None:
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     @torch.library.impl("prunekern::dora_linear", key)
-    def _(x, V, A, B, gain, bias, s, x_lora=None, probe=None):
+    def _(
+        x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float,
+        x_lora: Tensor | None = None, probe: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(exclude):
             x, V, A, B = (t.to(dtype) if t.dtype != torch.float64 else t for t in (x, V, A, B))
             x_lora = x_lora if x_lora is None or x_lora.dtype == torch.float64 else x_lora.to(dtype)
-            return torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora, probe)
+            y: Tensor = torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora, probe)
+            return y
 
 
 _register_autocast("cuda", "AutocastCUDA")
@@ -274,4 +297,5 @@ def dora_linear(
     bfloat16, float16 (16-bit products on CPU are computed in fp32). ValueError / TypeError on shapes, dtypes or devices
     that do not fit; RuntimeError when V requires a gradient.
     """
-    return torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora, probe)
+    y: Tensor = torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora, probe)
+    return y

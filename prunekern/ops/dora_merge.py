@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,10 +14,12 @@ from prunekern import kernels
 from . import checks
 
 
-def dora_merge_reference(V, A, B, gain, rows=None, cols=None, s=1.0) -> Tensor:
+def dora_merge_reference(
+    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None = None, cols: Tensor | None = None, s: float = 1.0
+) -> Tensor:
     """The definition on the whole matrix, then the removal."""
     dtype = checks.compute_dtype(V, A, B, gain)
-    W = gain.to(dtype)[:, None] * (V.to(dtype) + s * (B.to(dtype) @ A.to(dtype)))
+    W: Tensor = gain.to(dtype)[:, None] * (V.to(dtype) + s * (B.to(dtype) @ A.to(dtype)))
     W = W if rows is None else W[rows]
     W = W if cols is None else W[:, cols]
     return W.to(V.dtype)
@@ -39,7 +43,7 @@ def _forward(
     return merged.mul_(gain.to(dtype)[:, None]).to(out)
 
 
-def _check(V, A, B, gain, rows, cols) -> None:
+def _check(V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
     op = "dora_merge"
     checks.shape(op, "V", V, (None, None))
     (N, K), r = V.shape, A.shape[0] if A.dim() else None
@@ -51,7 +55,9 @@ def _check(V, A, B, gain, rows, cols) -> None:
     checks.same_device(op, "V", V.device, A=A, B=B, gain=gain, rows=rows, cols=cols)
 
 
-def _empty(V, A, B, gain, rows, cols, s):
+def _empty(
+    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float
+) -> Tensor:
     N = V.shape[0] if rows is None else rows.shape[0]
     K = V.shape[1] if cols is None else cols.shape[0]
     return V.new_empty(N, K)
@@ -61,7 +67,7 @@ _forward.register_fake(_empty)
 
 
 @functools.cache
-def triton_op():
+def triton_op() -> Callable[..., Tensor]:
     """`prunekern::dora_merge_triton`, registered when first asked for."""
     from ..kernels.dora_merge import dora_merge as launch
 
@@ -80,23 +86,27 @@ torch.library.define("prunekern::dora_merge", _SCHEMA)
 
 
 @torch.library.impl("prunekern::dora_merge", "CompositeExplicitAutograd")
-def _dora_merge(V, A, B, gain, rows, cols, s=1.0):
+def _dora_merge(
+    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
+) -> Tensor:
     _check(V, A, B, gain, rows, cols)
     for name, index, size in (("rows", rows, V.shape[0]), ("cols", cols, V.shape[1])):
         if index is not None:
             checks.kept_index("dora_merge", name, index, size)
-    if kernels.usable(V, A, B, gain, rank=A.shape[0]):
-        return triton_op()(V, A, B, gain, rows, cols, s)
-    return _forward(V, A, B, gain, rows, cols, s)
+    usable = kernels.usable(V, A, B, gain, rank=A.shape[0])
+    merged: Tensor = (triton_op() if usable else _forward)(V, A, B, gain, rows, cols, s)
+    return merged
 
 
 @torch.library.register_fake("prunekern::dora_merge")
-def _(V, A, B, gain, rows, cols, s=1.0):
+def _(
+    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
+) -> Tensor:
     _check(V, A, B, gain, rows, cols)  # a compiled graph, or one argument on meta, comes here only
     return _empty(V, A, B, gain, rows, cols, s)
 
 
-def _backward(ctx, *grads):
+def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError("dora_merge: has no gradient; train through dora_linear")
 
 
@@ -119,4 +129,5 @@ def dora_merge(
     computed in fp32 (float64 for float64). ValueError / TypeError on what does not fit; not differentiable: a backward
     pass raises RuntimeError.
     """
-    return torch.ops.prunekern.dora_merge(V, A, B, gain, rows, cols, s)
+    merged: Tensor = torch.ops.prunekern.dora_merge(V, A, B, gain, rows, cols, s)
+    return merged

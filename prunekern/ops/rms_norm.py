@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,9 @@ from prunekern import _native
 from . import calls, checks
 
 OP = "rms_norm"
-_RUN = _native.core().rms_norm if _native.available() else None
-_EAGER = _native.core().call_norm if calls.EAGER else None  # csrc/eager_norm.cpp
+_RUN: Callable[..., None] | None = _native.core().rms_norm if _native.available() else None
+# csrc/eager_norm.cpp; it gives None for a call that it leaves to the op.
+_EAGER: Callable[..., Tensor | None] | None = _native.core().call_norm if calls.EAGER else None
 _f32 = torch.float32
 
 
@@ -35,7 +39,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = _EAGER(x, weight, eps, calls.threads())
         if y is not None:
             return y
-    return torch.ops.prunekern.rms_norm(x, weight, eps)
+    normed: Tensor = torch.ops.prunekern.rms_norm(x, weight, eps)
+    return normed
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -63,7 +68,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
     checks.same_device(OP, "x", x.device, weight=weight)
 
 
-def _run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _run(run: Callable[..., None], x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The C++ loop on float32 tensors of the CPU."""
     y = x.new_empty(x.shape)
     if y.numel() == 0:
@@ -71,7 +76,7 @@ def _run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     kept, address, stride = calls.rows(x)  # kept: the address is worth nothing without its tensor
     weight = calls.plain_memory(weight)
     n = x.shape[-1]
-    _RUN(y.numel() // n, n, address, stride, weight.data_ptr(), eps, y.data_ptr(), calls.threads())
+    run(y.numel() // n, n, address, stride, weight.data_ptr(), eps, y.data_ptr(), calls.threads())
     return y
 
 
@@ -85,7 +90,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x, weight)
     if not x.is_cpu or x.dtype is not _f32 or weight.dtype is not _f32 or _RUN is None:
         return rms_norm_reference(x, weight, eps).contiguous()
-    return _run(x, weight, eps)
+    return _run(_RUN, x, weight, eps)
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -93,12 +98,12 @@ def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """h = x / rms: dx = (g - h mean(g h)) / rms with g = weight * grad; dweight = sum of grad * h."""
     x, weight = ctx.saved_tensors
     h, inverse = _normed(x, ctx.eps)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from prunekern import _native
 from . import calls, checks
 
 OP = "rotate_pairs"
-_RUN = _native.core().rotate_pairs if _native.available() else None
-_EAGER = _native.core().call_rotary if calls.EAGER else None  # csrc/eager_rotary.cpp
+_RUN: Callable[..., None] | None = _native.core().rotate_pairs if _native.available() else None
+# csrc/eager_rotary.cpp; it gives None for a call that it leaves to the op.
+_EAGER: Callable[..., Tensor | None] | None = _native.core().call_rotary if calls.EAGER else None
 _f32 = torch.float32
 
 
@@ -43,7 +45,8 @@ def rotate_pairs(
         y = _EAGER(x, cos, sin, angle, first, shared_by, calls.threads())
         if y is not None:
             return y
-    return torch.ops.prunekern.rotate_pairs(x, cos, sin, angle, first, shared_by)
+    turned: Tensor = torch.ops.prunekern.rotate_pairs(x, cos, sin, angle, first, shared_by)
+    return turned
 
 
 def rotate_pairs_reference(
@@ -66,7 +69,7 @@ def rotate_pairs_reference(
 # --- checks and the C++ path ------------------------------------------------------------------------------------
 
 
-def _check(x, cos, sin, angle, first, shared_by) -> None:
+def _check(x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[int], shared_by: int) -> None:
     checks.shape(OP, "x", x, (None, None, None))
     checks.floating(OP, "x", x)
     batch, tokens, channels = x.shape
@@ -94,12 +97,14 @@ def _check_values(angle: Tensor, angles: int) -> None:
         raise ValueError(f"{OP}: angle must be in 0..{angles - 1} (got {int(angle.min())} to {int(angle.max())})")
 
 
-def _run(x, cos, sin, angle, first, shared_by) -> Tensor:
+def _run(
+    run: Callable[..., None], x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[int], shared_by: int
+) -> Tensor:  # fmt: skip
     """The C++ loop on float32 tensors of the CPU."""
     x, cos, sin = (t if t.stride(2) == 1 and not t.is_neg() else t.resolve_neg().contiguous() for t in (x, cos, sin))
     angle, y = angle.contiguous(), x.new_empty(x.shape)
     tables = [(t.data_ptr(), (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))) for t in (cos, sin)]
-    _RUN(
+    run(
         x.shape[0], x.shape[1], first, shared_by, x.data_ptr(), x.stride()[:2], *tables[0], *tables[1], cos.shape[2],
         angle.data_ptr(), y.data_ptr(), calls.threads(),
     )  # fmt: skip
@@ -115,26 +120,26 @@ _LIB.define(
 )
 
 
-def _forward(x, cos, sin, angle, first, shared_by) -> Tensor:
+def _forward(x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[int], shared_by: int) -> Tensor:
     _check(x, cos, sin, angle, first, shared_by)
     if x.is_cpu:
         _check_values(angle, cos.shape[-1])  # on a GPU, index_select says so
     if not x.is_cpu or x.dtype is not _f32 or _RUN is None:
         return rotate_pairs_reference(x, cos, sin, angle, first, shared_by).contiguous()
-    return _run(x, cos.float(), sin.float(), angle, first, shared_by)
+    return _run(_RUN, x, cos.float(), sin.float(), angle, first, shared_by)
 
 
-def _fake(x, cos, sin, angle, first, shared_by) -> Tensor:
+def _fake(x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[int], shared_by: int) -> Tensor:
     _check(x, cos, sin, angle, first, shared_by)
     return x.new_empty(x.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, cos, sin, angle, ctx.first, ctx.shared_by = inputs
     ctx.save_for_backward(cos, sin, angle)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     cos, sin, angle = ctx.saved_tensors
     turned_back = torch.ops.prunekern.rotate_pairs(grad, cos, -sin, angle, ctx.first, ctx.shared_by)
     return turned_back, None, None, None, None, None

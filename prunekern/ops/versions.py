@@ -6,12 +6,14 @@ Packed weights and cached norms are told from stale ones by PyTorch's counters o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-def _count(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+def _count(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """After every step of any optimiser: what had a gradient counts as changed."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:

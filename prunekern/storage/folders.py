@@ -7,13 +7,13 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, ours: Callable[[str], bool]):
+def replacing(path: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` when the block ends well, and goes when it does not.
 
     Files of an old folder that are not `ours` are linked over. NotADirectoryError when `path` is a file.
@@ -50,7 +50,7 @@ def _carry(old: Path, new: Path) -> None:
         _link(old, new)
 
 
-def _link(old, new) -> None:
+def _link(old: str | Path, new: str | Path) -> None:
     try:
         os.link(old, new, follow_symlinks=False)
     except OSError:

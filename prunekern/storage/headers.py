@@ -7,7 +7,7 @@ import os
 import struct
 
 
-def read_header(file: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], int, int]]:
+def read_header(file: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], int, int]]:
     """Shapes and byte ranges of a safetensors file's tensors. ValueError for one that is truncated or malformed."""
     size = os.path.getsize(file)
     with open(file, "rb") as f:

@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ class Shards:
 
         try:
             with safe_open(self.files[name], framework="pt") as file:
-                return file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
         except SafetensorError as error:
             raise ValueError(f"{self.files[name]}: tensor {name!r} cannot be read ({error})") from None
 
@@ -92,7 +93,7 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor], parts: Callable[[str]
     another in memory; it is asked once for each tensor, in the file's order.
     """
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))  # wide dtypes first: all are then aligned
-    header: dict = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
         first, end = end, end + tensors[name].numel() * tensors[name].element_size()
@@ -116,5 +117,5 @@ def _write(out: BinaryIO, parts: Iterable[Tensor]) -> int:
     written = 0
     for part in parts:
         if part.numel():
-            written += out.write(part.contiguous().flatten().view(torch.uint8).numpy())
+            written += out.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
     return written

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
@@ -13,7 +17,7 @@ FILES = (
 )  # fmt: skip
 
 
-def load_tokenizer(model: str | os.PathLike):
+def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """`AutoTokenizer.from_pretrained(model)`. FileNotFoundError for a folder without a tokenizer: transformers makes
     one that knows no word of it, and every score is then of unknown tokens.
     """
