@@ -3,6 +3,20 @@
 import pytest
 import torch
 
+# Files of a minute and more, the longest first: begun last, one of them would keep a core busy while the others idle.
+LONGEST = (
+    "kernels/test_interpreter.py", "pruning/test_compact_files.py", "training/test_trainer.py",
+    "training/test_data_parallel.py", "structure/test_examples.py", "structure/test_build.py", "demo/test_run.py",
+    "cli/test_commands.py", "pruning/test_peft_out.py", "demo/test_models.py", "exporting/test_onnx.py",
+    "ops/test_compact_linear_tracing.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, all else in its order."""
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(rank)))
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_fixed_seed():

@@ -70,11 +70,11 @@ def compact_finish_kernel(
         at = wide * z_stride + place[None, :]
         value = tl.load(z + at, mask=read, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            value += shift[None, :]
+            value += shift[None, :]  # type: ignore[index]  # None where there is no bias
         value = activate(value, ACTIVATION)  # 0 stays 0: the removed columns, whose shift is 0 too
         if HAS_UP:
             factor = tl.load(up + at, mask=read, other=0.0).to(tl.float32)
-            value *= factor + up_shift[None, :] if HAS_UP_BIAS else factor
+            value *= factor + up_shift[None, :] if HAS_UP_BIAS else factor  # type: ignore[index]
         inside = row_in[:, None] & column_in[None, :]
         if HAS_RESIDUAL:
             value += tl.load(residual + wide * residual_stride + columns[None, :], mask=inside, other=0.0)

@@ -184,7 +184,7 @@ def takes_fused(T: int) -> bool:
 
 def adds_low(x: Tensor, T: int, r: int) -> bool:
     """Whether z comes from the vendor without s p B^T, which compose and backward then add as they go."""
-    return not takes_fused(T) and by_rank("dora_compose", device_of(x)[0], x.dtype, r)["ONE_BLOCK"]
+    return not takes_fused(T) and bool(by_rank("dora_compose", device_of(x)[0], x.dtype, r)["ONE_BLOCK"])
 
 
 def forward(

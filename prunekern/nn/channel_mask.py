@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # The slope of a sigmoid at 0: open masks weigh in the norm of all gradients as they do once they are drawn.
 OPEN_SLOPE = 0.25
@@ -24,6 +30,12 @@ class ChannelMask(nn.Module):
     groups: number of channel groups. row_group: int64 [N], the group of each output channel, or None where group i
     is channel i. Logits are fp32 and start at 1 (all kept, as `threshold` starts at 0).
     """
+
+    threshold: Tensor
+    final: Tensor
+    saliency: Tensor
+    noise: Tensor
+    row_group: Tensor | None
 
     def __init__(self, groups: int, row_group: Tensor | None = None, temperature: float = 1.0):
         super().__init__()
@@ -99,12 +111,12 @@ class ChannelMask(nn.Module):
         groups = groups.to(dtype)
         return groups if self.row_group is None else groups.index_select(0, self.row_group)
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         self.open(self.is_open)  # on the new device
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.is_final = bool(self.final)
         self.logits.requires_grad_(not self.is_final)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from prunekern.ops.packing import is_packable, may_pack
 
 from .compact_linear import CompactLinear, packs
 from .packed import Packed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Layers = tuple[CompactLinear, CompactLinear, CompactLinear]
 _f32 = torch.float32
@@ -58,7 +62,8 @@ class CompactAttention(nn.Module):
         layers: one tuple (q, k, v) of CompactLinear. key_mask: bool [batch, tokens], True where a key may be read, or
         None. fuses: as `project`. TypeError or ValueError for layers that do not make the heads' channels.
         """
-        return self.attend(*self.project(x, layers, fuses), key_mask)
+        q, k, v = self.project(x, layers, fuses)
+        return self.attend(q, k, v, key_mask)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Of queries, and of keys and values of these and earlier tokens."""
@@ -123,14 +128,15 @@ class CompactAttention(nn.Module):
     def _drop(self) -> None:
         self._packed, self._layers = None, None
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._drop()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
+        return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop()
-        return super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(*args, **kwargs)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack their own.
         return {**self.__dict__, "_packed": None, "_layers": None}

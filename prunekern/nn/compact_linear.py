@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
 from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, may_pack, quantize_weight
 
 from .packed import Packed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class CompactLinear(nn.Module):
@@ -43,6 +47,11 @@ class CompactLinear(nn.Module):
     in_index: Tensor | None
     out_index: Tensor | None
     scale: Tensor | None
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _parameters: dict[str, Any]  # read in place of the attributes where speed counts
+    _buffers: dict[str, Any]
 
     def __init__(
         self,
@@ -127,9 +136,10 @@ class CompactLinear(nn.Module):
         if packed is None:
             return compact_linear(x, weight, bias, *rest, scale)
         if _is_compiling():  # a graph packs nothing, and compares address and version when it runs
-            return torch.ops.prunekern._compact_linear_cached(
+            y: Tensor = torch.ops.prunekern._compact_linear_cached(
                 x, weight, packed.weight, packed.addresses[0], packed.versions[0], bias, *rest, scale
             )
+            return y
         return compact_linear(x, packed.weight, packed.bias, *rest, packed.scale)
 
     def packed(self) -> Packed | None:
@@ -170,19 +180,30 @@ class CompactLinear(nn.Module):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         return x.to(dtype), None if residual is None else residual.to(dtype)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         scale, self._packed = self.scale, None
-        super()._apply(fn, recurse)
-        if scale is not None and self.scale.dtype != torch.float32:  # 16 bits would cost int8 its accuracy
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
+        if (
+            scale is not None and self.scale is not None and self.scale.dtype != torch.float32
+        ):  # 16 bits would cost int8 its accuracy
             self.scale = scale.to(self.scale.device)
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.scale is not None:
             destination[prefix + "weight"] = self.plain_weight()
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         self._packed = None
         name, new = prefix + "weight", state_dict.get(prefix + "weight")
         if self.scale is not None and new is not None and new.shape == self.weight.shape:
@@ -195,7 +216,7 @@ class CompactLinear(nn.Module):
             self.scale = scale.to(self.scale.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry the plain weight only; the copy packs its own.
         return {**self.__dict__, "_packed": None}
 
@@ -230,7 +251,9 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _index(name: str, index, length: int, size: int | None, device: torch.device) -> Tensor | None:
+def _index(
+    name: str, index: Tensor | Sequence[int] | None, length: int, size: int | None, device: torch.device
+) -> Tensor | None:
     """Checked here in full, so that a bad layer fails where it is built, with real values even on "meta"."""
     if index is None:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,9 @@ class CompactMLP(nn.Module):
     another forward in place of theirs, are called as modules.
     Raises TypeError or ValueError naming the argument.
     """
+
+    gate: CompactLinear | None
+    _modules: dict[str, Any]  # read in place of the attributes where speed counts
 
     def __init__(
         self,
@@ -51,7 +56,8 @@ class CompactMLP(nn.Module):
         if is_hooked(up, down) or (gate is not None and is_hooked(gate)):
             hidden = up(x) if gate is None else gate(x)
             hidden = activate(hidden, self.activation)
-            return down(hidden if gate is None else hidden * up(x), residual)
+            y: Tensor = down(hidden if gate is None else hidden * up(x), residual)
+            return y
         return mlp_call(up, down, x, residual, self.activation, gate)
 
     def extra_repr(self) -> str:
@@ -78,12 +84,14 @@ def mlp_call(
         activation = up.activation
     layers = (up, down) if gate is None else (up, down, gate)
     if _fuses(layers, x, residual):
-        y = fused_plain(*layers, x, residual, activation) if x.is_cuda else _fused(layers, x, residual, activation)
+        y = (fused_plain if x.is_cuda else _fused)(layers, x, residual, activation)
         if y is not None:
             return y
-    if gate is None:
-        return down(up.run(x, None, activation), residual)
-    return down(gate.run(x, None, activation) * up.run(x, None, "none"), residual)
+    hidden = up.run(x, None, activation if gate is None else "none")
+    if gate is not None:
+        hidden = gate.run(x, None, activation) * hidden
+    out: Tensor = down(hidden, residual)
+    return out
 
 
 def _fuses(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None) -> bool:
@@ -97,7 +105,7 @@ def _fuses(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
         return False
     if x.dtype is not _f32 and x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
         return False  # the layers settle on a dtype themselves
-    parameters = (weight, last, up._parameters["bias"], down._parameters["bias"])
+    parameters: tuple[Tensor | None, ...] = (weight, last, up._parameters["bias"], down._parameters["bias"])
     if x.is_cuda and len(layers) == 2:
         return False  # two launches either way
     if len(layers) == 3:
@@ -115,7 +123,8 @@ def _fuses(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
 def _fused(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None, activation: str) -> Tensor | None:
     """None where a layer has no packed weight."""
     up, down = layers[0], layers[1]
-    first, last, third = up.packed(), down.packed(), layers[2].packed() if len(layers) == 3 else _NOTHING
+    first, last = up.packed(), down.packed()
+    third: Any = layers[2].packed() if len(layers) == 3 else _NOTHING
     if first is None or last is None or third is None:
         return None
     rest = (
@@ -128,19 +137,25 @@ def _fused(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
         )  # fmt: skip
     packed = (first, last, third)[: len(layers)]
     biases, scales = ([getattr(layer, name) for layer in layers] + [None] for name in ("bias", "scale"))
-    return torch.ops.prunekern._compact_mlp_cached(
+    y: Tensor = torch.ops.prunekern._compact_mlp_cached(
         x, [layer.weight for layer in layers], [p.weight for p in packed], [p.addresses[0] for p in packed],
         [p.versions[0] for p in packed], *biases[:3], *scales[:3], *rest,
     )  # fmt: skip
+    return y
 
 
-def fused_plain(up, down, gate, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    index, out_index = up._buffers["in_index"], down._buffers["out_index"]
-    layers = (up, down, gate)
-    weights, biases = ([layer._parameters[name] for layer in layers] for name in ("weight", "bias"))
-    scales = [layer._buffers["scale"] for layer in layers]
-    widths = (up.out_features, down.out_features)
-    return compact_mlp(x, *weights, *biases, *scales, index, out_index, *widths, activation, residual)
+def fused_plain(
+    layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None, activation: str
+) -> Tensor:  # fmt: skip
+    """`compact_mlp` of a gated MLP (up, down, gate) on the plain weights."""
+    up, down = layers[0], layers[1]
+    first, last, third = (layer._parameters for layer in layers)
+    (up_scale, down_scale, gate_scale), index = (layer._buffers["scale"] for layer in layers), up._buffers["in_index"]
+    return compact_mlp(
+        x, first["weight"], last["weight"], third["weight"], first["bias"], last["bias"], third["bias"], up_scale,
+        down_scale, gate_scale, index, down._buffers["out_index"], up.out_features, down.out_features, activation,
+        residual,
+    )  # fmt: skip
 
 
 class _NOTHING:

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,32 +23,36 @@ def _placed(y: Tensor, index: Tensor, width: int) -> Tensor:
 
 class _Pick(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.width = x.shape[-1]
         return _picked(x, index)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _placed(grad, ctx.saved_tensors[0], ctx.width), None
 
 
 class _Place(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, index: Tensor, width: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, index: Tensor, width: int) -> Tensor:
         ctx.save_for_backward(index)
         return _placed(y, index, width)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _picked(grad, ctx.saved_tensors[0]), None, None
+
+
+_pick: Callable[..., Tensor] = _Pick.apply
+_place: Callable[..., Tensor] = _Place.apply
 
 
 def pick_channels(x: Tensor, index: Tensor) -> Tensor:
     """x [..., width], index int64 [n] without repetition -> x[..., index], [..., n]."""
-    return _Pick.apply(x, index)
+    return _pick(x, index)
 
 
 def place_channels(y: Tensor, index: Tensor, width: int) -> Tensor:
     """y [..., n], index int64 [n] without repetition -> [..., width], zero elsewhere."""
-    return _Place.apply(y, index, width)
+    return _place(y, index, width)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,13 @@ from ..ops.dora_gain import factored_inv_norm
 from .channel_mask import ChannelMask
 from .merging import merge
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-def _changed(normed: tuple | None, now: tuple, count: int) -> bool:
+Versions = tuple[tuple[Tensor, int], ...]  # tensors, and how often each was changed
+
+
+def _changed(normed: Versions | None, now: Versions, count: int) -> bool:
     """Whether one of the first `count` tensors is another one, or another version, than the norm was computed from."""
     return normed is None or any(a is not b or v != w for (a, v), (b, w) in zip(normed[:count], now, strict=False))
 
@@ -27,6 +34,9 @@ class MaskedDoRALinear(nn.Module):
     caches it until A, B or V change; "full" differentiates through it and computes it at every forward.
     Dropout acts on the input of the low-rank branch only.
     """
+
+    v_sqnorm: Tensor
+    inv_norm: Tensor
 
     def __init__(
         self,
@@ -64,7 +74,7 @@ class MaskedDoRALinear(nn.Module):
         self.register_buffer("inv_norm", torch.zeros(N, dtype=dtype, device=device), persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.mask = mask
-        self._normed: tuple | None = None  # versions of (weight, A, B) that inv_norm belongs to
+        self._normed: Versions | None = None  # versions of (weight, A, B) that inv_norm belongs to
         self.refresh()
 
     def set_low_rank(self, rank: int, scale: float) -> None:
@@ -77,7 +87,7 @@ class MaskedDoRALinear(nn.Module):
         self.rank, self.scale = rank, float(scale)
         self.refresh()
 
-    def _versions(self) -> tuple:
+    def _versions(self) -> Versions:
         # Identity and version: an optimiser step changes the version, functional_call or assignment the identity. The
         # tensors themselves are held, as a new one could otherwise stand at the address of the last.
         return tuple((t, 0 if t.is_inference() else t._version) for t in (self.weight, self.A, self.B))
@@ -124,7 +134,7 @@ class MaskedDoRALinear(nn.Module):
         m_b = self.mask_values()
         bias = self.bias if self.bias is None or m_b is None else m_b * self.bias
         x_lora = self.dropout(x) if self.training and self.dropout.p > 0 else None
-        probe = None if m_b is None else self.mask.probe_rows()
+        probe = None if m_b is None or self.mask is None else self.mask.probe_rows()
         return ops.dora_linear(x, self.weight, self.A, self.B, self.gain(m_b), bias, self.scale, x_lora, probe)
 
     @torch.no_grad()
@@ -137,17 +147,17 @@ class MaskedDoRALinear(nn.Module):
         bias = self.bias if self.bias is None or rows is None else self.bias.index_select(0, rows)
         return weight, bias if bias is None else bias.detach().clone()
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         self._normed = None  # moved or cast: identity may stay while the numbers change
         self.refresh()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_normed": None}  # a copy's versions start anew
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,33 +26,36 @@ class Packed:
     weights that do not go together.
     """
 
-    __slots__ = ("weight", "bias", "scale", "tensors", "addresses", "versions", "_checks", "_alive")
+    __slots__ = ("weight", "bias", "scale", "tensors", "addresses", "versions", "checks", "_alive")
 
-    def __init__(self, layers: Sequence[nn.Module]):
-        weights = [layer.weight for layer in layers]
+    def __init__(self, layers: Sequence[Any]):
+        weights: list[Tensor] = [layer.weight for layer in layers]
         if not weights or not all(map(is_packable, weights)) or len({(w.dtype, w.shape[1]) for w in weights}) > 1:
             got = ", ".join(f"{list(w.shape)} {w.dtype} on {w.device}" for w in weights)
             raise ValueError(f"Packed: weights must share K and be all {', all '.join(KIND.values())} (got {got})")
         self.bias = _joined_bias(layers)
         self.scale = _joined_scale(layers)
-        owners = [(layer._parameters, name) for name in ("weight", "bias") for layer in layers]
+        owners: list[tuple[dict[str, Any], str]] = [
+            (layer._parameters, name) for name in ("weight", "bias") for layer in layers
+        ]
         if self.scale is not None:
             owners += [(layer._buffers, "scale") for layer in layers]
-        self.tensors = tuple(owner[name] for owner, name in owners)
+        self.tensors: tuple[Tensor | None, ...] = tuple(owner[name] for owner, name in owners)
         # What is used as it is, not copied, may change its values: only its identity counts.
         copied = [t if t is not None and t is not self.bias and t is not self.scale else None for t in self.tensors]
         self.addresses = tuple(0 if t is None else t.data_ptr() for t in copied)
         self.versions = tuple(-1 if t is None else version_of(t) for t in copied)
         # After the versions: what another thread changes meanwhile is packed again.
         self.weight = pack_weight(weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights]))
-        self._checks = tuple(
-            (*o, *c) for o, *c in zip(owners, self.tensors, self.addresses, self.versions, strict=True)
+        described = zip(owners, self.tensors, self.addresses, self.versions, strict=True)
+        self.checks: tuple[tuple[dict[str, Any], str, Any, int, int], ...] = tuple(
+            (owner, name, tensor, address, version) for (owner, name), tensor, address, version in described
         )
         self._alive = [None if t is None else t.detach() for t in copied]  # no other tensor gets these addresses
 
     def is_fresh(self) -> bool:
         """Whether every tensor packed is still the layer's, lies where it lay, and was not changed in place."""
-        for owner, name, tensor, address, version in self._checks:
+        for owner, name, tensor, address, version in self.checks:
             if owner[name] is not tensor:
                 return False
             if address and (tensor.data_ptr() != address or (version >= 0 and tensor._version != version)):
@@ -59,20 +63,22 @@ class Packed:
         return True
 
 
-def _joined_bias(layers: Sequence[nn.Module]) -> Tensor | None:
-    biases = [layer.bias for layer in layers]
+def _joined_bias(layers: Sequence[Any]) -> Tensor | None:
+    biases: list[Tensor | None] = [layer.bias for layer in layers]
     if all(bias is None for bias in biases):
         return None
-    if len(layers) == 1 and biases[0].dtype == torch.float32:
-        return biases[0]
+    first = biases[0]
+    if len(layers) == 1 and first is not None and first.dtype == torch.float32:
+        return first
     filled = [layer.weight.new_zeros(layer.weight.shape[0], dtype=torch.float32) for layer in layers]
     return torch.cat([z if b is None else b.detach().float() for z, b in zip(filled, biases, strict=True)])
 
 
-def _joined_scale(layers: Sequence[nn.Module]) -> Tensor | None:
-    if layers[0].scale is None:
+def _joined_scale(layers: Sequence[Any]) -> Tensor | None:
+    scale: Tensor | None = layers[0].scale
+    if scale is None:
         return None
-    return layers[0].scale if len(layers) == 1 else torch.cat([layer.scale for layer in layers])
+    return scale if len(layers) == 1 else torch.cat([layer.scale for layer in layers])
 
 
 def pack_all(model: nn.Module) -> None:
@@ -81,9 +87,10 @@ def pack_all(model: nn.Module) -> None:
     Calls `pack()` of every module that has it. A module that packs layers together (a `Packed` of several) names
     them in `packs_together()`: these are not packed alone too.
     """
-    together = [layer for m in model.modules() if hasattr(m, "packs_together") for layer in m.packs_together()]
+    modules: list[Any] = list(model.modules())
+    together = [layer for m in modules if hasattr(m, "packs_together") for layer in m.packs_together()]
     done = {id(layer) for layer in together}
     with side_by_side():
-        for module in model.modules():
+        for module in modules:
             if hasattr(module, "pack") and id(module) not in done:
                 module.pack()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ _ACTIVATIONS = {
 }
 
 
-class _Shrunk:
+class _Shrunk(nn.Module):
     """scatter(act(layer(x))) + residual, of a layer whose weight holds the kept rows and columns only.
 
     `dense_shape` is the (rows, columns) the layer had. `take_place` says where the output channels belong.
@@ -28,12 +30,12 @@ class _Shrunk:
 
     def take_place(self, out_index: Tensor | None, out_features: int, activation: str) -> None:
         """out_index: int64, the channels of y [..., out_features] this layer makes; None: all."""
-        device = self.weight.device
+        device = self.get_parameter("weight").device
         self.register_buffer("out_index", None if out_index is None else out_index.to(device), persistent=False)
         self.scattered_to, self.activation = out_features, activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = super().forward(x)
+        y: Tensor = super().forward(x)  # of the layer it is mixed into
         if self.activation != "none":
             y = _ACTIVATIONS[self.activation](y)
         if self.out_index is not None:
@@ -57,7 +59,7 @@ class ShrunkLinear(_Shrunk, nn.Linear):
 
 
 @torch.no_grad()
-def shrink_linear(layer: nn.Module, rows: Tensor, cols: Tensor, state: dict | None = None) -> nn.Module:
+def shrink_linear(layer: Any, rows: Tensor, cols: Tensor, state: dict[Any, Any] | None = None) -> Any:
     """Drop all rows and columns of `layer` (MaskedDoRALinear or nn.Linear) but these, in place; returns the layer.
 
     rows, cols: sorted int64. state: `optimizer.state`, whose tensors follow their parameters. The parameters stay
@@ -99,7 +101,7 @@ def shrink_linear(layer: nn.Module, rows: Tensor, cols: Tensor, state: dict | No
     return layer
 
 
-def _keep(parameter: nn.Parameter, sides, state: dict | None) -> None:
+def _keep(parameter: nn.Parameter, sides: tuple[tuple[int, Tensor], ...], state: dict[Any, Any] | None) -> None:
     """Select along dimensions, in the parameter and the optimiser's tensors of its shape, or of its factors'.
 
     An optimiser that keeps something else of the parameter forgets it, and begins anew with it.
@@ -137,7 +139,7 @@ def _keep(parameter: nn.Parameter, sides, state: dict | None) -> None:
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
 
 
-def _rescale(state: dict, ratio: Tensor) -> None:
+def _rescale(state: dict[str, Any], ratio: Tensor) -> None:
     for name, power in _POWERS.items():
         if isinstance(state.get(name), Tensor) and state[name].shape == ratio.shape:
             state[name].div_(ratio**power)

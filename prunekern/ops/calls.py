@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunekern import _native
 
-# The core looks into tensors itself (csrc/eager_tensor.h); False without the core or with torch < 2.10.
+# The core looks into tensors itself (csrc/python/tensors.h); False without the core or with torch < 2.10.
 EAGER: bool = _native.available() and _native.core().use_tensor_types(Tensor, torch.nn.Parameter)
 
 # What an eager call asks every time, looked up once: an attribute of torch costs as much as the question.

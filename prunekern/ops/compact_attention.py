@@ -11,10 +11,11 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .registering import register
 
 OP = "compact_attention"
 _RUN: Callable[..., None] | None = _native.core().compact_attention if _native.available() else None
-# The whole eager call in one C function (csrc/eager_attention.cpp), which gives None for a call that it leaves to the
+# The whole eager call in one C function (csrc/python/attention.cpp), which gives None for a call that it leaves to the
 # op; None without the core or with torch < 2.10.
 _EAGER: Callable[..., Tensor | None] | None = _native.core().call_attention if calls.EAGER else None
 _f32 = torch.float32
@@ -89,9 +90,7 @@ def compact_attention_reference(
     return y.to(out)
 
 
-def _heads(
-    qk_first: Sequence[int], v_first: Sequence[int], shared_by: int
-) -> Iterator[tuple[slice, slice, slice]]:
+def _heads(qk_first: Sequence[int], v_first: Sequence[int], shared_by: int) -> Iterator[tuple[slice, slice, slice]]:
     """(query, key, value channels) of every query head, as slices."""
     for a, b, c, d in zip(qk_first, qk_first[1:], v_first, v_first[1:], strict=False):
         for i in range(shared_by):
@@ -191,11 +190,9 @@ def _run(
 
 # --- registration -----------------------------------------------------------------------------------------------
 
-_LIB = torch.library.Library("prunekern", "FRAGMENT")
-_LIB.define(
+_SCHEMA = (
     "compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first, Tensor? key_mask, float scale, "
-    "int shared_by=1, bool causal=False) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "int shared_by=1, bool causal=False) -> Tensor"
 )
 
 
@@ -246,6 +243,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None, None, None, None, None, None)
 
 
-_LIB.impl("compact_attention", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("prunekern::compact_attention", _fake, lib=_LIB)
-torch.library.register_autograd("prunekern::compact_attention", _backward, setup_context=_setup_context, lib=_LIB)
+register(_SCHEMA, _forward, fake=_fake, backward=_backward, setup_context=_setup_context)

@@ -15,6 +15,7 @@ from prunekern import _native, kernels
 
 from . import calls, checks
 from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed, is_unchanged
+from .registering import register
 
 OP = "compact_linear"
 # Position: the number the C++ core knows it by. Every one maps 0 to 0: a removed channel is exactly zero after it.
@@ -189,9 +190,7 @@ def _check_packed(
     return n, k
 
 
-def _sizes(
-    x: Tensor, packed: Tensor, in_index: Tensor | None, out_index: Tensor | None, n_out: int
-) -> tuple[int, int]:
+def _sizes(x: Tensor, packed: Tensor, in_index: Tensor | None, out_index: Tensor | None, n_out: int) -> tuple[int, int]:
     """Outputs and inputs of a packed weight. Panels of bfloat16 pad their inputs: there the caller's count stands."""
     n = n_out if out_index is None else out_index.numel()
     if packed.dim() == 3:
@@ -228,18 +227,13 @@ def _run_packed(
 
 # --- registration -----------------------------------------------------------------------------------------------
 
-_LIB = torch.library.Library("prunekern", "FRAGMENT")
 _ARGS = "Tensor? bias, Tensor? in_index, Tensor? out_index, int n_out, str activation, Tensor? residual"
-_LIB.define(
-    f"compact_linear(Tensor x, Tensor packed, {_ARGS}, Tensor? scale=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_SCHEMA = f"compact_linear(Tensor x, Tensor packed, {_ARGS}, Tensor? scale=None) -> Tensor"
 # What compiled modules call: `packed` was made of `weight` when it lay at `address` and had `version`. A graph cannot
 # guard on these, so they are compared when it runs: a weight changed since then is read itself.
-_LIB.define(
+_CACHED_SCHEMA = (
     "_compact_linear_cached(Tensor x, Tensor weight, Tensor packed, int address, int version, "
-    f"{_ARGS}, Tensor? scale) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"{_ARGS}, Tensor? scale) -> Tensor"
 )
 
 
@@ -277,9 +271,7 @@ GATHER_ROWS, PAD_ROWS = 64, 512  # from so many rows on
 STEP = 16  # inputs that whole 16-byte loads go into, whatever the dtype
 
 
-def lined_up(
-    x: Tensor, in_index: Tensor | None, *weights: Tensor
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+def lined_up(x: Tensor, in_index: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The same products with their inputs side by side, and a multiple of STEP of them, where many rows pay for it.
 
     Every block of columns reads x again: gathered loads are of one element each, and so are those of a width that is no
@@ -371,8 +363,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.with_residual else None, None
 
 
-_LIB.impl("compact_linear", _forward, "CompositeExplicitAutograd")
-_LIB.impl("_compact_linear_cached", _forward_cached, "CompositeExplicitAutograd")
-torch.library.register_fake("prunekern::compact_linear", _fake, lib=_LIB)
-torch.library.register_fake("prunekern::_compact_linear_cached", _fake_cached, lib=_LIB)
-torch.library.register_autograd("prunekern::compact_linear", _backward, setup_context=_setup_context, lib=_LIB)
+register(_SCHEMA, _forward, fake=_fake, backward=_backward, setup_context=_setup_context)
+register(_CACHED_SCHEMA, _forward_cached, fake=_fake_cached)

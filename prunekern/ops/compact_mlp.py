@@ -15,6 +15,7 @@ from prunekern import _native, kernels
 from . import calls, checks
 from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference, lined_up
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, is_unchanged
+from .registering import register
 
 OP = "compact_mlp"
 # The whole eager call in one C function, which gives None for a call that it leaves to the op.
@@ -159,9 +160,7 @@ def _check_shapes(
         checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
 
 
-def _named(
-    up: Tensor | None, down: Tensor | None, gate: Tensor | None, suffix: str = ""
-) -> dict[str, Tensor | None]:
+def _named(up: Tensor | None, down: Tensor | None, gate: Tensor | None, suffix: str = "") -> dict[str, Tensor | None]:
     return {"up" + suffix: up, "down" + suffix: down, "gate" + suffix: gate}
 
 
@@ -251,18 +250,16 @@ def _run_triton(
 
 # --- registration -----------------------------------------------------------------------------------------------
 
-_LIB = torch.library.Library("prunekern", "FRAGMENT")
 _REST = (
     "Tensor? up_bias, Tensor? down_bias, Tensor? gate_bias, Tensor? up_scale, Tensor? down_scale, "
     "Tensor? gate_scale, Tensor? in_index, Tensor? out_index, int n_hidden, int n_out, str activation, "
     "Tensor? residual) -> Tensor"
 )
-_LIB.define(f"compact_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, {_REST}", tags=(torch.Tag.pt2_compliant_tag,))
+_SCHEMA = f"compact_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, {_REST}"
 # What compiled modules call, as in compact_linear.py: packed weights, and the plain ones they were made of. The lists
 # have one entry a layer.
-_LIB.define(
-    "_compact_mlp_cached(Tensor x, Tensor[] weights, Tensor[] packed, int[] addresses, int[] versions, " + _REST,
-    tags=(torch.Tag.pt2_compliant_tag,),
+_CACHED_SCHEMA = (
+    "_compact_mlp_cached(Tensor x, Tensor[] weights, Tensor[] packed, int[] addresses, int[] versions, " + _REST
 )
 
 
@@ -302,8 +299,5 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(f"{OP}: this op is for inference; prunekern.ops.compact_mlp on plain weights has a gradient")
 
 
-_LIB.impl("compact_mlp", _forward, "CompositeExplicitAutograd")
-_LIB.impl("_compact_mlp_cached", _forward_cached, "CompositeExplicitAutograd")
-torch.library.register_fake("prunekern::compact_mlp", _fake, lib=_LIB)
-torch.library.register_fake("prunekern::_compact_mlp_cached", _fake_cached, lib=_LIB)
-torch.library.register_autograd("prunekern::compact_mlp", _backward, lib=_LIB)
+register(_SCHEMA, _forward, fake=_fake, backward=_backward)
+register(_CACHED_SCHEMA, _forward_cached, fake=_fake_cached)

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunekern import kernels
 
 from . import checks
+from .registering import register
 
 
 def row_sqnorm(V: Tensor) -> Tensor:
@@ -54,8 +55,10 @@ def factored_inv_norm(V: Tensor, A: Tensor, B: Tensor, s: float, v_sqnorm: Tenso
     return torch.where(positive, torch.where(positive, sqnorm, 1.0).rsqrt(), 0.0)
 
 
-@torch.library.custom_op("prunekern::dora_gain_forward", mutates_args=())
-def _forward(
+_SCHEMA = "(Tensor V, Tensor A, Tensor B, Tensor m, Tensor? m_b, float s, Tensor v_sqnorm) -> (Tensor, Tensor)"
+
+
+def _compute(
     V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
 ) -> tuple[Tensor, Tensor]:
     inv_norm = factored_inv_norm(V, A, B, s, v_sqnorm)
@@ -79,8 +82,7 @@ def _check(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, v_sqn
     checks.same_device(op, "V", V.device, A=A, B=B, m=m, m_b=m_b, v_sqnorm=v_sqnorm)
 
 
-@_forward.register_fake
-def _(
+def _fake(
     V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
 ) -> tuple[Tensor, Tensor]:
     dtype = checks.compute_dtype(V, A, B)
@@ -104,7 +106,9 @@ def _backward(ctx: Any, d_gain: Tensor, _d_inv_norm: Tensor | None) -> tuple[Ten
     return None, None, None, d_m, d_mb, None, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_forward = register(
+    "dora_gain_forward" + _SCHEMA, _compute, fake=_fake, backward=_backward, setup_context=_setup_context
+)
 
 
 @functools.cache
@@ -125,11 +129,7 @@ def triton_op() -> Callable[..., tuple[Tensor, Tensor]]:
 
 kernels.register_early(triton_op)
 
-_SCHEMA = "(Tensor V, Tensor A, Tensor B, Tensor m, Tensor? m_b, float s, Tensor v_sqnorm) -> (Tensor, Tensor)"
-torch.library.define("prunekern::dora_gain", _SCHEMA)
 
-
-@torch.library.impl("prunekern::dora_gain", "CompositeImplicitAutograd")
 def _dora_gain(
     V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,9 @@ def _dora_gain(
     usable = kernels.usable(V, A, B, m, m_b, rank=A.shape[0])
     pair: tuple[Tensor, Tensor] = (triton_op() if usable else _forward)(V, A, B, m, m_b, s, v_sqnorm)
     return pair
+
+
+register("dora_gain" + _SCHEMA, _dora_gain, key="CompositeImplicitAutograd")
 
 
 def dora_gain(

@@ -23,6 +23,7 @@ from torch import Tensor
 from prunekern import kernels
 
 from . import checks
+from .registering import implement, register
 
 
 def dora_linear_reference(
@@ -45,8 +46,10 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-@torch.library.custom_op("prunekern::dora_linear_forward", mutates_args=())
-def _forward(
+_ARGS = "Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s"
+
+
+def _compute(
     x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, x_lora: Tensor | None,
     probe: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -63,8 +66,7 @@ def _forward(
     return y.to(x.dtype).view(*x.shape[:-1], V.shape[0]), z, p
 
 
-@_forward.register_fake
-def _(
+def _fake(
     x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, x_lora: Tensor | None,
     probe: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -169,7 +171,11 @@ def _sums(dy: Tensor, p: Tensor) -> Tensor:
     return dy.T.float() @ p.float()
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_forward = register(
+    # No defaults: an argument left out would be missing from what the gradient asks for.
+    f"dora_linear_forward({_ARGS}, Tensor? x_lora, Tensor? probe) -> (Tensor, Tensor, Tensor)", _compute, fake=_fake,
+    backward=_backward, setup_context=_setup_context,
+)  # fmt: skip
 
 
 # --- Triton -------------------------------------------------------------------------------------------------------
@@ -212,12 +218,6 @@ def triton_ops() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable
 
 kernels.register_early(triton_ops)
 
-_SCHEMA = (
-    "(Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s, Tensor? x_lora=None, "
-    "Tensor? probe=None) -> Tensor"
-)
-torch.library.define("prunekern::dora_linear", _SCHEMA)
-
 
 def _check(
     x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, x_lora: Tensor | None,
@@ -243,7 +243,6 @@ def _check(
     checks.same_device(op, "x", x.device, **others)
 
 
-@torch.library.impl("prunekern::dora_linear", "CompositeImplicitAutograd")
 def _dora_linear(
     x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float,
     x_lora: Tensor | None = None, probe: Tensor | None = None,
@@ -260,8 +259,7 @@ def _register_autocast(device: str, key: str) -> None:
     # The products run in the autocast dtype; gain and bias stay fp32, where a gain near 1 would round to 1 in bf16.
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    @torch.library.impl("prunekern::dora_linear", key)
-    def _(
+    def cast(
         x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float,
         x_lora: Tensor | None = None, probe: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
@@ -272,7 +270,14 @@ def _register_autocast(device: str, key: str) -> None:
             y: Tensor = torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora, probe)
             return y
 
+    implement("dora_linear", key, cast)
 
+
+register(
+    f"dora_linear({_ARGS}, Tensor? x_lora=None, Tensor? probe=None) -> Tensor",
+    _dora_linear,
+    key="CompositeImplicitAutograd",
+)
 _register_autocast("cuda", "AutocastCUDA")
 _register_autocast("cpu", "AutocastCPU")
 

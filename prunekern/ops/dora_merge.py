@@ -12,10 +12,17 @@ from torch import Tensor
 from prunekern import kernels
 
 from . import checks
+from .registering import register
 
 
 def dora_merge_reference(
-    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None = None, cols: Tensor | None = None, s: float = 1.0
+    V: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gain: Tensor,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+    s: float = 1.0,
 ) -> Tensor:
     """The definition on the whole matrix, then the removal."""
     dtype = checks.compute_dtype(V, A, B, gain)
@@ -25,9 +32,11 @@ def dora_merge_reference(
     return W.to(V.dtype)
 
 
-@torch.library.custom_op("prunekern::dora_merge_forward", mutates_args=())
-def _forward(
-    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float
+_SCHEMA = "(Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? rows, Tensor? cols, float s=1.0) -> Tensor"
+
+
+def _compute(
+    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
 ) -> Tensor:
     dtype = checks.compute_dtype(V, A, B, gain)
     if rows is not None:
@@ -56,14 +65,14 @@ def _check(V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, c
 
 
 def _empty(
-    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float
+    V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
 ) -> Tensor:
     N = V.shape[0] if rows is None else rows.shape[0]
     K = V.shape[1] if cols is None else cols.shape[0]
     return V.new_empty(N, K)
 
 
-_forward.register_fake(_empty)
+_forward = register("dora_merge_forward" + _SCHEMA, _compute, fake=_empty)
 
 
 @functools.cache
@@ -81,11 +90,7 @@ def triton_op() -> Callable[..., Tensor]:
 
 kernels.register_early(triton_op)
 
-_SCHEMA = "(Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? rows, Tensor? cols, float s=1.0) -> Tensor"
-torch.library.define("prunekern::dora_merge", _SCHEMA)
 
-
-@torch.library.impl("prunekern::dora_merge", "CompositeExplicitAutograd")
 def _dora_merge(
     V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
 ) -> Tensor:
@@ -98,8 +103,7 @@ def _dora_merge(
     return merged
 
 
-@torch.library.register_fake("prunekern::dora_merge")
-def _(
+def _fake(
     V: Tensor, A: Tensor, B: Tensor, gain: Tensor, rows: Tensor | None, cols: Tensor | None, s: float = 1.0
 ) -> Tensor:
     _check(V, A, B, gain, rows, cols)  # a compiled graph, or one argument on meta, comes here only
@@ -110,7 +114,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError("dora_merge: has no gradient; train through dora_linear")
 
 
-torch.library.register_autograd("prunekern::dora_merge", _backward)
+register("dora_merge" + _SCHEMA, _dora_merge, fake=_fake, backward=_backward)
 
 
 def dora_merge(

@@ -195,7 +195,7 @@ def side_by_side() -> Iterator[None]:
 
 
 def _empty_panels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Where they fill a huge page (2 MiB), or in `side_by_side`, they lie on such pages: csrc/huge_pages.h says why."""
+    """Where they fill a huge page (2 MiB), or in `side_by_side`, they lie on such pages (csrc/loops/huge_pages.h)."""
     size = math.prod(shape) * dtype.itemsize
     if _arena.depth and size <= _CHUNK // 2:
         if _arena.memory is None or _arena.used + size > _arena.memory.numel():

@@ -11,10 +11,11 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .registering import register
 
 OP = "rms_norm"
 _RUN: Callable[..., None] | None = _native.core().rms_norm if _native.available() else None
-# csrc/eager_norm.cpp; it gives None for a call that it leaves to the op.
+# csrc/python/norm.cpp; it gives None for a call that it leaves to the op.
 _EAGER: Callable[..., Tensor | None] | None = _native.core().call_norm if calls.EAGER else None
 _f32 = torch.float32
 
@@ -82,8 +83,7 @@ def _run(run: Callable[..., None], x: Tensor, weight: Tensor, eps: float) -> Ten
 
 # --- registration -----------------------------------------------------------------------------------------------
 
-_LIB = torch.library.Library("prunekern", "FRAGMENT")
-_LIB.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_SCHEMA = "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor"
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -117,6 +117,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_x, d_weight, None
 
 
-_LIB.impl("rms_norm", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("prunekern::rms_norm", _fake, lib=_LIB)
-torch.library.register_autograd("prunekern::rms_norm", _backward, setup_context=_setup_context, lib=_LIB)
+register(_SCHEMA, _forward, fake=_fake, backward=_backward, setup_context=_setup_context)

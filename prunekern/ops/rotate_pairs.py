@@ -11,10 +11,11 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .registering import register
 
 OP = "rotate_pairs"
 _RUN: Callable[..., None] | None = _native.core().rotate_pairs if _native.available() else None
-# csrc/eager_rotary.cpp; it gives None for a call that it leaves to the op.
+# csrc/python/rotary.cpp; it gives None for a call that it leaves to the op.
 _EAGER: Callable[..., Tensor | None] | None = _native.core().call_rotary if calls.EAGER else None
 _f32 = torch.float32
 
@@ -113,11 +114,7 @@ def _run(
 
 # --- registration -----------------------------------------------------------------------------------------------
 
-_LIB = torch.library.Library("prunekern", "FRAGMENT")
-_LIB.define(
-    "rotate_pairs(Tensor x, Tensor cos, Tensor sin, Tensor angle, int[] first, int shared_by) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_SCHEMA = "rotate_pairs(Tensor x, Tensor cos, Tensor sin, Tensor angle, int[] first, int shared_by) -> Tensor"
 
 
 def _forward(x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[int], shared_by: int) -> Tensor:
@@ -145,6 +142,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return turned_back, None, None, None, None, None
 
 
-_LIB.impl("rotate_pairs", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("prunekern::rotate_pairs", _fake, lib=_LIB)
-torch.library.register_autograd("prunekern::rotate_pairs", _backward, setup_context=_setup_context, lib=_LIB)
+register(_SCHEMA, _forward, fake=_fake, backward=_backward, setup_context=_setup_context)

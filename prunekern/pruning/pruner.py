@@ -269,7 +269,7 @@ class Pruner:
 
         def make(
             name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str
-        ) -> nn.Module:
+        ) -> Any:
             kept = plan.layers[name]
             layer = shrink_linear(self.model.get_submodule(name), kept.rows, kept.cols, state)
             layer.take_place(out_index, out_features, activation)

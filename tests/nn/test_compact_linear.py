@@ -290,7 +290,7 @@ def test_gated_mlp_on_plain_weights(kind):
     mlp = CompactMLP(up, CompactLinear(torch.randn(3, 4), None, None, kept, 6, weights=kind), gate, "silu")
     x, residual = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
     for added in (None, residual):
-        got = fused_plain(mlp.up, mlp.down, mlp.gate, x, added, "silu")
+        got = fused_plain((mlp.up, mlp.down, mlp.gate), x, added, "silu")
         torch.testing.assert_close(got, mlp(x, added), rtol=1e-4, atol=1e-4)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import Cache
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-# csrc/eager_decoder_block.cpp
+# csrc/python/decoder_block.cpp
 _RUN: Callable[..., Tensor | None] | None = _native.core().call_decoder_block if calls.EAGER else None
 _UNCHANGED: Callable[..., bool] | None = _native.core().unchanged if calls.EAGER else None
 _FEW_ROWS = 8  # beyond, the products take so long that what is between them does not count
@@ -76,7 +76,7 @@ class Step:
             same += [m._parameters, "weight", m.weight, m.__dict__, "variance_epsilon", m.variance_epsilon]
         tensors: list[object] = []
         for p in (qkv, o, *mlp):
-            for owner, name, tensor, address, version in p._checks:
+            for owner, name, tensor, address, version in p.checks:
                 same += [owner, name, tensor]
                 tensors += [tensor, address, version] if address else []
         config = attention.config.__dict__
