@@ -144,7 +144,7 @@ def test_inputs_lined_up_for_many_rows(rows, K, scatter, activation, monkeypatch
         flat, added = two
         want, bound = exact(flat, W, None, in_index, out_index, n_out, activation, added, None)
         check(y.reshape(-1, n_out), want, bound + 1e-6, torch.float32)
-        _, index, w = op.lined_up(x, in_index, W)
+        _, index, (w,) = op.lined_up(x, in_index, W)
         assert (index is None) == (not gather or (rows >= 8 and K > 0))
         assert w.shape[1] == (32 if K == 20 and rows >= 16 else K)
 
