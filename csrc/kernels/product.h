@@ -26,7 +26,7 @@ struct PrepareArgs {
 // What becomes of the sums of one row tile.
 struct Finish {
   EpilogueArgs args;  // acc: [rows, width], rows <= tile_rows, as the product leaves sums: fp32, or int32
-  const char* x;      // the row tile they were made of
+  const char* tail;   // of the row tile they were made of: what it says of its rows
   const float* by;    // [rows, width]: what the activated sums are multiplied with; null: nothing
   bool keep;          // they stay in acc, nothing is written
   std::int64_t activated, written;  // rows done so far

@@ -95,7 +95,7 @@ class Panels {
       const std::int64_t first = t * product_.tile_rows;
       finishes[t] =
           finish_at(row + first, std::min(product_.tile_rows, rows - first), i * product_.row_tiles + t, p);
-      finishes[t].x = args.x + t * x_tile_bytes_;
+      finishes[t].tail = args.x + t * x_tile_bytes_ + k_steps_ * product_.step_bytes;
     }
     if (gate != nullptr) {
       use_panel(*gate, p, i, args);

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import prunekern
+
 try:
     import tomllib
 except ImportError:  # Python 3.10
@@ -52,6 +54,14 @@ def test_torch_is_no_build_dependency():
     assert [r for r in project["project"]["dependencies"] if r.startswith("torch>=")]
 
 
+def test_the_version_stands_in_one_place():
+    """`__version__`, which setuptools and CMake read as text: pyproject.toml and CMakeLists.txt have no number."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "prunekern.__version__"}
+    assert "project(prunekern VERSION ${PRUNEKERN_VERSION} " in (ROOT / "CMakeLists.txt").read_text()
+
+
 @compiler
 def test_wheel_has_the_core_and_the_core_needs_no_torch(sources, tmp_path):
     result = subprocess.run(
@@ -59,7 +69,7 @@ def test_wheel_has_the_core_and_the_core_needs_no_torch(sources, tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    (wheel,) = tmp_path.glob("prunekern-*.whl")
+    (wheel,) = tmp_path.glob(f"prunekern-{prunekern.__version__}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
@@ -111,6 +121,8 @@ def test_a_cpp_program_links_the_installed_library(tmp_path):
     cmake("-S", ROOT, "-B", tmp_path / "library", "-G", "Ninja", ninja)
     cmake("--build", tmp_path / "library")
     cmake("--install", tmp_path / "library", "--prefix", prefix)
+    (version,) = prefix.rglob("prunekernConfigVersion.cmake")
+    assert f'set(PACKAGE_VERSION "{prunekern.__version__}")' in version.read_text()
     cmake("-S", ROOT / "examples/cpp", "-B", tmp_path / "build", "-G", "Ninja", ninja, f"-DCMAKE_PREFIX_PATH={prefix}")
     cmake("--build", tmp_path / "build")
     assert "right" in subprocess.check_output([tmp_path / "build/deploy"], text=True)
