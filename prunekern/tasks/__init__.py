@@ -25,9 +25,9 @@ from .choice import ChoiceTask
 from .language import LanguageTask
 from .task import DataError, Task
 
-AnyTask = Task | LanguageTask | ChoiceTask
+AnyTask = Task | LanguageTask | ChoiceTask  # what `get` returns
 
-__all__ = ["AnyTask", "ChoiceTask", "DataError", "LanguageTask", "Task", "get", "names"]
+__all__ = ["ChoiceTask", "DataError", "LanguageTask", "Task", "get", "names"]
 
 
 def names() -> tuple[str, ...]:
