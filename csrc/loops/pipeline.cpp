@@ -9,7 +9,6 @@ namespace {
 
 // Bytes of weights drawn in ahead where a block is one group of rows: 16 KB was the best on Sapphire Rapids.
 constexpr std::int64_t kAhead = 16384;
-constexpr int kMaxRowTiles = 2;
 
 struct Ones {
   alignas(64) float values[kMaxWidth];
