@@ -1,6 +1,6 @@
 // A row of the table: one way of multiplying that is no fp32 arithmetic. Its kernel file says what it
 // multiplies, from how many rows on it is worth while, how it wants rows of x, and gives three functions; the
-// loops (loops/prepared.h) do the rest, for every row alike.
+// loops (loops/prepared.h, loops/pipeline.h) do the rest, for every row alike.
 //
 // Rows of x are prepared once for a block, as row tiles of `tile_rows` rows: rounded, quantised by row,
 // whatever the row multiplies. Only its functions look into them.
@@ -58,7 +58,7 @@ struct ProductArgs {
 struct Product {
   WeightType weights;                   // what it multiplies
   std::int64_t least_rows[kElements];   // from how many rows on, by Element of x; kNever
-  std::int64_t tile_rows, row_tiles;    // rows of a row tile; row tiles of one product at most
+  std::int64_t tile_rows, row_tiles;    // rows of a row tile; row tiles of one product, at most kMaxRowTiles
   std::int64_t step_inputs;             // inputs of one step of k
   std::int64_t step_bytes, tail_bytes;  // of a row tile
   std::int64_t panel_step_bytes;        // of a panel, one step of k
@@ -78,6 +78,7 @@ struct Product {
 };
 
 constexpr std::int64_t kNever = INT64_MAX;
+constexpr int kMaxRowTiles = 2;                 // of one product
 constexpr std::int64_t kMaxProductSums = 1024;  // row_tiles * tile_rows * width
 
 }  // namespace prunekern
