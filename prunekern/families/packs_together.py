@@ -49,6 +49,7 @@ class PacksTogether(nn.Module):
         return self.config._attn_implementation == "sdpa" and not (self.training and self._dropout_rate() > 0)
 
     def _dropout_rate(self) -> float:
+        """Of attention weights; each of the mixed-in classes has a name of its own for it."""
         raise NotImplementedError
 
     def _runs_ragged(self, x: Tensor, layers: Layers) -> bool:

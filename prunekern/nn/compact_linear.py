@@ -44,12 +44,11 @@ class CompactLinear(nn.Module):
     Raises ValueError or TypeError naming the argument.
     """
 
-    in_index: Tensor | None
-    out_index: Tensor | None
-    scale: Tensor | None
-
     weight: nn.Parameter
     bias: nn.Parameter | None
+    scale: Tensor | None
+    in_index: Tensor | None
+    out_index: Tensor | None
     _parameters: dict[str, Any]  # read in place of the attributes where speed counts
     _buffers: dict[str, Any]
 
