@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import prunekern as pk
 from prunekern.nn import CompactLinear
+from prunekern.storage import progress
 from prunekern.tasks import harness, harness_local
 from prunekern.tasks.harness import QUOTED, evaluate_tasks
 from tests.helpers.harness_items import (
@@ -287,7 +288,8 @@ def test_a_hub_out_of_reach_is_one_line_with_the_way_out(model, tokenizer, monke
     assert "\n" not in str(raised.value)
 
 
-def test_one_bar_is_shown_and_nothing_else(model, tokenizer, local, capfd, caplog):
+def test_one_bar_is_shown_and_nothing_else(model, tokenizer, local, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)  # short work shows none
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
     bars = tqdm.__init__
