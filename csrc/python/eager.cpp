@@ -36,13 +36,13 @@ void add_eager(py::module_& m) {
   using py::arg;
   m.def(
       "use_tensor_types",
-      [](py::handle tensor, py::handle parameter) {
-        const bool works = eager::use_tensor_types(tensor.ptr(), parameter.ptr());
+      [](py::handle tensor, py::handle parameter, py::handle watched) {
+        const bool works = eager::use_tensor_types(tensor.ptr(), parameter.ptr(), watched.ptr());
         if (PyErr_Occurred() != nullptr) throw py::error_already_set();
         return works;
       },
-      arg("tensor"), arg("parameter"),
-      "use_tensor_types(Tensor, Parameter) -> whether the eager calls can look into them.");
+      arg("tensor"), arg("parameter"), arg("watched"),
+      "use_tensor_types(Tensor, Parameter, WatchedParameter) -> whether the eager calls can look into them.");
 }
 
 }  // namespace prunekern

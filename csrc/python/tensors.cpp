@@ -4,7 +4,8 @@ namespace prunekern::eager {
 namespace {
 
 int (*tensor_from_py_object)(void*, dlpack::Tensor*) = nullptr;
-PyObject *tensor_type = nullptr, *parameter_type = nullptr, *new_empty = nullptr, *is_neg = nullptr;
+PyObject *tensor_type = nullptr, *parameter_type = nullptr, *watched_type = nullptr, *new_empty = nullptr,
+         *is_neg = nullptr;
 
 bool is_positive(PyObject* object) {
   PyObject* negative = PyObject_VectorcallMethod(is_neg, &object, 1, nullptr);
@@ -19,7 +20,7 @@ bool ready() { return tensor_from_py_object != nullptr; }
 
 bool view(PyObject* object, dlpack::Tensor& tensor) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  if (type != tensor_type && type != parameter_type) return false;
+  if (type != tensor_type && type != parameter_type && type != watched_type) return false;
   if (tensor_from_py_object(object, &tensor) != 0) {
     PyErr_Clear();
     return false;
@@ -132,7 +133,7 @@ PyObject* allocate(PyObject* x_object, const dlpack::Tensor& x, std::int64_t n_o
   return y;
 }
 
-bool use_tensor_types(PyObject* tensor, PyObject* parameter) {
+bool use_tensor_types(PyObject* tensor, PyObject* parameter, PyObject* watched) {
   PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
   if (capsule == nullptr) {  // torch < 2.10
     PyErr_Clear();
@@ -149,6 +150,7 @@ bool use_tensor_types(PyObject* tensor, PyObject* parameter) {
   if (new_empty == nullptr || is_neg == nullptr) return false;
   tensor_type = Py_NewRef(tensor);
   parameter_type = Py_NewRef(parameter);
+  watched_type = Py_NewRef(watched);
   tensor_from_py_object = api->tensor_from_py_object;
   return true;
 }

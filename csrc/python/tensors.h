@@ -16,8 +16,8 @@ constexpr int kMaxDims = 8;
 // Whether torch can be asked: use_tensor_types was called, and this torch has the ABI (>= 2.10).
 bool ready();
 
-// A tensor of the exact types torch.Tensor or Parameter (no subclass: it may not be what it holds), on the
-// CPU.
+// A tensor of the exact types given to use_tensor_types (no other subclass: it may not be what it holds), on
+// the CPU.
 bool view(PyObject* object, dlpack::Tensor& tensor);
 
 bool is(const dlpack::Tensor& tensor, std::uint8_t code, std::uint8_t bits);
@@ -46,8 +46,8 @@ std::int64_t count_rows(const dlpack::Tensor& tensor);
 // plain tensor. `data` points into it.
 PyObject* allocate(PyObject* x_object, const dlpack::Tensor& x, std::int64_t n_out, void*& data);
 
-// Whether the eager calls can look into tensors of these types: torch.Tensor and Parameter. May leave a
-// Python error.
-bool use_tensor_types(PyObject* tensor, PyObject* parameter);
+// Whether the eager calls can look into tensors of these types: torch.Tensor, Parameter, and ours that counts
+// reads of `.data`. May leave a Python error.
+bool use_tensor_types(PyObject* tensor, PyObject* parameter, PyObject* watched);
 
 }  // namespace prunekern::eager

@@ -1,4 +1,9 @@
-// prunekern._C.unchanged: whether a layer still is what the arguments of call_decoder_block were made of.
+// prunekern._C: whether modules and tensors still are what something was made of.
+#include <stdexcept>
+#include <string>
+
+#include "prunekern/fingerprint.h"
+#include "python/addresses.h"
 #include "python/eager.h"
 #include "python/module.h"
 
@@ -13,11 +18,40 @@ long long number(PyObject* value) {
   return got;
 }
 
+// What one `Seen` is in the flat tuple (prunekern/ops/seen.py).
+enum Part { kTensor, kType, kAddress, kVersion, kReads, kCount, kLook, kFingerprint, kParts };
+
+bool holds(PyObject* const* seen) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(seen[kTensor])) != seen[kType]) return false;
+  dlpack::Tensor tensor;
+  if (!eager::view(seen[kTensor], tensor) || tensor.ndim > 2 ||
+      reinterpret_cast<long long>(tensor.data) != PyLong_AsLongLong(seen[kAddress]))
+    return false;
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  if (name == nullptr) return false;
+  const long long version = PyLong_AsLongLong(seen[kVersion]);
+  if (version >= 0 && number(PyObject_GetAttr(seen[kTensor], name)) != version) return false;
+  if (PyList_CheckExact(seen[kReads]) && PyList_GET_SIZE(seen[kReads]) == 1 &&
+      PyLong_AsLongLong(PyList_GET_ITEM(seen[kReads], 0)) != PyLong_AsLongLong(seen[kCount]))
+    return false;
+  const int last = tensor.ndim - 1;
+  MatrixView matrix;
+  matrix.data = tensor.data;
+  matrix.rows = last == 0 ? 1 : tensor.shape[0];
+  matrix.row_stride = last == 0 ? 0 : tensor.strides[0];
+  matrix.columns = tensor.shape[last];
+  matrix.column_stride = tensor.strides[last];
+  matrix.bytes = tensor.bits / 8;
+  const auto now = static_cast<long long>(fingerprint(matrix, static_cast<Look>(PyLong_AsLong(seen[kLook]))));
+  return now == PyLong_AsLongLong(seen[kFingerprint]);
+}
+
 PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3 || !PyTuple_CheckExact(args[0]) || !PyTuple_CheckExact(args[1]) ||
       !PyTuple_CheckExact(args[2]) || PyTuple_GET_SIZE(args[0]) % 3 != 0 ||
-      PyTuple_GET_SIZE(args[2]) % 3 != 0) {
-    PyErr_SetString(PyExc_TypeError, "unchanged takes 3 tuples, the first and the last of triples");
+      PyTuple_GET_SIZE(args[2]) % kParts != 0) {
+    PyErr_Format(PyExc_TypeError, "unchanged takes 3 tuples, the first of triples, the last of %d each",
+                 static_cast<int>(kParts));
     return nullptr;
   }
   // Some 60 dicts that lie in memory, cold: asked one after the other they take 14 us.
@@ -38,28 +72,34 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyObject* hooks = PyTuple_GET_ITEM(args[1], i);
     if (!PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) Py_RETURN_FALSE;
   }
-  static PyObject* const name = PyUnicode_InternFromString("_version");
-  if (name == nullptr) return nullptr;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[2]); i += 3) {
-    PyObject* const* entry = PySequence_Fast_ITEMS(args[2]) + i;
-    const long long address = PyLong_AsLongLong(entry[1]), version = PyLong_AsLongLong(entry[2]);
-    dlpack::Tensor tensor;
-    if (!eager::view(entry[0], tensor) || reinterpret_cast<long long>(tensor.data) != address)
-      Py_RETURN_FALSE;
-    if (version >= 0 && number(PyObject_GetAttr(entry[0], name)) != version) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[2]); i += kParts) {
+    const bool same = holds(PySequence_Fast_ITEMS(args[2]) + i);
+    if (PyErr_Occurred() != nullptr) return nullptr;
+    if (!same) Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
+}
+
+std::int64_t fingerprint_at(Address data, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
+                            std::int64_t column_stride, int bytes, int look) {
+  if (look < 0 || look > static_cast<int>(Look::all))
+    throw std::invalid_argument("fingerprint: look must be 0 (few), 1 (lines) or 2 (all) (got " +
+                                std::to_string(look) + ")");
+  const MatrixView matrix{at<const void>(data), rows, columns, row_stride, column_stride, bytes};
+  return static_cast<std::int64_t>(fingerprint(matrix, static_cast<Look>(look)));
 }
 
 }  // namespace
 
 void add_unchanged(pybind11::module_& m) {
   eager::add_function<unchanged>(m, "unchanged",
-                                 "unchanged((dict, key, value, ...), (dict, ...), (tensor, address, version, "
-                                 "...)) -> whether each value "
+                                 "unchanged((dict, key, value, ...), (dict, ...), (tensor, type, address, "
+                                 "version, reads, count, look, fingerprint, ...)) -> whether each value "
                                  "still is what its dict has (None: or nothing), each dict is empty, and "
-                                 "each tensor lies where it lay and "
-                                 "was not changed in place (version -1: that is not counted).");
+                                 "each tensor is as prunekern/ops/seen.py saw it.");
+  using pybind11::arg;
+  m.def("fingerprint", &fingerprint_at, arg("data"), arg("rows"), arg("columns"), arg("row_stride"),
+        arg("column_stride"), arg("bytes"), arg("look"), "See prunekern/fingerprint.h; strides in values.");
 }
 
 }  // namespace prunekern

@@ -134,9 +134,9 @@ class CompactLinear(nn.Module):
         packed = self.packed() if packs(x, residual, weight, bias) and fits(x, weight, rest[0]) else None
         if packed is None:
             return compact_linear(x, weight, bias, *rest, scale)
-        if _is_compiling():  # a graph packs nothing, and compares address and version when it runs
+        if _is_compiling():  # a graph packs nothing, and asks whether the weight changed when it runs
             y: Tensor = torch.ops.prunekern._compact_linear_cached(
-                x, weight, packed.weight, packed.addresses[0], packed.versions[0], bias, *rest, scale
+                x, weight, packed.weight, packed.numbers[0], bias, *rest, scale
             )
             return y
         return compact_linear(x, packed.weight, packed.bias, *rest, packed.scale)

@@ -138,8 +138,8 @@ def _fused(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
     packed = (first, last, third)[: len(layers)]
     biases, scales = ([getattr(layer, name) for layer in layers] + [None] for name in ("bias", "scale"))
     y: Tensor = torch.ops.prunekern._compact_mlp_cached(
-        x, [layer.weight for layer in layers], [p.weight for p in packed], [p.addresses[0] for p in packed],
-        [p.versions[0] for p in packed], *biases[:3], *scales[:3], *rest,
+        x, [layer.weight for layer in layers], [p.weight for p in packed], [p.numbers[0] for p in packed],
+        *biases[:3], *scales[:3], *rest,
     )  # fmt: skip
     return y
 

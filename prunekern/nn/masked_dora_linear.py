@@ -10,19 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import calls
 from ..ops.dora_gain import factored_inv_norm
+from ..ops.seen import ALL, FEW, Seen
 from .channel_mask import ChannelMask
 from .merging import merge
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Versions = tuple[tuple[Tensor, int], ...]  # tensors, and how often each was changed
-
-
-def _changed(normed: Versions | None, now: Versions, count: int) -> bool:
-    """Whether one of the first `count` tensors is another one, or another version, than the norm was computed from."""
-    return normed is None or any(a is not b or v != w for (a, v), (b, w) in zip(normed[:count], now, strict=False))
+_LOOKS = FEW, ALL, ALL  # at V, which is frozen and large; at A and B
 
 
 class MaskedDoRALinear(nn.Module):
@@ -74,7 +70,7 @@ class MaskedDoRALinear(nn.Module):
         self.register_buffer("inv_norm", torch.zeros(N, dtype=dtype, device=device), persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.mask = mask
-        self._normed: Versions | None = None  # versions of (weight, A, B) that inv_norm belongs to
+        self._seen: tuple[Seen, ...] | None = None  # (weight, A, B) that inv_norm was computed from
         self.refresh()
 
     def set_low_rank(self, rank: int, scale: float) -> None:
@@ -87,33 +83,57 @@ class MaskedDoRALinear(nn.Module):
         self.rank, self.scale = rank, float(scale)
         self.refresh()
 
-    def _versions(self) -> Versions:
-        # Identity and version: an optimiser step changes the version, functional_call or assignment the identity. The
-        # tensors themselves are held, as a new one could otherwise stand at the address of the last.
-        return tuple((t, 0 if t.is_inference() else t._version) for t in (self.weight, self.A, self.B))
-
     # Inference mode off: a cache first filled by an evaluation must not become a tensor that cannot be trained with.
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute the cached row norm. Called at every optimiser step, and by forward when A, B or V changed."""
-        versions = self._versions()
-        if _changed(self._normed, versions, 1):
+        now = (self.weight, self.A, self.B)
+        if self._seen is None or not self._seen[0].holds(self.weight):
             self.v_sqnorm = ops.row_sqnorm(self.weight)
+        if self._seen is None:
+            self._seen = tuple(Seen(tensor, look) for tensor, look in zip(now, _LOOKS, strict=True))
+        else:  # they keep their numbers: compiled graphs know these
+            for seen, tensor, look in zip(self._seen, now, _LOOKS, strict=True):
+                seen.look(tensor, look)
         _, inv_norm = ops.dora_gain(self.weight, self.A, self.B, self.magnitude, None, self.scale, self.v_sqnorm)
         if self.inv_norm.dtype == inv_norm.dtype:
             self.inv_norm.copy_(inv_norm)  # in place: a compiled graph reads this buffer
         else:
             self.inv_norm = inv_norm  # the module was cast to 16 bit: gain stays fp32
-        self._normed = versions
 
-    def _follow(self) -> None:
-        """Refresh the cache where what it was computed from changed; |V|^2 is all that norm_grad "full" reads of it."""
-        # A compiled graph cannot ask for versions: there `Pruner.step`, `load_state_dict` and casts refresh.
+    def forget_norm(self) -> None:
+        """Let the next `refresh` compute all anew, whatever it seems to know."""
+        self._seen = None
+
+    def _row_norm(self) -> Tensor:
+        """1 / ||V + s B A|| [N] of the parameters as they are now; a constant unless norm_grad is "full"."""
+        V, A, B = self.weight, self.A, self.B
+        if calls.transformed():  # nothing is kept of what a functional transform hands in
+            squares = ops.row_sqnorm(V)
+            if self.norm_grad == "detached":
+                V, A, B = V.detach(), A.detach(), B.detach()
+            return factored_inv_norm(V, A, B, self.scale, squares)
         if torch.compiler.is_compiling():
-            return
-        if _changed(self._normed, self._versions(), 1 if self.norm_grad == "full" else 3):
+            if self.norm_grad == "full" or self._seen is None:
+                squares = ops.row_sqnorm(V)
+                if self.norm_grad == "detached":
+                    V, A, B = V.detach(), A.detach(), B.detach()
+                return factored_inv_norm(V, A, B, self.scale, squares)
+            numbers = [seen.number for seen in self._seen]
+            inv_norm: Tensor = torch.ops.prunekern._inv_norm_cached(
+                V.detach(), A.detach(), B.detach(), self.scale, self.inv_norm, numbers
+            )
+            return inv_norm
+        # |V|^2 is all that norm_grad "full" reads of the cache.
+        count = 1 if self.norm_grad == "full" else 3
+        if self._seen is None or not all(
+            seen.holds(tensor) for seen, tensor in zip(self._seen[:count], (V, A, B), strict=False)
+        ):
             self.refresh()
+        if self.norm_grad == "full":
+            return factored_inv_norm(V, A, B, self.scale, self.v_sqnorm)
+        return self.inv_norm
 
     def mask_values(self) -> Tensor | None:
         """m_b [N] as the forward pass uses it now, or None where this layer carries no mask."""
@@ -121,12 +141,7 @@ class MaskedDoRALinear(nn.Module):
 
     def gain(self, m_b: Tensor | None) -> Tensor:
         """m_b * m / ||V + s B A||, [N]."""
-        self._follow()
-        if self.norm_grad == "full":
-            inv_norm = factored_inv_norm(self.weight, self.A, self.B, self.scale, self.v_sqnorm)
-        else:
-            inv_norm = self.inv_norm
-        gain = self.magnitude * inv_norm
+        gain = self.magnitude * self._row_norm()
         return gain if m_b is None else m_b * gain
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +164,7 @@ class MaskedDoRALinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
-        self._normed = None  # moved or cast: identity may stay while the numbers change
+        self.forget_norm()  # moved or cast
         self.refresh()
         return self
 
@@ -158,7 +173,7 @@ class MaskedDoRALinear(nn.Module):
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_normed": None}  # a copy's versions start anew
+        return self.__dict__ | {"_seen": None}  # a copy has tensors of its own
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, norm_grad={self.norm_grad!r}"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekern.ops.packing import KIND, is_packable, pack_weight, side_by_side, version_of
+from prunekern.ops.packing import KIND, is_packable, pack_weight, side_by_side
+from prunekern.ops.seen import ALL, FEW, Seen, is_unchanged
 
 
 class Packed:
@@ -21,12 +22,12 @@ class Packed:
         bias:   float32 [sum N_i], or None where no layer has one
         scale:  float32 [sum N_i], or None unless int8
 
-    `is_fresh()` says whether the layers still hold what was packed. `tensors`, `addresses` and `versions` are what it
-    compares: a compiled graph compares them when it runs (`prunekern.ops.packing.is_unchanged`). ValueError for
-    weights that do not go together.
+    `is_fresh()` says whether the layers still hold what was packed; `prunekern.ops.seen` says what it can miss. A
+    compiled graph asks the same when it runs, by `numbers`: one for each layer's weight. ValueError for weights that do
+    not go together.
     """
 
-    __slots__ = ("weight", "bias", "scale", "tensors", "addresses", "versions", "checks", "_alive")
+    __slots__ = ("weight", "bias", "scale", "numbers", "same", "seen", "_seen")
 
     def __init__(self, layers: Sequence[Any]):
         weights: list[Tensor] = [layer.weight for layer in layers]
@@ -40,27 +41,25 @@ class Packed:
         ]
         if self.scale is not None:
             owners += [(layer._buffers, "scale") for layer in layers]
-        self.tensors: tuple[Tensor | None, ...] = tuple(owner[name] for owner, name in owners)
+        held = [owner[name] for owner, name in owners]
         # What is used as it is, not copied, may change its values: only its identity counts.
-        copied = [t if t is not None and t is not self.bias and t is not self.scale else None for t in self.tensors]
-        self.addresses = tuple(0 if t is None else t.data_ptr() for t in copied)
-        self.versions = tuple(-1 if t is None else version_of(t) for t in copied)
-        # After the versions: what another thread changes meanwhile is packed again.
+        copied = [t for t in held if t is not None and t is not self.bias and t is not self.scale]
+        # Before the packing: what another thread writes meanwhile is packed again.
+        self._seen = [Seen(t, FEW if i < len(layers) else ALL) for i, t in enumerate(copied)]
+        self.numbers = tuple(seen.number for seen in self._seen[: len(layers)])
         self.weight = pack_weight(weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights]))
-        described = zip(owners, self.tensors, self.addresses, self.versions, strict=True)
-        self.checks: tuple[tuple[dict[str, Any], str, Any, int, int], ...] = tuple(
-            (owner, name, tensor, address, version) for (owner, name), tensor, address, version in described
-        )
-        self._alive = [None if t is None else t.detach() for t in copied]  # no other tensor gets these addresses
+        # dict, key, value, and what was seen of the values, as `unchanged` takes them.
+        self.same = tuple(x for (owner, name), t in zip(owners, held, strict=True) for x in (owner, name, t))
+        self.seen = tuple(x for seen in self._seen for x in seen.entry)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The layers' own weights, then biases, then scales."""
+        return self.same[2::3]
 
     def is_fresh(self) -> bool:
-        """Whether every tensor packed is still the layer's, lies where it lay, and was not changed in place."""
-        for owner, name, tensor, address, version in self.checks:
-            if owner[name] is not tensor:
-                return False
-            if address and (tensor.data_ptr() != address or (version >= 0 and tensor._version != version)):
-                return False
-        return True
+        """Whether every tensor packed is still the layer's, and was not written to."""
+        return is_unchanged(self.same, (), self.seen)
 
 
 def _joined_bias(layers: Sequence[Any]) -> Tensor | None:

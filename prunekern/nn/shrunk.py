@@ -91,7 +91,7 @@ def shrink_linear(layer: Any, rows: Tensor, cols: Tensor, state: dict[Any, Any] 
     layer.out_features, layer.in_features = layer.weight.shape
     layer.v_sqnorm = layer.v_sqnorm.index_select(0, rows)
     layer.inv_norm = full.clone()
-    layer._normed = None
+    layer.forget_norm()
     layer.refresh()
     # A row of zeros has no norm before or after: its magnitude is of no effect.
     ratio = torch.where(layer.inv_norm > 0, full / layer.inv_norm, 1.0).to(layer.magnitude.dtype)

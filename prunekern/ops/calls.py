@@ -9,14 +9,19 @@ from torch import Tensor
 
 from prunekern import _native
 
+from .watched import WatchedParameter
+
 # The core looks into tensors itself (csrc/python/tensors.h); False without the core or with torch < 2.10.
-EAGER: bool = _native.available() and _native.core().use_tensor_types(Tensor, torch.nn.Parameter)
+EAGER: bool = _native.available() and _native.core().use_tensor_types(
+    Tensor, torch.nn.Parameter, WatchedParameter
+)  # fmt: skip
 
 # What an eager call asks every time, looked up once: an attribute of torch costs as much as the question.
 _is_tracing = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _jit_trace = torch._C._get_tracing_state
+_is_profiled = torch._C._autograd._profiler_enabled
 _grad_enabled = torch.is_grad_enabled
 threads = torch.get_num_threads
 
@@ -27,6 +32,18 @@ def unwatched() -> bool:
     Tracing with fake tensors is noticed by their type, where the core looks into them.
     """
     return not _is_tracing() and not _dispatch_modes() and _functorch_level() is None and _jit_trace() is None
+
+
+def transformed() -> bool:
+    """Whether a functional transform of torch.func (grad, vmap, jvp) is at work: its tensors have no memory to look at."""
+    return _functorch_level() is not None
+
+
+def short() -> bool:
+    """Whether a call may go past the dispatcher, straight into the core: nobody looks on, no profiler either, whose rows
+    the dispatcher writes.
+    """
+    return unwatched() and not _is_profiled()
 
 
 def plain_eager(x: Tensor) -> bool:

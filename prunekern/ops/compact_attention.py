@@ -56,7 +56,7 @@ def compact_attention(
     where no gradient is needed, the C++ kernel runs; anything else runs the PyTorch reference. Differentiable in q, k
     and v. Raises ValueError (shapes, devices) or TypeError (dtypes), naming the argument.
     """
-    if _EAGER and calls.unwatched() and not calls.needs_grad(q, k, v):
+    if _EAGER and calls.short() and not calls.needs_grad(q, k, v):
         y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads())
         if y is not None:
             return y

@@ -14,8 +14,9 @@ from torch import Tensor
 from prunekern import _native, kernels
 
 from . import calls, checks
-from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed, is_unchanged
+from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed
 from .registering import register
+from .seen import still_holds
 
 OP = "compact_linear"
 # Position: the number the C++ core knows it by. Every one maps 0 to 0: a removed channel is exactly zero after it.
@@ -59,7 +60,7 @@ def compact_linear(
     Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
     Raises ValueError (shapes, indices, devices, activation) or TypeError (dtypes), naming the argument.
     """
-    if _EAGER and calls.unwatched() and not calls.needs_grad(x, packed, bias, residual):
+    if _EAGER and calls.short() and not calls.needs_grad(x, packed, bias, residual):
         number = NUMBER.get(activation, -1)
         y = _EAGER(x, packed, bias, in_index, out_index, n_out, number, residual, calls.threads(), scale)
         if y is not None:
@@ -70,7 +71,7 @@ def compact_linear(
         n_out = packed.shape[0]
     args = (x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     # Autograd through the reference itself, which keeps z; a GPU has a kernel behind the op.
-    if not is_packed(packed) and x.device.type == "cpu" and calls.plain_eager(x):
+    if not is_packed(packed) and x.device.type == "cpu" and calls.plain_eager(x) and calls.short():
         _check_plain(*args)
         return compact_linear_reference(*args)
     made: Tensor = torch.ops.prunekern.compact_linear(*args)
@@ -229,11 +230,10 @@ def _run_packed(
 
 _ARGS = "Tensor? bias, Tensor? in_index, Tensor? out_index, int n_out, str activation, Tensor? residual"
 _SCHEMA = f"compact_linear(Tensor x, Tensor packed, {_ARGS}, Tensor? scale=None) -> Tensor"
-# What compiled modules call: `packed` was made of `weight` when it lay at `address` and had `version`. A graph cannot
-# guard on these, so they are compared when it runs: a weight changed since then is read itself.
+# What compiled modules call: `packed` was made of `weight` as the `Seen` of this number saw it. A graph cannot guard on
+# that, so it is asked when it runs: a weight changed since then is read itself.
 _CACHED_SCHEMA = (
-    "_compact_linear_cached(Tensor x, Tensor weight, Tensor packed, int address, int version, "
-    f"{_ARGS}, Tensor? scale) -> Tensor"
+    f"_compact_linear_cached(Tensor x, Tensor weight, Tensor packed, int seen, {_ARGS}, Tensor? scale) -> Tensor"
 )
 
 
@@ -307,8 +307,8 @@ def triton_op() -> Callable[..., Tensor]:
 kernels.register_early(triton_op)
 
 
-def _forward_cached(x: Tensor, weight: Tensor, packed: Tensor, address: int, version: int, *rest: Any) -> Tensor:
-    return _forward(x, packed if is_unchanged(weight, address, version) else weight, *rest)
+def _forward_cached(x: Tensor, weight: Tensor, packed: Tensor, seen: int, *rest: Any) -> Tensor:
+    return _forward(x, packed if still_holds(seen, weight) else weight, *rest)
 
 
 def _fake(
@@ -320,7 +320,7 @@ def _fake(
     return x.new_empty((*x.shape[:-1], n_out))
 
 
-def _fake_cached(x: Tensor, weight: Tensor, packed: Tensor, address: int, version: int, *rest: Any) -> Tensor:
+def _fake_cached(x: Tensor, weight: Tensor, packed: Tensor, seen: int, *rest: Any) -> Tensor:
     return _fake(x, weight, *rest)
 
 

@@ -14,8 +14,9 @@ from prunekern import _native, kernels
 
 from . import calls, checks
 from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference, lined_up
-from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, is_unchanged
+from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed
 from .registering import register
+from .seen import still_holds
 
 OP = "compact_mlp"
 # The whole eager call in one C function, which gives None for a call that it leaves to the op.
@@ -63,11 +64,7 @@ def compact_mlp(
     Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
     Raises ValueError or TypeError naming the argument.
     """
-    if (
-        _EAGER
-        and calls.unwatched()
-        and not calls.needs_grad(x, up, down, gate, up_bias, down_bias, gate_bias, residual)
-    ):
+    if _EAGER and calls.short() and not calls.needs_grad(x, up, down, gate, up_bias, down_bias, gate_bias, residual):
         y = _EAGER(
             x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
             n_hidden, n_out, NUMBER.get(activation, -1), residual, calls.threads(),
@@ -258,9 +255,7 @@ _REST = (
 _SCHEMA = f"compact_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, {_REST}"
 # What compiled modules call, as in compact_linear.py: packed weights, and the plain ones they were made of. The lists
 # have one entry a layer.
-_CACHED_SCHEMA = (
-    "_compact_mlp_cached(Tensor x, Tensor[] weights, Tensor[] packed, int[] addresses, int[] versions, " + _REST
-)
+_CACHED_SCHEMA = "_compact_mlp_cached(Tensor x, Tensor[] weights, Tensor[] packed, int[] seen, " + _REST
 
 
 def _forward(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: Any) -> Tensor:
@@ -273,9 +268,9 @@ def _forward(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: An
 
 
 def _forward_cached(
-    x: Tensor, weights: list[Tensor], packed: list[Tensor], addresses: list[int], versions: list[int], *rest: Any
-) -> Tensor:
-    fresh = all(map(is_unchanged, weights, addresses, versions))
+    x: Tensor, weights: list[Tensor], packed: list[Tensor], seen: list[int], *rest: Any
+) -> Tensor:  # fmt: skip
+    fresh = all(map(still_holds, seen, weights))
     return _forward(x, *_three(packed if fresh else weights), *rest)
 
 
@@ -285,9 +280,7 @@ def _fake(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: Any) 
     return x.new_empty((*x.shape[:-1], n_out))
 
 
-def _fake_cached(
-    x: Tensor, weights: list[Tensor], packed: list[Tensor], addresses: list[int], versions: list[int], *rest: Any
-) -> Tensor:
+def _fake_cached(x: Tensor, weights: list[Tensor], packed: list[Tensor], seen: list[int], *rest: Any) -> Tensor:
     return _fake(x, *_three(weights), *rest)
 
 

@@ -18,6 +18,7 @@ from prunekern import kernels
 
 from . import checks
 from .registering import register
+from .seen import still_holds
 
 
 def row_sqnorm(V: Tensor) -> Tensor:
@@ -108,6 +109,25 @@ def _backward(ctx: Any, d_gain: Tensor, _d_inv_norm: Tensor | None) -> tuple[Ten
 
 _forward = register(
     "dora_gain_forward" + _SCHEMA, _compute, fake=_fake, backward=_backward, setup_context=_setup_context
+)
+
+
+def _cached(V: Tensor, A: Tensor, B: Tensor, s: float, inv_norm: Tensor, seen: list[int]) -> Tensor:
+    """inv_norm where the `Seen` of these numbers still hold V, A and B, else the norm of what they are now."""
+    if all(still_holds(number, t) for number, t in zip(seen, (V, A, B), strict=True)):
+        return inv_norm.clone()
+    return factored_inv_norm(V, A, B, s, row_sqnorm(V)).to(inv_norm.dtype)
+
+
+def _fake_cached(V: Tensor, A: Tensor, B: Tensor, s: float, inv_norm: Tensor, seen: list[int]) -> Tensor:
+    return torch.empty_like(inv_norm)
+
+
+# What compiled modules call: a graph cannot guard on the values of tensors, so it asks when it runs.
+register(
+    "_inv_norm_cached(Tensor V, Tensor A, Tensor B, float s, Tensor inv_norm, int[] seen) -> Tensor",
+    _cached,
+    fake=_fake_cached,
 )
 
 

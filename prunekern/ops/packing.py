@@ -14,13 +14,14 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .watched import WatchedParameter
 
 # The kinds a weight is held in. The dtype tells which: of a plain weight [N, K] as of its panels.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 WEIGHTS = tuple(DTYPES)
 KIND = {dtype: kind for kind, dtype in DTYPES.items()}
 _AVAILABLE = _native.available()
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, WatchedParameter)
 ELEMENT = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # what the kernels read and write besides weights
 
 HUGE_PAGE = 2**21  # bytes of a huge page
@@ -122,16 +123,6 @@ def is_packable(weight: Tensor) -> bool:
 def may_pack(weight: Tensor) -> bool:
     """Whether a weight can be packed here and now: not while a tracer looks on, whose tensors hold no numbers."""
     return type(weight) in _PLAIN and is_packable(weight) and calls.unwatched()
-
-
-def version_of(weight: Tensor) -> int:
-    """Counts in-place changes of `weight`; -1 for tensors made under inference_mode, which do not count."""
-    return -1 if weight.is_inference() else weight._version
-
-
-def is_unchanged(weight: Tensor, address: int, version: int) -> bool:
-    """Whether `weight` still lies where it lay when it was packed, and was not changed in place since."""
-    return weight.data_ptr() == address and version_of(weight) == version
 
 
 def check_panels(op: str, name: str, packed: Tensor, n: int, k: int) -> None:

@@ -36,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     runs the PyTorch reference. Differentiable in x and weight. Raises ValueError (shapes, devices) or TypeError
     (dtypes), naming the argument.
     """
-    if _EAGER and calls.unwatched() and not calls.needs_grad(x, weight):
+    if _EAGER and calls.short() and not calls.needs_grad(x, weight):
         y = _EAGER(x, weight, eps, calls.threads())
         if y is not None:
             return y

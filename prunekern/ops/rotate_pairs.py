@@ -42,7 +42,7 @@ def rotate_pairs(
     runs; anything else runs the PyTorch reference. Differentiable in x. Raises ValueError (shapes, devices) or
     TypeError (dtypes), naming the argument.
     """
-    if _EAGER and calls.unwatched() and not calls.needs_grad(x):
+    if _EAGER and calls.short() and not calls.needs_grad(x):
         y = _EAGER(x, cos, sin, angle, first, shared_by, calls.threads())
         if y is not None:
             return y

@@ -20,6 +20,7 @@ from ...nn.packed import Packed
 from ...ops import calls
 from ...ops.compact_linear import NUMBER
 from ...ops.packing import is_packable
+from ...ops.seen import is_unchanged
 from .attention import CompactCausalAttention, Turns
 from .cache_room import find_room, take
 from .norms import FAST_NORMS, FastNorm
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 # csrc/python/decoder_block.cpp
 _RUN: Callable[..., Tensor | None] | None = _native.core().call_decoder_block if calls.EAGER else None
-_UNCHANGED: Callable[..., bool] | None = _native.core().unchanged if calls.EAGER else None
 _FEW_ROWS = 8  # beyond, the products take so long that what is between them does not count
 _f32 = torch.float32
 _grad_enabled = torch.is_grad_enabled
@@ -51,7 +51,7 @@ class Block(Protocol):
 class Step:
     """The arguments of one block and what they were made of; see `make_step`."""
 
-    __slots__ = ("_layer", "_index", "_same", "_hooks", "_tensors", "_packed")
+    __slots__ = ("_layer", "_index", "_same", "_hooks", "_seen", "_packed")
 
     def __init__(self, block: Block, qkv: Packed, o: Packed, mlp: tuple[Packed, ...]):
         attention, ffn, norm, ffn_norm = _parts(block)
@@ -74,20 +74,19 @@ class Step:
             same += [m.__dict__, "forward", None]
         for m in (norm, ffn_norm):
             same += [m._parameters, "weight", m.weight, m.__dict__, "variance_epsilon", m.variance_epsilon]
-        tensors: list[object] = []
+        seen: list[object] = []
         for p in (qkv, o, *mlp):
-            for owner, name, tensor, address, version in p.checks:
-                same += [owner, name, tensor]
-                tensors += [tensor, address, version] if address else []
+            same += p.same
+            seen += p.seen
         config = attention.config.__dict__
         same += [config, "_attn_implementation_internal", config.get("_attn_implementation_internal")]
         same += [attention.__dict__, "training", False]  # has a dropout
-        self._same, self._tensors = tuple(same), tuple(tensors)
+        self._same, self._seen = tuple(same), tuple(seen)
         self._hooks = tuple(hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks))
 
     def is_fresh(self) -> bool:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
-        return _UNCHANGED is not None and _UNCHANGED(self._same, self._hooks, self._tensors)
+        return is_unchanged(self._same, self._hooks, self._seen)
 
     def __call__(self, x: Tensor, position_embeddings: Turns, past: Cache) -> Tensor | None:
         """The block's output, and the cache with the tokens of x; None where the call is not ordinary."""
@@ -107,7 +106,7 @@ def takes(x: Tensor, mask: Tensor | None, past: Cache | None) -> bool:
     """Whether a call is one a `Step` may be made for: a few rows after a cache, no mask, no gradient, no tracer."""
     if _RUN is None or past is None or mask is not None or type(x) is not Tensor or x.dtype is not _f32:
         return False
-    return x.dim() == 3 and x.shape[0] * x.shape[1] <= _FEW_ROWS and not _grad_enabled() and calls.unwatched()
+    return x.dim() == 3 and x.shape[0] * x.shape[1] <= _FEW_ROWS and not _grad_enabled() and calls.short()
 
 
 def make_step(block: Block) -> Step | None:
