@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..ops.compact_linear import activate
 from .table import Layer
 
 if TYPE_CHECKING:
@@ -23,6 +24,23 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+
+
+class Activation(nn.Module):
+    """act(z), by our names: in place of transformers' own, which goes by others. Most calls fuse it into the product
+    before it.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z of any shape -> the same."""
+        return activate(z, self.name)
+
+    def extra_repr(self) -> str:
+        return self.name
 
 
 def activation_name(hidden_act: object) -> str:

@@ -13,6 +13,7 @@ from prunekern.ops.compact_linear import compact_linear
 from prunekern.ops.packing import is_packable, may_pack
 
 from .compact_linear import CompactLinear, packs
+from .hooked import is_hooked
 from .packed import Packed
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class CompactAttention(nn.Module):
             self._check(layers)
         packed = self.packed_for(x, layers, fuses)
         if packed is None:
-            return [layer.run(x, None, layer.activation, scatter=False) for layer in layers]
+            return [_kept(layer, x) for layer in layers]
         keys, values = self.qk_first[-1], self.v_first[-1]
         sizes = (self.shared_by * keys, keys, values)
         y = compact_linear(x, packed.weight, packed.bias, None, None, sum(sizes), "none", None, packed.scale)
@@ -106,7 +107,9 @@ class CompactAttention(nn.Module):
 
     def packed_for(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Packed | None:
         """The three weights packed as one, up to date; None where x must go through the layers one by one."""
-        if torch.compiler.is_compiling() or not (self.fuses(x, layers) if fuses is None else fuses):
+        if torch.compiler.is_compiling():
+            return None
+        if not (fuses if fuses is not None else not is_hooked(*layers) and self.fuses(x, layers)):
             return None
         packed = self._packed
         if packed is not None and self._layers == layers and packed.is_fresh():
@@ -140,3 +143,11 @@ class CompactAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack their own.
         return {**self.__dict__, "_packed": None, "_layers": None}
+
+
+def _kept(layer: CompactLinear, x: Tensor) -> Tensor:
+    """What a layer makes, kept channels only."""
+    if not is_hooked(layer):
+        return layer.run(x, None, layer.activation, scatter=False)
+    y: Tensor = layer(x)
+    return y if layer.out_index is None else y.index_select(-1, layer.out_index)

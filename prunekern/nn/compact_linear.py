@@ -126,7 +126,10 @@ class CompactLinear(nn.Module):
     def run(self, x: Tensor, residual: Tensor | None, activation: str, scatter: bool = True) -> Tensor:
         """`forward` with another activation, or without out_index: [..., kept_out]."""
         parameters, buffers = self._parameters, self._buffers  # a third of the time of self.weight
-        weight, bias, scale = parameters["weight"], parameters["bias"], buffers["scale"]
+        try:
+            weight, bias, scale = parameters["weight"], parameters["bias"], buffers["scale"]
+        except KeyError:  # a parametrisation or a hook computes one of them: it is no parameter now
+            weight, bias, scale = self.weight, self.bias, self.scale
         if x.dtype is not _f32 and x.dtype is not weight.dtype:
             x, residual = self._under_autocast(x, residual)
         out_index, n_out = (buffers["out_index"], self.out_features) if scatter else (None, weight.shape[0])
@@ -146,7 +149,9 @@ class CompactLinear(nn.Module):
 
         Under torch.compile the copy that is there, or None: the graph compares it with the weight when it runs.
         """
-        weight, packed = self._parameters["weight"], self._packed
+        weight, packed = self._parameters.get("weight"), self._packed
+        if weight is None or "bias" not in self._parameters:
+            return None
         if _is_compiling():
             return packed if packed is not None and packed.tensors[0] is weight else None
         if packed is None or not packed.is_fresh():
@@ -238,7 +243,7 @@ def fuses(*tensors: Tensor | None) -> bool:
 
     The latter goes to other machines: it keeps the plain weights, layer by layer.
     """
-    return not (_is_exporting() or calls.needs_grad(*tensors))
+    return not (_is_exporting() or calls.needs_grad(*tensors) or calls.transformed())
 
 
 def fits(x: Tensor, weight: Tensor, in_index: Tensor | None) -> bool:

@@ -53,7 +53,7 @@ class CompactMLP(nn.Module):
         """x: [..., in] -> [..., out_features of down]; residual of that shape or None."""
         modules = self._modules
         up, down, gate = modules["up"], modules["down"], modules["gate"]
-        if is_hooked(up, down) or (gate is not None and is_hooked(gate)):
+        if is_hooked(up, down, *(() if gate is None else (gate,))):
             hidden = up(x) if gate is None else gate(x)
             hidden = activate(hidden, self.activation)
             y: Tensor = down(hidden if gate is None else hidden * up(x), residual)

@@ -22,26 +22,48 @@ def _placed(y: Tensor, index: Tensor, width: int) -> Tensor:
 
 
 class _Pick(torch.autograd.Function):
+    generate_vmap_rule = True  # transforms of torch.func take it apart
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.width = x.shape[-1]
+    def forward(x: Tensor, index: Tensor) -> Tensor:
         return _picked(x, index)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, index = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+        ctx.width = x.shape[-1]
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _placed(grad, ctx.saved_tensors[0], ctx.width), None
+        return place_channels(grad, ctx.saved_tensors[0], ctx.width), None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        return _picked(dx, ctx.saved_tensors[0])
 
 
 class _Place(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, index: Tensor, width: int) -> Tensor:
-        ctx.save_for_backward(index)
+    def forward(y: Tensor, index: Tensor, width: int) -> Tensor:
         return _placed(y, index, width)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, index, ctx.width = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _picked(grad, ctx.saved_tensors[0]), None, None
+        return pick_channels(grad, ctx.saved_tensors[0]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor, _: None, __: None) -> Tensor:
+        return _placed(dy, ctx.saved_tensors[0], ctx.width)
 
 
 _pick: Callable[..., Tensor] = _Pick.apply

@@ -108,7 +108,9 @@ class MaskedDoRALinear(nn.Module):
 
     def _row_norm(self) -> Tensor:
         """1 / ||V + s B A|| [N] of the parameters as they are now; a constant unless norm_grad is "full"."""
-        V, A, B = self.weight, self.A, self.B
+        V: Tensor = self.weight
+        A: Tensor = self.A
+        B: Tensor = self.B
         if calls.transformed():  # nothing is kept of what a functional transform hands in
             squares = ops.row_sqnorm(V)
             if self.norm_grad == "detached":

@@ -55,7 +55,8 @@ class Packed:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The layers' own weights, then biases, then scales."""
-        return self.same[2::3]
+        tensors: tuple[Any, ...] = self.same[2::3]
+        return tensors
 
     def is_fresh(self) -> bool:
         """Whether every tensor packed is still the layer's, and was not written to."""

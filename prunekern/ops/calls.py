@@ -6,6 +6,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 from prunekern import _native
 
@@ -31,17 +32,19 @@ def unwatched() -> bool:
 
     Tracing with fake tensors is noticed by their type, where the core looks into them.
     """
-    return not _is_tracing() and not _dispatch_modes() and _functorch_level() is None and _jit_trace() is None
+    return not _is_tracing() and not _dispatch_modes() and not transformed() and _jit_trace() is None
 
 
 def transformed() -> bool:
-    """Whether a functional transform of torch.func (grad, vmap, jvp) is at work: its tensors have no memory to look at."""
-    return _functorch_level() is not None
+    """Whether a transform of torch.func (grad, vmap, jvp) or forward mode differentiation is at work: then the plain
+    PyTorch of the references runs, which all of them know how to take apart.
+    """
+    return _functorch_level() is not None or _forward_ad._current_level >= 0
 
 
 def short() -> bool:
-    """Whether a call may go past the dispatcher, straight into the core: nobody looks on, no profiler either, whose rows
-    the dispatcher writes.
+    """Whether a call may go past the dispatcher, straight into the core: nobody looks on, and no profiler either, whose
+    rows the dispatcher writes.
     """
     return unwatched() and not _is_profiled()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .flops import Shape
 from .registering import register
 
 OP = "compact_attention"
@@ -60,6 +61,9 @@ def compact_attention(
         y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads())
         if y is not None:
             return y
+    if calls.transformed():
+        _check(q, k, v, qk_first, v_first, key_mask, shared_by, causal)
+        return compact_attention_reference(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
     read: Tensor = torch.ops.prunekern.compact_attention(
         q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal
     )  # fmt: skip
@@ -243,4 +247,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None, None, None, None, None, None)
 
 
-register(_SCHEMA, _forward, fake=_fake, backward=_backward, setup_context=_setup_context)
+def _flops(q: Shape, k: Shape, v: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:
+    """Of all logits and all weighted values, forbidden ones too, as PyTorch counts its own attention."""
+    return 2 * q[0] * q[1] * k[1] * (q[2] + out_shape[2])
+
+
+register(_SCHEMA, _forward, flops=_flops, fake=_fake, backward=_backward, setup_context=_setup_context)

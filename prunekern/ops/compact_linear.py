@@ -14,6 +14,7 @@ from torch import Tensor
 from prunekern import _native, kernels
 
 from . import calls, checks
+from .flops import Shape, count, of_product
 from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed
 from .registering import register
 from .seen import still_holds
@@ -71,7 +72,8 @@ def compact_linear(
         n_out = packed.shape[0]
     args = (x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     # Autograd through the reference itself, which keeps z; a GPU has a kernel behind the op.
-    if not is_packed(packed) and x.device.type == "cpu" and calls.plain_eager(x) and calls.short():
+    in_python = x.device.type == "cpu" and calls.plain_eager(x) and calls.short()
+    if not is_packed(packed) and (in_python or calls.transformed()):
         _check_plain(*args)
         return compact_linear_reference(*args)
     made: Tensor = torch.ops.prunekern.compact_linear(*args)
@@ -129,6 +131,9 @@ def _activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
         grad = torch.ops.aten.gelu_backward(grad, z)
     elif activation == "gelu_tanh":
         grad = torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
+    elif activation == "silu" and torch.is_grad_enabled():  # aten's has no derivative of its own
+        sigmoid = z.sigmoid()
+        grad = grad * sigmoid * (1 + z * (1 - sigmoid))
     elif activation == "silu":
         grad = torch.ops.aten.silu_backward(grad, z)
     return grad
@@ -301,7 +306,9 @@ def triton_op() -> Callable[..., Tensor]:
     ) -> Tensor:  # fmt: skip
         return launch(x, W, bias, in_index, out_index, n_out, activation, residual, scale)
 
-    return torch.library.triton_op("prunekern::compact_linear_triton", compact_linear_triton, mutates_args=())
+    op = torch.library.triton_op("prunekern::compact_linear_triton", compact_linear_triton, mutates_args=())
+    count("compact_linear_triton", _flops)
+    return op
 
 
 kernels.register_early(triton_op)
@@ -363,5 +370,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.with_residual else None, None
 
 
-register(_SCHEMA, _forward, fake=_fake, backward=_backward, setup_context=_setup_context)
-register(_CACHED_SCHEMA, _forward_cached, fake=_fake_cached)
+def _flops(
+    x: Shape, packed: Shape, bias: Shape | None, in_index: Shape | None, out_index: Shape | None, n_out: int,
+    *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    n, k = n_out if out_index is None else out_index[0], x[-1] if in_index is None else in_index[0]
+    return of_product(x[:-1], n, k)
+
+
+def _flops_cached(x: Shape, weight: Shape, packed: Shape, seen: int, *rest: Any, **kwargs: Any) -> int:
+    return _flops(x, packed, *rest, **kwargs)
+
+
+register(_SCHEMA, _forward, flops=_flops, fake=_fake, backward=_backward, setup_context=_setup_context)
+register(_CACHED_SCHEMA, _forward_cached, flops=_flops_cached, fake=_fake_cached)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from prunekern import _native, kernels
 
 from . import calls, checks
 from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference, lined_up
+from .flops import Shape, count, of_product
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed
 from .registering import register
 from .seen import still_holds
 
 OP = "compact_mlp"
+T = TypeVar("T")  # a tensor, or its shape
 # The whole eager call in one C function, which gives None for a call that it leaves to the op.
 _EAGER: Callable[..., Tensor | None] | None = _native.core().call_mlp if calls.EAGER else None
 
@@ -219,7 +221,9 @@ def triton_op() -> Callable[..., Tensor]:
     ) -> Tensor:  # fmt: skip
         return launch(x, up, gate, up_bias, gate_bias, up_scale, gate_scale, in_index, activation)
 
-    return torch.library.triton_op("prunekern::compact_gated_triton", compact_gated_triton, mutates_args=())
+    op = torch.library.triton_op("prunekern::compact_gated_triton", compact_gated_triton, mutates_args=())
+    count("compact_gated_triton", _flops_gated)
+    return op
 
 
 kernels.register_early(triton_op)
@@ -284,7 +288,7 @@ def _fake_cached(x: Tensor, weights: list[Tensor], packed: list[Tensor], seen: l
     return _fake(x, *_three(weights), *rest)
 
 
-def _three(weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _three(weights: list[T]) -> tuple[T, T, T | None]:
     return weights[0], weights[1], weights[2] if len(weights) > 2 else None
 
 
@@ -292,5 +296,24 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(f"{OP}: this op is for inference; prunekern.ops.compact_mlp on plain weights has a gradient")
 
 
-register(_SCHEMA, _forward, fake=_fake, backward=_backward)
-register(_CACHED_SCHEMA, _forward_cached, fake=_fake_cached)
+def _flops(x: Shape, up: Shape, down: Shape, gate: Shape | None, *rest: Any, **kwargs: Any) -> int:
+    in_index, out_index, n_hidden, n_out = rest[6:10]
+    n, k = n_out if out_index is None else out_index[0], x[-1] if in_index is None else in_index[0]
+    return of_product(x[:-1], n_hidden, k) * (1 if gate is None else 2) + of_product(x[:-1], n, n_hidden)
+
+
+def _flops_cached(
+    x: Shape, weights: list[Shape], packed: list[Shape], seen: list[int], *rest: Any, **kwargs: Any
+) -> int:  # fmt: skip
+    return _flops(x, *_three(weights), *rest, **kwargs)
+
+
+def _flops_gated(
+    x: Shape, up: Shape, gate: Shape, up_bias: Shape | None, gate_bias: Shape | None, up_scale: Shape | None,
+    gate_scale: Shape | None, in_index: Shape | None, *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    return 2 * of_product(x[:-1], *up)
+
+
+register(_SCHEMA, _forward, flops=_flops, fake=_fake, backward=_backward)
+register(_CACHED_SCHEMA, _forward_cached, flops=_flops_cached, fake=_fake_cached)

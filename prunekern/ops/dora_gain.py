@@ -17,6 +17,7 @@ from torch import Tensor
 from prunekern import kernels
 
 from . import checks
+from .flops import Shape, count, of_nothing
 from .registering import register
 from .seen import still_holds
 
@@ -107,8 +108,14 @@ def _backward(ctx: Any, d_gain: Tensor, _d_inv_norm: Tensor | None) -> tuple[Ten
     return None, None, None, d_m, d_mb, None, None
 
 
+def _flops(V: Shape, A: Shape, B: Shape, *rest: Any, **kwargs: Any) -> int:
+    """U = V A^T, G = A A^T and B G."""
+    (N, K), r = V, A[0]
+    return 2 * N * K * r + 2 * r * K * r + 2 * N * r * r
+
+
 _forward = register(
-    "dora_gain_forward" + _SCHEMA, _compute, fake=_fake, backward=_backward, setup_context=_setup_context
+    "dora_gain_forward" + _SCHEMA, _compute, flops=_flops, fake=_fake, backward=_backward, setup_context=_setup_context
 )
 
 
@@ -127,6 +134,7 @@ def _fake_cached(V: Tensor, A: Tensor, B: Tensor, s: float, inv_norm: Tensor, se
 register(
     "_inv_norm_cached(Tensor V, Tensor A, Tensor B, float s, Tensor inv_norm, int[] seen) -> Tensor",
     _cached,
+    flops=of_nothing,  # where nothing was written to, nothing is computed
     fake=_fake_cached,
 )
 
@@ -144,6 +152,7 @@ def triton_op() -> Callable[..., tuple[Tensor, Tensor]]:
     name = "prunekern::dora_gain_triton"
     op = torch.library.triton_op(name, dora_gain_triton, mutates_args=())
     torch.library.register_autograd(name, _backward, setup_context=_setup_context)
+    count("dora_gain_triton", _flops)
     return op
 
 
@@ -159,7 +168,7 @@ def _dora_gain(
     return pair
 
 
-register("dora_gain" + _SCHEMA, _dora_gain, key="CompositeImplicitAutograd")
+register("dora_gain" + _SCHEMA, _dora_gain, flops=_flops, key="CompositeImplicitAutograd")
 
 
 def dora_gain(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from prunekern import kernels
 
-from . import checks
+from . import calls, checks
+from .flops import Shape, count, of_product
 from .registering import implement, register
 
 
@@ -44,6 +45,18 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
         return torch.float32
     return x.dtype
+
+
+def _plain(
+    x: Tensor, V: Tensor, A: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None, s: float, x_lora: Tensor | None
+) -> Tensor:  # fmt: skip
+    """For transforms of torch.func, which take PyTorch's own operators apart; they get no probe."""
+    dtype = checks.compute_dtype(x, V)
+    low = (x if x_lora is None else x_lora).to(dtype)
+    with checks.without_autocast(x.device):
+        z = x.to(dtype) @ V.to(dtype).T + s * ((low @ A.to(dtype).T) @ B.to(dtype).T)
+    y = z * gain.to(dtype)
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
 _ARGS = "Tensor x, Tensor V, Tensor A, Tensor B, Tensor gain, Tensor? bias, float s"
@@ -79,10 +92,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, V, A, B, gain, bias, s, x_lora, probe = inputs
     _, z, p = output
     needs = ctx.needs_input_grad
+    # z and p are results: constants to whoever differentiates the backward pass. It computes them again from the rest.
+    reads_x = needs[2] or needs[3] or needs[4] or needs[8]
     ctx.save_for_backward(
-        x if needs[2] and x_lora is None else None,
-        x_lora if needs[2] else None,
-        V if needs[0] else None,
+        x if reads_x and (x_lora is None or needs[4] or needs[8]) else None,
+        x_lora if reads_x else None,
+        V,
         A,
         B,
         gain,
@@ -102,6 +117,8 @@ def _backward(ctx: Any, dy: Tensor | None, _dz: None, _dp: None) -> tuple[Tensor
     if dy is None:
         return tuple(grads)
     with checks.without_autocast(dy.device):
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_gradients(ctx, dy, grads)
         return _gradients(ctx, dy, grads)
 
 
@@ -157,8 +174,50 @@ def _gradients(ctx: Any, dy: Tensor, grads: list[Tensor | None]) -> tuple[Tensor
             grads[0] = dx.to(x_dtype).view(x_shape)
         if ctx.has_x_lora and needs[7]:
             grads[7] = (dp @ A.to(dtype)).to(x_dtype).view(x_shape)
+    _refuse_gradient_of_V(needs)
+    return tuple(grads)
+
+
+def _refuse_gradient_of_V(needs: Sequence[bool]) -> None:
     if needs[1]:
         raise RuntimeError("dora_linear: V must be frozen (got V.requires_grad=True); no gradient is formed for it")
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The same from inputs alone, so that second derivatives are those of the definition. What the probe asks for is no
+    derivative, and stays a constant.
+    """
+    x, x_lora, V, A, B, gain, _, _, bias = ctx.saved_tensors
+    needs, s, (x_shape, x_dtype) = ctx.needs_input_grad, ctx.s, ctx.x_meta
+    _refuse_gradient_of_V(needs)
+    T, dtype, out = math.prod(x_shape[:-1]), checks.compute_dtype(dy, V), dy.dtype
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.reshape(T, tensor.shape[-1]).to(dtype)
+
+    dy, V, wide_A, wide_B = rows(dy), V.to(dtype), A.to(dtype), B.to(dtype)
+    dz = dy * gain.to(dtype)  # [T, N]
+    dp = s * (dz @ wide_B)  # [T, r]
+    low = x_lora if ctx.has_x_lora else x
+    p = None if low is None else rows(low) @ wide_A.T  # [T, r]
+    if needs[0]:
+        dx = dz @ V if ctx.has_x_lora else dz @ V + dp @ wide_A
+        grads[0] = dx.to(x_dtype).view(x_shape)
+    if needs[2]:
+        grads[2] = (dp.T @ rows(low)).to(A.dtype)
+    if needs[3]:
+        grads[3] = (s * (dz.T @ p)).to(B.dtype)
+    if needs[4] or needs[8]:
+        z = rows(x) @ V.T + s * (p @ wide_B.T)  # [T, N]
+        if needs[4]:
+            grads[4] = (dy * z).sum(0).to(gain.dtype)
+        if needs[8]:
+            y = z * gain if bias is None else torch.addcmul(bias.to(dtype), z, gain.to(dtype))
+            grads[8] = (y.detach() * dy.detach()).square().sum(0).to(ctx.probe_dtype)
+    if needs[5]:
+        grads[5] = dy.sum(0).to(ctx.bias_dtype)
+    if ctx.has_x_lora and needs[7]:
+        grads[7] = (dp @ wide_A).to(out).view(x_shape)
     return tuple(grads)
 
 
@@ -171,10 +230,20 @@ def _sums(dy: Tensor, p: Tensor) -> Tensor:
     return dy.T.float() @ p.float()
 
 
+def _flops(x: Shape, V: Shape, A: Shape, *rest: Any, **kwargs: Any) -> int:
+    return of_product(x[:-1], *V) + of_product(x[:-1], A[0], V[1] + V[0])
+
+
+def _flops_backward(dy: Shape, z: Shape, p: Shape, B: Shape, *rest: Any, **kwargs: Any) -> int:
+    """Work by element, but for p B^T where the probe asks for y; see kernels/dora_linear.py."""
+    add_low, want_probe = rest[3], rest[7]
+    return of_product(dy[:-1], *B) if add_low and want_probe else 0
+
+
 _forward = register(
     # No defaults: an argument left out would be missing from what the gradient asks for.
-    f"dora_linear_forward({_ARGS}, Tensor? x_lora, Tensor? probe) -> (Tensor, Tensor, Tensor)", _compute, fake=_fake,
-    backward=_backward, setup_context=_setup_context,
+    f"dora_linear_forward({_ARGS}, Tensor? x_lora, Tensor? probe) -> (Tensor, Tensor, Tensor)", _compute,
+    flops=_flops, fake=_fake, backward=_backward, setup_context=_setup_context,
 )  # fmt: skip
 
 
@@ -213,7 +282,10 @@ def triton_ops() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable
     names = "prunekern::dora_linear_triton", "prunekern::dora_linear_backward_triton"
     forward = torch.library.triton_op(names[0], dora_linear_triton, mutates_args=())
     torch.library.register_autograd(names[0], backward, setup_context=setup_context)
-    return forward, torch.library.triton_op(names[1], dora_linear_backward_triton, mutates_args=())
+    backward_op = torch.library.triton_op(names[1], dora_linear_backward_triton, mutates_args=())
+    count("dora_linear_triton", _flops)
+    count("dora_linear_backward_triton", _flops_backward)
+    return forward, backward_op
 
 
 kernels.register_early(triton_ops)
@@ -276,6 +348,7 @@ def _register_autocast(device: str, key: str) -> None:
 register(
     f"dora_linear({_ARGS}, Tensor? x_lora=None, Tensor? probe=None) -> Tensor",
     _dora_linear,
+    flops=_flops,
     key="CompositeImplicitAutograd",
 )
 _register_autocast("cuda", "AutocastCUDA")
@@ -302,5 +375,8 @@ def dora_linear(
     bfloat16, float16 (16-bit products on CPU are computed in fp32). ValueError / TypeError on shapes, dtypes or devices
     that do not fit; RuntimeError when V requires a gradient.
     """
+    if calls.transformed():
+        _check(x, V, A, B, gain, bias, x_lora, probe)
+        return _plain(x, V, A, B, gain, bias, s, x_lora)
     y: Tensor = torch.ops.prunekern.dora_linear(x, V, A, B, gain, bias, s, x_lora, probe)
     return y

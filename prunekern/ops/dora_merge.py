@@ -12,6 +12,7 @@ from torch import Tensor
 from prunekern import kernels
 
 from . import checks
+from .flops import Shape, count
 from .registering import register
 
 
@@ -72,7 +73,13 @@ def _empty(
     return V.new_empty(N, K)
 
 
-_forward = register("dora_merge_forward" + _SCHEMA, _compute, fake=_empty)
+def _flops(
+    V: Shape, A: Shape, B: Shape, gain: Shape, rows: Shape | None, cols: Shape | None, *rest: Any, **kwargs: Any
+) -> int:
+    return 2 * (V[0] if rows is None else rows[0]) * (V[1] if cols is None else cols[0]) * A[0]
+
+
+_forward = register("dora_merge_forward" + _SCHEMA, _compute, flops=_flops, fake=_empty)
 
 
 @functools.cache
@@ -85,7 +92,9 @@ def triton_op() -> Callable[..., Tensor]:
     ) -> Tensor:
         return launch(V, A, B, gain, rows, cols, s)
 
-    return torch.library.triton_op("prunekern::dora_merge_triton", dora_merge_triton, mutates_args=())
+    op = torch.library.triton_op("prunekern::dora_merge_triton", dora_merge_triton, mutates_args=())
+    count("dora_merge_triton", _flops)
+    return op
 
 
 kernels.register_early(triton_op)
@@ -114,7 +123,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError("dora_merge: has no gradient; train through dora_linear")
 
 
-register("dora_merge" + _SCHEMA, _dora_merge, fake=_fake, backward=_backward)
+register("dora_merge" + _SCHEMA, _dora_merge, flops=_flops, fake=_fake, backward=_backward)
 
 
 def dora_merge(

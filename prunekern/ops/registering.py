@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .flops import count
+
 _LIB = torch.library.Library("prunekern", "FRAGMENT")
 
 
@@ -14,6 +16,7 @@ def register(
     schema: str,
     kernel: Callable[..., Any],
     *,
+    flops: Callable[..., int],
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
@@ -23,7 +26,7 @@ def register(
 
     kernel: what it computes, on every device. fake: shapes and dtypes of it; none where key is
     "CompositeImplicitAutograd", whose kernel calls other ops only. backward, setup_context: its gradient, as
-    `torch.library.register_autograd` takes them; where it has none, a backward that refuses.
+    `torch.library.register_autograd` takes them; where it has none, a backward that refuses. flops: see `flops.count`.
     """
     name = schema.partition("(")[0]
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -32,6 +35,7 @@ def register(
         torch.library.register_fake(f"prunekern::{name}", fake, lib=_LIB)
     if backward is not None:
         torch.library.register_autograd(f"prunekern::{name}", backward, setup_context=setup_context, lib=_LIB)
+    count(name, flops)
     op: Callable[..., Any] = getattr(torch.ops.prunekern, name).default
     return op
 

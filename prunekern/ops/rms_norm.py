@@ -11,6 +11,7 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .flops import of_nothing
 from .registering import register
 
 OP = "rms_norm"
@@ -40,6 +41,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = _EAGER(x, weight, eps, calls.threads())
         if y is not None:
             return y
+    if calls.transformed():
+        _check(x, weight)
+        return rms_norm_reference(x, weight, eps)
     normed: Tensor = torch.ops.prunekern.rms_norm(x, weight, eps)
     return normed
 
@@ -117,4 +121,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_x, d_weight, None
 
 
-register(_SCHEMA, _forward, fake=_fake, backward=_backward, setup_context=_setup_context)
+register(_SCHEMA, _forward, flops=of_nothing, fake=_fake, backward=_backward, setup_context=_setup_context)

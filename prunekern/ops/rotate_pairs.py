@@ -11,6 +11,7 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .flops import of_nothing
 from .registering import register
 
 OP = "rotate_pairs"
@@ -46,6 +47,9 @@ def rotate_pairs(
         y = _EAGER(x, cos, sin, angle, first, shared_by, calls.threads())
         if y is not None:
             return y
+    if calls.transformed():
+        _check(x, cos, sin, angle, first, shared_by)
+        return rotate_pairs_reference(x, cos, sin, angle, first, shared_by)
     turned: Tensor = torch.ops.prunekern.rotate_pairs(x, cos, sin, angle, first, shared_by)
     return turned
 
@@ -133,13 +137,16 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, angle: Tensor, first: Sequence[in
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, cos, sin, angle, ctx.first, ctx.shared_by = inputs
+    ctx.constant = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
     ctx.save_for_backward(cos, sin, angle)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.constant:
+        raise RuntimeError(f"{OP}: cos and sin must not require a gradient; none is formed for them")
     cos, sin, angle = ctx.saved_tensors
     turned_back = torch.ops.prunekern.rotate_pairs(grad, cos, -sin, angle, ctx.first, ctx.shared_by)
     return turned_back, None, None, None, None, None
 
 
-register(_SCHEMA, _forward, fake=_fake, backward=_backward, setup_context=_setup_context)
+register(_SCHEMA, _forward, flops=of_nothing, fake=_fake, backward=_backward, setup_context=_setup_context)

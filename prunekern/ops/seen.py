@@ -83,8 +83,8 @@ def _is_unchanged(same: tuple[Any, ...], hooks: tuple[Any, ...], seen: tuple[Any
     )
 
 
-# (same, hooks, seen) -> whether of `same`, triples (dict, key, value), each dict has that very value (None: or nothing),
-# each dict of `hooks` is empty, and each tensor of `seen`, entries one after the other, is as it was.
+# (same, hooks, seen) -> whether of `same`, triples (dict, key, value), each dict has that very value (None: or
+# nothing), each dict of `hooks` is empty, and each tensor of `seen`, entries one after the other, is as it was.
 is_unchanged: Callable[[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]], bool] = (
     _native.core().unchanged if calls.EAGER else _is_unchanged
 )
@@ -125,7 +125,7 @@ def _address(tensor: Tensor) -> int:
 def _is_shared(tensor: Tensor) -> bool:
     """Whether another tensor lies in the same memory: a count that the tensor itself and the asking make two."""
     storage = tensor.untyped_storage()
-    uses: int = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    uses: int = torch._C._storage_Use_Count(storage._cdata)
     return uses > 2
 
 

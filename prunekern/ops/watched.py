@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_DATA = torch._C.TensorBase.data  # type: ignore[attr-defined]  # of C
+_DATA: Any = torch._C.TensorBase.data  # a getset descriptor
 _READS = WeakTensorKeyDictionary()  # parameter -> [how often]; no attribute of it: it would be pickled
 # Compilers and copies look at `.data`, and write nothing.
 _READERS = (
@@ -25,8 +25,8 @@ _READERS = (
 class WatchedParameter(nn.Parameter):
     """What `watch` makes of an `nn.Parameter`, in place. It behaves, is copied and is pickled as one."""
 
-    @property  # type: ignore[override]
-    def data(self) -> Tensor:  # type: ignore[override]
+    @property
+    def data(self) -> Tensor:
         """As of Tensor; counted."""
         _count(self)
         alias: Tensor = _DATA.__get__(self)

@@ -30,7 +30,8 @@ class CompactCausalAttention(PacksTogether):
     heads are never padded. Everything else (see `CompactSelfAttention`) takes transformers' attention on heads padded
     to the widest one.
 
-    `forward` returns the kept channels of every query head side by side; the block adds o's product to the residual.
+    `attend` returns the kept channels of every query head side by side, for the block to add o's product to the
+    residual in one call; `forward` what transformers' does.
     The cache holds keys [batch, 1, tokens, kept key channels] and values [batch, 1, tokens, kept value channels], heads
     side by side: it is as much smaller as k and v are. Any cache of transformers takes them.
     """
@@ -55,7 +56,12 @@ class CompactCausalAttention(PacksTogether):
         )
         self._indices: dict[torch.device, Positions] = {}
 
-    def forward(
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [batch, tokens, hidden] -> the same, and attention weights or None."""
+        context, weights = self.attend(hidden_states, *args, **kwargs)
+        return self.o_proj(context), weights
+
+    def attend(
         self,
         hidden_states: Tensor,
         position_embeddings: Turns,

@@ -48,11 +48,16 @@ class CompactDecoderLayer(nn.Module):
                 return y
         attention, mlp = self.self_attn, self.mlp
         kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
-        context, _ = attention(self.input_layernorm(hidden_states), past_key_values=past_key_values, **kwargs)
-        attended: Tensor = attention.o_proj(context, residual=hidden_states)
+        x = self.input_layernorm(hidden_states)
+        attended: Tensor
+        if is_hooked(attention, attention.o_proj):
+            attended = hidden_states + attention(x, past_key_values=past_key_values, **kwargs)[0]
+        else:
+            context, _ = attention.attend(x, past_key_values=past_key_values, **kwargs)
+            attended = attention.o_proj(context, residual=hidden_states)
         x = self.post_attention_layernorm(attended)
         gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        if is_hooked(mlp, gate, up, down) or is_shrunk(gate, up, down):
+        if is_hooked(mlp, gate, up, down, mlp.act_fn) or is_shrunk(gate, up, down):
             added: Tensor = mlp(x)
             return attended + added
         return mlp_call(up, down, x, attended, self.activation, gate)

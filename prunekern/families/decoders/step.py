@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ... import _native
 from ...nn import CompactLinear
-from ...nn.hooked import is_hooked
+from ...nn.hooked import EVERYWHERE, hooks_of, is_hooked
 from ...nn.packed import Packed
 from ...ops import calls
 from ...ops.compact_linear import NUMBER
@@ -82,7 +82,7 @@ class Step:
         same += [config, "_attn_implementation_internal", config.get("_attn_implementation_internal")]
         same += [attention.__dict__, "training", False]  # has a dropout
         self._same, self._seen = tuple(same), tuple(seen)
-        self._hooks = tuple(hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks))
+        self._hooks = (*EVERYWHERE, *(hooks for m in (*modules, ffn.act_fn) for hooks in hooks_of(m)))
 
     def is_fresh(self) -> bool:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
@@ -118,7 +118,11 @@ def make_step(block: Block) -> Step | None:
         return None
     if any(type(n) not in FAST_NORMS or n.weight.dtype is not _f32 for n in (norm, ffn_norm)):
         return None
-    if is_hooked(attention, ffn, norm, ffn_norm, *linears) or attention.training or not attention._is_plain():
+    if (
+        is_hooked(attention, ffn, norm, ffn_norm, ffn.act_fn, *linears)
+        or attention.training
+        or not attention._is_plain()
+    ):
         return None
     for layer in linears:
         if type(layer) is not CompactLinear or not is_packable(layer.weight) or layer.in_index is not None:

@@ -10,11 +10,10 @@ from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
 from ...nn import CompactLinear
-from ...nn.hooked import is_hooked
 from ..family import Kept, StockConfig
-from ..linears import Make, activation_name
+from ..linears import Activation, Make, activation_name
 from ..table import Table
-from .blocks import CompactSelfAttention, add_residual, run_ffn
+from .blocks import CompactSelfAttention, add_residual, run_activated, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
 from .table import EncoderBlock, encoder_table
 
@@ -49,10 +48,10 @@ class _CompactIntermediate(nn.Module):
     """The first FFN layer, activation fused."""
 
     dense: CompactLinear
+    intermediate_act_fn: Activation
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        y: Tensor = self.dense(hidden_states)
-        return y
+        return run_activated(self.dense, self.intermediate_act_fn, hidden_states)
 
 
 class _CompactLayer(nn.Module):
@@ -62,12 +61,14 @@ class _CompactLayer(nn.Module):
     output: _CompactResidual
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        output = self.output
+        first, output = self.intermediate, self.output
+        parts = (first.dense, first.intermediate_act_fn, output.dense, output.dropout)
+        out = run_ffn((first, output), *parts, attention_output)
         y: Tensor
-        if is_hooked(self.intermediate, output):
+        if out is None:
             y = super().feed_forward_chunk(attention_output)  # type: ignore[misc]  # of the layer this is mixed into
         else:
-            y = output.LayerNorm(run_ffn(self.intermediate.dense, output.dense, output.dropout, attention_output))
+            y = output.LayerNorm(out)
         return y
 
 
@@ -180,8 +181,8 @@ def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
         attention.make_compact(linears[:3], layout)
         module.attention.output.dense = linears[3]
         module.attention.output.__class__ = parts.self_output
-        module.intermediate.dense, module.output.dense = compact_encoder_ffn(make, plan, block, activation)
-        module.intermediate.intermediate_act_fn = nn.Identity()
+        module.intermediate.dense, module.output.dense = compact_encoder_ffn(make, plan, block)
+        module.intermediate.intermediate_act_fn = Activation(activation)
         module.intermediate.__class__ = parts.intermediate
         module.output.__class__ = parts.output
         module.__class__ = parts.compact_layer

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.distilbert import modeling_distilbert as hf
 
+from ...nn import CompactLinear
+from ...nn.hooked import is_hooked
 from ..family import Kept, StockConfig
-from ..linears import Make, activation_name
+from ..linears import Activation, Make, activation_name
 from ..table import Table
 from .blocks import CompactSelfAttention, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
@@ -21,24 +23,32 @@ MODEL_TYPES: tuple[str, ...] = ("distilbert",)
 
 
 class CompactDistilBertAttention(CompactSelfAttention, hf.DistilBertSelfAttention):
-    """Returns what o reads; the block adds o's product to the residual."""
+    """The block adds o's product to the residual in one call, where nobody listens."""
 
     names = ("q_lin", "k_lin", "v_lin")
+    out_lin: CompactLinear
     eager = staticmethod(hf.eager_attention_forward)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        return self.attend(hidden_states, attention_mask, **kwargs)
+        context, weights = self.attend(hidden_states, attention_mask, **kwargs)
+        return self.out_lin(context), weights
 
 
 class CompactDistilBertBlock(hf.TransformerBlock):
     """A block whose projections write into the residual directly."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        context, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
-        attended = self.sa_layer_norm(self.attention.out_lin(context, residual=hidden_states))
-        y: Tensor = self.output_layer_norm(run_ffn(self.ffn.lin1, self.ffn.lin2, self.ffn.dropout, attended))
+        attention, ffn = self.attention, self.ffn
+        if is_hooked(attention, attention.out_lin):
+            attended = attention(hidden_states, attention_mask=attention_mask, **kwargs)[0] + hidden_states
+        else:
+            context, _ = attention.attend(hidden_states, attention_mask, **kwargs)
+            attended = attention.out_lin(context, residual=hidden_states)
+        attended = self.sa_layer_norm(attended)
+        out = run_ffn((ffn,), ffn.lin1, ffn.activation, ffn.lin2, ffn.dropout, attended)
+        y: Tensor = self.output_layer_norm(ffn(attended) + attended if out is None else out)
         return y
 
 
@@ -69,8 +79,8 @@ def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
         attention.__class__ = CompactDistilBertAttention
         attention.make_compact(linears[:3], layout)
         attention.out_lin = linears[3]
-        ffn.lin1, ffn.lin2 = compact_encoder_ffn(make, plan, block, activation)
-        ffn.activation = nn.Identity()
+        ffn.lin1, ffn.lin2 = compact_encoder_ffn(make, plan, block)
+        ffn.activation = Activation(activation)
         module.__class__ = CompactDistilBertBlock
 
 

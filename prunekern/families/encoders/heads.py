@@ -65,9 +65,9 @@ def compact_encoder_attention(
     return (q, k, v, o), layout
 
 
-def compact_encoder_ffn(make: Make, plan: Kept, block: EncoderBlock, activation: str) -> tuple[nn.Module, nn.Module]:
+def compact_encoder_ffn(make: Make, plan: Kept, block: EncoderBlock) -> tuple[nn.Module, nn.Module]:
     """Both FFN layers: the first keeps its channels packed, the second scatters into the residual's width."""
     hidden = plan.layers[block.down].out_features
-    up = make(block.up, None, None, plan.layers[block.up].rows.numel(), activation)
+    up = make(block.up, None, None, plan.layers[block.up].rows.numel(), "none")
     down = make(block.down, None, full_or(plan.layers[block.down].rows, hidden), hidden, "none")
     return up, down
