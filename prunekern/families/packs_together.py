@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ..nn import CompactAttention
 from ..nn.compact_attention import Layers
-from ..nn.hooked import is_hooked
 from ..ops.packing import is_packable
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class PacksTogether(nn.Module):
         raise NotImplementedError
 
     def _runs_ragged(self, x: Tensor, layers: Layers) -> bool:
-        return self._is_plain() and not is_shrunk(*layers) and not is_hooked(*layers) and self.ragged.fuses(x, layers)
+        return self._is_plain() and not is_shrunk(*layers) and self.ragged.fuses(x, layers)
 
 
 def is_shrunk(*layers: nn.Module) -> bool:

@@ -94,6 +94,8 @@ class CompactAttention(nn.Module):
 
     def fuses(self, x: Tensor, layers: Layers) -> bool:
         """Whether the kernels can run x: float32, or 16 bits like the weights, on the CPU, nothing wants a gradient."""
+        if any("weight" not in layer._parameters for layer in layers):  # a parametrisation computes it
+            return False
         weights = [layer._parameters["weight"] for layer in layers]
         dtype, width = weights[0].dtype, x.shape[-1]
         if x.dtype is not _f32 and x.dtype is not dtype:
@@ -107,9 +109,9 @@ class CompactAttention(nn.Module):
 
     def packed_for(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Packed | None:
         """The three weights packed as one, up to date; None where x must go through the layers one by one."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not (self.fuses(x, layers) if fuses is None else fuses):
             return None
-        if not (fuses if fuses is not None else not is_hooked(*layers) and self.fuses(x, layers)):
+        if is_hooked(*layers):
             return None
         packed = self._packed
         if packed is not None and self._layers == layers and packed.is_fresh():

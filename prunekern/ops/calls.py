@@ -39,7 +39,8 @@ def transformed() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp) or forward mode differentiation is at work: then the plain
     PyTorch of the references runs, which all of them know how to take apart.
     """
-    return _functorch_level() is not None or _forward_ad._current_level >= 0
+    is_at_work = _functorch_level() is not None or _forward_ad._current_level >= 0
+    return is_at_work and not torch.compiler.is_compiling()  # tracers use the same machinery
 
 
 def short() -> bool:
