@@ -47,7 +47,8 @@ class FollowedSteps:
 
         for layer in {layers[0], layers[-1]} if layers else ():
             for parameter in (layer.magnitude, *(() if layer.mask is None else (layer.mask.logits,))):
-                parameter.register_post_accumulate_grad_hook(arrived)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(arrived)
 
     def take(self) -> bool:
         """Whether there was a step since the last call of this."""
