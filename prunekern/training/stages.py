@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from .trainer import PruneTrainer
+from ..pruning.pruner import Pruner
+
+
+class HasStages(Protocol):
+    """What is asked of a `PruneTrainer`."""
+
+    pruner: Pruner
+    model: nn.Module
+    accelerator: Any
+    report: dict[str, Any] | None
+    warm: float
+    ramp: float
+
+    def stage_one_steps(self, max_steps: int) -> int:
+        """Of a run of so many steps."""
+
+    def cross_boundary(self) -> None:
+        """Final masks."""
+
+    def refuse_unless_finite(self, what: str, value: float) -> None:
+        """FloatingPointError for a loss or gradient norm that is not."""
 
 
 class Stages(TrainerCallback):
     """Calls the pruner after every optimiser step, and finalises at the stage boundary."""
 
-    def __init__(self, trainer: PruneTrainer):
+    def __init__(self, trainer: HasStages):
         self.trainer = trainer
 
     def on_train_begin(

@@ -3,10 +3,11 @@
 import warnings
 
 import pytest
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import prunekern as pk
-from tests.helpers.tiny_models import batch, difference, logits
+from tests.helpers.tiny_models import attached, batch, build, difference, logits
 from tests.helpers.trainer_runs import STEPS, Each, Rows, fresh, result, same
 
 
@@ -83,3 +84,21 @@ def test_a_step_that_a_loss_scaler_left_out_counts_after_a_resume_neither(tmp_pa
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert counts == list(range(4, STEPS))
     same(result(again), result(trainer))
+
+
+def test_a_loop_of_ones_own_that_ends_before_is_told_at_compact():
+    pruner = attached(build().train(), sparsity=0.4, warm_steps=50)
+    optimizer = torch.optim.AdamW(pruner.param_groups())
+    for step in range(3):
+        pruner.model(**batch(seed=step), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    with pytest.warns(
+        UserWarning, match="compact: the masks are not final, and remove 0 of the block params where 0.4"
+    ):
+        pk.compact(pruner.model)
+    pruner.finalize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert pk.plan(pk.compact(pruner.model)).sparsity() >= 0.4
