@@ -26,9 +26,9 @@ def latency(
         if most is not None and tokens > most:
             raise ValueError(f"latency: tokens must be at most {most} for the {name} model (got {tokens})")
     vocabulary = min(model.config.vocab_size for model in models.values())
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     device = next(next(iter(models.values())).parameters()).device
-    ids = torch.randint(5, vocabulary, (batch, tokens), generator=generator).to(device)
+    ids = torch.randint(5, vocabulary, (batch, tokens), generator=generator, device="cpu").to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def forward(model: PreTrainedModel) -> Callable[[], object]:

@@ -118,23 +118,23 @@ def _fields(name: str, entry: Any) -> tuple[int, int, Any, Any, bool]:
 def _to_bitmap(index: Tensor, size: int) -> str:
     if index.numel() == size:
         return "all"
-    bits = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8)
+    bits = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device="cpu")
     bits[index] = 1
-    weights = 1 << torch.arange(8, dtype=torch.uint8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device="cpu")
     return bytes((bits.view(-1, 8) * weights).sum(1).to(torch.uint8).tolist()).hex()
 
 
 def _from_bitmap(text: Any, size: int, what: str) -> Tensor:
     if text == "all":
-        return torch.arange(size)
+        return torch.arange(size, device="cpu")
     try:
         data = bytes.fromhex(text)
     except (TypeError, ValueError):
         raise ValueError(f"plan: {what} must be 'all' or a hexadecimal bitmap (got {str(text)[:40]!r})") from None
     if len(data) != -(-size // 8):
         raise ValueError(f"plan: {what} must hold {-(-size // 8)} bytes for {size} channels (got {len(data)})")
-    packed = torch.tensor(list(data), dtype=torch.uint8)
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    packed = torch.tensor(list(data), dtype=torch.uint8, device="cpu")
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     index = bits.flatten().nonzero().flatten()
     if index.numel() and int(index[-1]) >= size:
         raise ValueError(f"plan: {what} keeps channel {int(index[-1])}, but there are {size}")
@@ -188,7 +188,7 @@ def check(plan: Plan, table: Table) -> None:
             )
     kept = {}
     for carrier, group in table.groups.items():
-        alive = torch.zeros(table.layers[carrier].rows, dtype=torch.bool)
+        alive = torch.zeros(table.layers[carrier].rows, dtype=torch.bool, device="cpu")
         alive[plan.layers[carrier].rows] = True
         kept[carrier] = alive[group.rows].all(1)
         _refuse_split(carrier, group.rows, alive)

@@ -90,7 +90,7 @@ def reload_and_time(out: Path, max_length: int) -> dict[str, Any]:
     dense = AutoModelForSequenceClassification.from_pretrained(out / "dense").eval()
     console = Console(stderr=True)
     metrics, logits = evaluate(compact, tokenizer, tasks.get("reviews"), max_length, console=console)
-    masked = torch.tensor(json.loads((out / "masked_logits.json").read_text())["logits"])
+    masked = torch.tensor(json.loads((out / "masked_logits.json").read_text())["logits"], device="cpu")
     difference = ((logits - masked).abs().max() / masked.abs().max()).item()
     same = (logits.argmax(1) == masked.argmax(1)).float().mean().item()
     times = {}

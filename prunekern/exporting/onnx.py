@@ -89,7 +89,7 @@ class _Whole(nn.Module):
 
     def example(self) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
         """Inputs to trace with, and the names of their free axes."""
-        ids = torch.arange(3 * 7).view(3, 7) % self.twin.config.vocab_size
+        ids = torch.arange(3 * 7, device="cpu").view(3, 7) % self.twin.config.vocab_size
         every = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
         return {n: every[n] for n in self.names}, {n: {0: "batch", 1: "length"} for n in self.names}
 
@@ -115,14 +115,16 @@ class _WithPast(nn.Module):
     def example(self) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
         """Inputs to trace with, and the names of their free axes."""
         batch, length, past = 3, 7, 5
-        ids = torch.arange(batch * length).view(batch, length) % self.twin.config.vocab_size
-        position = torch.arange(past, past + length).expand(batch, length).contiguous()
+        ids = torch.arange(batch * length, device="cpu").view(batch, length) % self.twin.config.vocab_size
+        position = torch.arange(past, past + length, device="cpu").expand(batch, length).contiguous()
         free = {0: "batch", 1: "length"}
         inputs = {"input_ids": ids, "attention_mask": ids.new_ones(batch, past + length), "position_ids": position}
         axes = {"input_ids": free, "attention_mask": {0: "batch", 1: "length + past"}, "position_ids": free}
         for i, widths in enumerate(self.widths):
             for what, width in zip(("key", "value"), widths, strict=True):
-                inputs[f"past_key_values.{i}.{what}"] = torch.zeros(batch, 1, past, width)
+                inputs[f"past_key_values.{i}.{what}"] = torch.zeros(
+                    batch, 1, past, width, dtype=torch.float32, device="cpu"
+                )
                 axes[f"past_key_values.{i}.{what}"] = {0: "batch", 2: "past"}
         return inputs, axes
 

@@ -132,13 +132,15 @@ class PlainLinear(nn.Module):
         self.activation = activation
         source = constant = None
         if n == 0 or k == 0:  # not every runtime has a product of nothing
-            constant = torch.zeros(out_features)
+            constant = torch.zeros(out_features, dtype=torch.float32, device="cpu")
             if n and bias is not None:
-                own = torch.arange(n) if out_index is None else out_index
+                own = torch.arange(n, device="cpu") if out_index is None else out_index
                 constant = constant.index_copy(0, own, activate(bias.detach(), activation))
             matrix = bias = None
         elif out_index is not None:
-            source = torch.full((out_features,), n).index_copy(0, out_index, torch.arange(n))
+            source = torch.full((out_features,), n, device="cpu").index_copy(
+                0, out_index, torch.arange(n, device="cpu")
+            )
         self.weight, self.bias = matrix, bias
         self.register_buffer("in_index", in_index, persistent=False)
         self.register_buffer("source", source, persistent=False)
@@ -178,7 +180,7 @@ class _PlainCausal(CompactCausalAttention):
 def _widened(flat: Tensor, index: Tensor, at: DecoderLayout) -> Tensor:
     """[batch, tokens, kept] -> [batch, tokens, kv width], zero where nothing is kept."""
     n = index.numel()
-    source = torch.full((at.kv * at.width,), n).index_copy(0, index, torch.arange(n))
+    source = torch.full((at.kv * at.width,), n, device="cpu").index_copy(0, index, torch.arange(n, device="cpu"))
     return F.pad(flat, (0, 1)).index_select(-1, source)
 
 

@@ -95,9 +95,9 @@ def _shape(plan: Plan, block: Block, dense: StockConfig) -> tuple[int, int]:
     value = layers[block.v]
     dim, shared_by = value.out_features // dense.kv_heads, dense.heads // dense.kv_heads
     alive = torch.unique(value.rows // dim)
-    queries = (alive[:, None] * shared_by + torch.arange(shared_by)).flatten()
+    queries = (alive[:, None] * shared_by + torch.arange(shared_by, device="cpu")).flatten()
     for name, head in ((block.v, alive), (block.k, alive), (block.q, queries)):
-        whole = (head[:, None] * dim + torch.arange(dim)).flatten()
+        whole = (head[:, None] * dim + torch.arange(dim, device="cpu")).flatten()
         if not torch.equal(layers[name].rows, whole):
             _refuse(name, f"keeps {layers[name].rows.numel()} rows that are not those of whole heads")
     for name in (block.o, block.down):

@@ -53,7 +53,7 @@ class Group:
 
 def channels(count: int) -> Tensor:
     """int64 [count, 1]: group i is channel i."""
-    return torch.arange(count).unsqueeze(1)
+    return torch.arange(count, device="cpu").unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,13 @@ class Table:
     def settle(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """bool [count] by carrier, after heads without any value channel have taken their query/key groups along."""
         settled = {
-            c: kept[c].cpu() if c in kept else torch.ones(g.count, dtype=torch.bool) for c, g in self.groups.items()
+            c: kept[c].cpu() if c in kept else torch.ones(g.count, dtype=torch.bool, device="cpu")
+            for c, g in self.groups.items()
         }
         for carrier, group in self.groups.items():
             if group.lives_by is not None and group.lives_by in self.groups:
                 head, readers = group.heads, self.groups[group.lives_by].heads
-                alive = torch.zeros(int(max(head.max(), readers.max())) + 1, dtype=torch.bool)
+                alive = torch.zeros(int(max(head.max(), readers.max())) + 1, dtype=torch.bool, device="cpu")
                 alive[readers[settled[group.lives_by]]] = True
                 settled[carrier] = settled[carrier] & alive[head]
         return settled
@@ -102,7 +103,7 @@ class Table:
         for name, layer in self.layers.items():
             sides = []
             for size, governed, entry in ((layer.rows, self._rows, "rows"), (layer.cols, self._cols, "cols")):
-                alive = torch.ones(size, dtype=torch.bool)
+                alive = torch.ones(size, dtype=torch.bool, device="cpu")
                 if name in governed:
                     group = self.groups[governed[name][0]]
                     if entry == "cols":

@@ -83,7 +83,7 @@ def run_peak(flops: int) -> None:
 def read_bandwidth(size: int = 2**29, repeats: int = 5) -> float:
     """GB/s at which one core reads `size` bytes, larger than any cache. RuntimeError without the core."""
     core = _native.core()
-    memory = torch.empty(size, dtype=torch.uint8)
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     core.prefer_huge_pages(memory.data_ptr(), size)
     memory.fill_(1)  # pages that nobody wrote are all the same page
     best = float("inf")

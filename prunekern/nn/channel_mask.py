@@ -44,11 +44,11 @@ class ChannelMask(nn.Module):
         if not temperature > 0:
             raise ValueError(f"ChannelMask: temperature must be positive (got {temperature})")
         self.temperature = temperature
-        self.logits = nn.Parameter(torch.ones(groups))
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("final", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("saliency", torch.zeros(groups))
-        self.register_buffer("noise", torch.zeros(groups), persistent=False)
+        self.logits = nn.Parameter(torch.ones(groups, dtype=torch.float32, device="cpu"))
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device="cpu"))
+        self.register_buffer("final", torch.zeros((), dtype=torch.bool, device="cpu"))
+        self.register_buffer("saliency", torch.zeros(groups, dtype=torch.float32, device="cpu"))
+        self.register_buffer("noise", torch.zeros(groups, dtype=torch.float32, device="cpu"), persistent=False)
         self.register_buffer("row_group", row_group, persistent=False)
         self.is_open = False
         self.probe: Tensor | None = None
@@ -57,7 +57,9 @@ class ChannelMask(nn.Module):
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
         """New logistic noise from `generator` (a CPU generator, so that every device sees the same masks)."""
-        uniform = torch.rand(self.noise.shape, generator=generator).clamp_(1e-6, 1 - 1e-6)
+        uniform = torch.rand(self.noise.shape, generator=generator, dtype=torch.float32, device="cpu").clamp_(
+            1e-6, 1 - 1e-6
+        )
         self.noise.copy_(uniform.logit_())
 
     def open(self, is_open: bool) -> None:

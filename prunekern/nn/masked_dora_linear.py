@@ -61,7 +61,7 @@ class MaskedDoRALinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         device = weight.device
-        a = torch.empty(rank, K, dtype=dtype)
+        a = torch.empty(rank, K, dtype=dtype, device="cpu")
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         self.A = nn.Parameter(a.to(device))
         self.B = nn.Parameter(torch.zeros(N, rank, dtype=dtype, device=device))

@@ -49,7 +49,7 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
         _refuse_misfit(name, model.get_submodule(name), config)
 
     head = task_head(model)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator(device="cpu").manual_seed(config.seed)
     model.requires_grad_(False)
     for name in adapted:
         linear: nn.Linear = model.get_submodule(name)
@@ -126,10 +126,10 @@ def _refuse_misfit(name: str, linear: nn.Module, config: PruneConfig) -> None:
 
 def _row_group(table: Table, name: str) -> torch.Tensor | None:
     group = table.groups[name]
-    if group.rows.shape[1] == 1 and torch.equal(group.rows.flatten(), torch.arange(group.count)):
+    if group.rows.shape[1] == 1 and torch.equal(group.rows.flatten(), torch.arange(group.count, device="cpu")):
         return None
-    row_group = torch.empty(table.layers[name].rows, dtype=torch.int64)
-    row_group[group.rows] = torch.arange(group.count).unsqueeze(1).expand_as(group.rows)
+    row_group = torch.empty(table.layers[name].rows, dtype=torch.int64, device="cpu")
+    row_group[group.rows] = torch.arange(group.count, device="cpu").unsqueeze(1).expand_as(group.rows)
     return row_group
 
 

@@ -197,7 +197,7 @@ class Pruner:
     def _draw(self) -> None:
         # Seeded by (seed, step) alone: a resumed run, and every rank of a parallel one, sees the same masks.
         mixed = np.random.SeedSequence((self.config.seed, self.steps)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
+        generator = torch.Generator(device="cpu").manual_seed(int(mixed) & (2**63 - 1))
         for mask in self.masks.values():
             mask.draw(generator)
 

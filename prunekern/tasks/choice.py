@@ -82,15 +82,15 @@ class ChoiceTask(CausalTask):
 
         data = _encoded(self.splits[split or self.score_split], tokenizer, max_length)
         device = next(model.parameters()).device
-        order = torch.tensor(data["length"]).argsort(stable=True).tolist()
+        order = torch.tensor(data["length"], device="cpu").argsort(stable=True).tolist()
         collate, rows = self.collator(tokenizer), [data[i] for i in order]
         choices = max(len(row["counted"]) for row in rows)
-        scores = torch.full((len(rows), choices), float("-inf"))
+        scores = torch.full((len(rows), choices), float("-inf"), dtype=torch.float32, device="cpu")
         for first in track(range(0, len(rows), 16)):
             inputs = {k: v.to(device) for k, v in collate(rows[first : first + 16]).items()}
             found = log_likelihoods(model, inputs).cpu()
-            scores[torch.tensor(order[first : first + 16]), : found.shape[1]] = found
-        right = scores.argmax(1) == torch.tensor(data["labels"])
+            scores[torch.tensor(order[first : first + 16], device="cpu"), : found.shape[1]] = found
+        right = scores.argmax(1) == torch.tensor(data["labels"], device="cpu")
         return {self.metric: right.double().mean().item()}, scores
 
 
@@ -125,20 +125,20 @@ class Collator:
 
         choices = max(len(row["counted"]) for row in rows)
         tokens = max(len(ids) for row in rows for ids in row["input_ids"])
-        input_ids = torch.full((len(rows), choices, tokens), self._pad)
+        input_ids = torch.full((len(rows), choices, tokens), self._pad, device="cpu")
         mask = torch.zeros_like(input_ids)
         mask[..., -1] = 1  # a row without any token to look at has no answer to give, not even one to ignore
-        counted = torch.full((len(rows), choices), NO_LABEL)
+        counted = torch.full((len(rows), choices), NO_LABEL, device="cpu")
         for i, row in enumerate(rows):
             for j, ids in enumerate(row["input_ids"]):
-                input_ids[i, j, tokens - len(ids) :] = torch.tensor(ids)
+                input_ids[i, j, tokens - len(ids) :] = torch.tensor(ids, device="cpu")
                 mask[i, j, tokens - len(ids) :] = 1
-            counted[i, : len(row["counted"])] = torch.tensor(row["counted"])
+            counted[i, : len(row["counted"])] = torch.tensor(row["counted"], device="cpu")
         return {
             "input_ids": input_ids.flatten(0, 1),
             "attention_mask": mask.flatten(0, 1),
             "counted": counted,
-            "labels": torch.tensor([row["labels"] for row in rows]),
+            "labels": torch.tensor([row["labels"] for row in rows], device="cpu"),
         }
 
 

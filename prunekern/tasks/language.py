@@ -99,7 +99,7 @@ def token_losses(model: Any, ids: Tensor) -> Tensor:
 def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     import torch
 
-    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    return {name: torch.tensor([row[name] for row in rows], device="cpu") for name in ("input_ids", "labels")}
 
 
 def language_task(name: str, documents: Mapping[str, Sequence[str]]) -> LanguageTask:

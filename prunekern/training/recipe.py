@@ -212,15 +212,15 @@ def evaluate(
         return task.score(model, tokenizer, max_length, split, bar)
     data = task.encode(tokenizer, max_length)[split or task.score_split]
     collate, device = task.collator(tokenizer), next(model.parameters()).device
-    order = torch.tensor(data["length"]).argsort(stable=True).tolist()
+    order = torch.tensor(data["length"], device="cpu").argsort(stable=True).tolist()
     rows = [data[i] for i in order]
     found = []
     batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
     for batch in track(batches, description="evaluating", console=console):
         inputs = {k: v.to(device) for k, v in collate(batch).items() if k != "labels"}
         found.append(model(**inputs).logits.float().cpu())
-    logits = torch.cat(found)[torch.tensor(order).argsort()]
-    labels = torch.tensor(data["labels"])
+    logits = torch.cat(found)[torch.tensor(order, device="cpu").argsort()]
+    labels = torch.tensor(data["labels"], device="cpu")
     return task.compute_metrics(EvalPrediction(predictions=logits.numpy(), label_ids=labels.numpy())), logits
 
 

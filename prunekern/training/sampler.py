@@ -17,7 +17,7 @@ class ByEpoch(torch.utils.data.Sampler[int]):
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int):
         self.sampler, self.seed, self.epoch = sampler, seed, 0
-        sampler.generator = torch.Generator()
+        sampler.generator = torch.Generator(device="cpu")
 
     def set_epoch(self, epoch: int) -> None:
         """What `__iter__` starts from next; the Trainer calls it."""

@@ -46,7 +46,9 @@ def refuse_schedule(args: TrainingArguments, final_learning_rate: float | None) 
 
 def theirs(args: TrainingArguments, steps: int) -> Rate:
     """transformers' schedule of that type over so many steps, warm-up included."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    optimizer = torch.optim.SGD(
+        [torch.zeros(1, dtype=torch.float32, requires_grad=True, device="cpu")], lr=args.learning_rate
+    )
     scheduler = get_scheduler(
         _type(args),
         optimizer=optimizer,

@@ -40,7 +40,7 @@ class DecoderLayout:
 def decoder_layout(key_rows: Tensor, value_rows: Tensor, heads: DecoderHeads) -> DecoderLayout:
     """key_rows, value_rows: kept rows of the dense projections (sorted int64)."""
     d, half, shared = heads.dim, heads.dim // 2, heads.shared_by
-    alive = torch.unique(value_rows // d) if heads.prunes_pairs else torch.arange(heads.kv)
+    alive = torch.unique(value_rows // d) if heads.prunes_pairs else torch.arange(heads.kv, device="cpu")
     kv = alive.numel()
     pairs = key_rows[key_rows % d < half]  # first halves stand for their pair
     pair_counts, value_counts = (torch.bincount(r // d, minlength=heads.kv)[alive] for r in (pairs, value_rows))
@@ -49,12 +49,12 @@ def decoder_layout(key_rows: Tensor, value_rows: Tensor, heads: DecoderHeads) ->
 
     def positions(rows: Tensor) -> Tensor:
         head = rows // d
-        rank = torch.arange(rows.numel()) - torch.searchsorted(head, head)  # within its head
+        rank = torch.arange(rows.numel(), device="cpu") - torch.searchsorted(head, head)  # within its head
         return torch.searchsorted(alive, head) * width + rank
 
     first_half, value = positions(pairs), positions(value_rows)
     key = torch.cat([first_half, first_half + width // 2]).sort().values
-    turn = torch.zeros(kv * width, dtype=torch.int64)
+    turn = torch.zeros(kv * width, dtype=torch.int64, device="cpu")
     turn[first_half] = pairs % d
     turn[first_half + width // 2] = pairs % d + half
     return DecoderLayout(
@@ -75,7 +75,7 @@ def decoder_layout(key_rows: Tensor, value_rows: Tensor, heads: DecoderHeads) ->
 def _for_queries(position: Tensor, width: int, shared: int) -> Tensor:
     """Positions in key/value heads -> the same in every query head that reads them, sorted."""
     head, within = position // max(width, 1), position % max(width, 1)
-    every = (head[:, None] * shared + torch.arange(shared)) * width + within[:, None]
+    every = (head[:, None] * shared + torch.arange(shared, device="cpu")) * width + within[:, None]
     return every.flatten().sort().values
 
 

@@ -73,10 +73,12 @@ def decoder_table(model: PreTrainedModel, blocks: Iterable[DecoderBlock], heads:
     layers: dict[str, Layer] = {}
     groups: dict[str, Group] = {}
     d, half, shared = heads.dim, heads.dim // 2, heads.shared_by
-    kv_head = torch.arange(heads.kv)
-    query_head = kv_head[:, None] * shared + torch.arange(shared)  # [kv, shared]: those that read a key/value head
-    pair = torch.arange(half)[:, None] + torch.tensor([0, half])  # [half, 2]
-    every = torch.arange(d)
+    kv_head = torch.arange(heads.kv, device="cpu")
+    query_head = kv_head[:, None] * shared + torch.arange(
+        shared, device="cpu"
+    )  # [kv, shared]: those that read a key/value head
+    pair = torch.arange(half, device="cpu")[:, None] + torch.tensor([0, half], device="cpu")  # [half, 2]
+    every = torch.arange(d, device="cpu")
     # Pair j of key/value head g, in k and in every query head that reads it.
     in_k = (kv_head[:, None, None] * d + pair).reshape(-1, 2)  # [kv * half, 2]
     in_q = (query_head[:, None, :, None] * d + pair[:, None, :]).reshape(-1, 2 * shared)

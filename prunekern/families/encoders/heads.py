@@ -40,7 +40,7 @@ def encoder_layout(query_rows: Tensor, value_rows: Tensor, head_dim: int) -> Enc
     def positions(rows: Tensor) -> Tensor:
         head = rows // head_dim
         first = torch.searchsorted(head, head)  # position of the first kept row of the same head
-        rank = torch.arange(rows.numel()) - first
+        rank = torch.arange(rows.numel(), device="cpu") - first
         return torch.searchsorted(alive, head) * width + rank
 
     qk_first, v_first = ((0, *c.cumsum(0).tolist()) for c in (query_counts, value_counts))

@@ -36,7 +36,7 @@ def encoder_table(model: PreTrainedModel, blocks: Iterable[EncoderBlock], heads:
         for name in (b.q, b.k, b.v, b.o, b.up, b.down):
             layers[name] = dense_layer(model, name)
         width, hidden, ffn = layers[b.q].rows, layers[b.o].rows, layers[b.up].rows
-        head = torch.arange(width) // (width // heads)
+        head = torch.arange(width, device="cpu") // (width // heads)
         every = channels(width)
         groups[b.q] = Group("query_key", b.q, every, {b.k: every}, head=head, lives_by=b.v)
         groups[b.v] = Group("value", b.v, every, removed_cols={b.o: every}, head=head)
