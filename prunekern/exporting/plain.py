@@ -15,6 +15,7 @@ from ..compacting.head import word_head
 from ..families.decoders.attention import CompactCausalAttention, Positions
 from ..families.decoders.heads import DecoderLayout
 from ..nn import CompactLinear
+from ..nn.buffers import nones_last
 from ..ops.compact_linear import activate
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class PlainLinear(nn.Module):
         self.register_buffer("in_index", in_index, persistent=False)
         self.register_buffer("source", source, persistent=False)
         self.register_buffer("constant", constant, persistent=False)
+        nones_last(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., tokens, in] -> [..., tokens, out_features], or what broadcasts to it; residual of that shape."""

@@ -13,6 +13,7 @@ from prunekern.ops import calls, checks
 from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
 from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, may_pack, quantize_weight
 
+from .buffers import nones_last
 from .packed import Packed
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class CompactLinear(nn.Module):
         self.register_buffer(
             "out_index", _index("out_index", out_index, kept_out, out_features, device), persistent=False
         )
+        nones_last(self)
         self.out_features = out_features
         self.activation = activation
         self._packed: Packed | None = None
@@ -113,6 +115,7 @@ class CompactLinear(nn.Module):
             weight, scale = quantize_weight(weight)
         self.register_parameter("weight", _frozen(weight.to(DTYPES[kind])))
         self.scale, self._packed = scale, None
+        nones_last(self)
         return self
 
     def plain_weight(self) -> Tensor:
