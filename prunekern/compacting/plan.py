@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import families
 from ..families import COSTS, Table
-from ..nn import ChannelMask, MaskedDoRALinear
+from ..nn import ChannelMask, CompactLinear, MaskedDoRALinear
 
 FORMAT = 1
 MOST_CHANNELS = 1 << 24  # far above any layer; an edited file must not make us allocate what it says
@@ -166,9 +166,11 @@ def plan(model: nn.Module) -> Plan:
     """
     if any(isinstance(m, MaskedDoRALinear) for m in model.modules()):
         return from_kept(families.of(model).table(model), {c: m.kept() for c, m in masks_of(model).items()})
-    stored = getattr(getattr(model, "config", None), "quantization_config", None)
-    if stored is not None and hasattr(stored, "parsed"):
-        kept: Plan = stored.parsed()
+    stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    # The config alone does not make a model compact: `from_config` builds a dense one of it.
+    compact = any(isinstance(m, CompactLinear) for m in model.modules())
+    if compact and (isinstance(stored, dict) or hasattr(stored, "parsed")):
+        kept: Plan = Plan.from_dict(stored.get("plan")) if isinstance(stored, dict) else stored.parsed()
         return kept
     raise ValueError(f"plan: {type(model).__name__} has no masked layers; call prunekern.attach(model, config) first")
 
