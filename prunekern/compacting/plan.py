@@ -170,7 +170,7 @@ def plan(model: nn.Module) -> Plan:
     # The config alone does not make a model compact: `from_config` builds a dense one of it.
     compact = any(isinstance(m, CompactLinear) for m in model.modules())
     if compact and (isinstance(stored, dict) or hasattr(stored, "parsed")):
-        kept: Plan = Plan.from_dict(stored.get("plan")) if isinstance(stored, dict) else stored.parsed()
+        kept: Plan = Plan.from_dict(stored.get("plan", {})) if isinstance(stored, dict) else stored.parsed()
         return kept
     raise ValueError(f"plan: {type(model).__name__} has no masked layers; call prunekern.attach(model, config) first")
 
