@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import families
 from ..families import Table
+from ..families.wrapped import unwrapped
 from ..machine.bf16_trap import BF16_REASON, bf16_matmul_crashes
 from ..nn import ChannelMask, CompactLinear, MaskedDoRALinear
 from .budget import most_removable
@@ -25,12 +26,14 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
     Everything is frozen but adapters, magnitudes, mask logits and the task head (what lies outside the base model,
     and its pooler; input and output embeddings stay frozen). ValueError: an architecture without a family, targets
     that match nothing, a sparsity the targets cannot reach, an align larger than a layer, an activation that is not
-    zero at zero, a model that is attached or compact already. RuntimeError: under bf16 autocast on a CPU whose bf16
+    zero at zero, a model that is attached or compact already, a wrapper around the model (`families.wrapped` says
+    which; of `torch.compile` it takes the model out). RuntimeError: under bf16 autocast on a CPU whose bf16
     products crash.
     """
     config = PruneConfig() if config is None else config
     if not isinstance(config, PruneConfig):
         raise TypeError(f"attach: config must be a PruneConfig (got {type(config).__name__})")
+    model = unwrapped(model, "attach", in_place=True)
     for module in model.modules():
         if isinstance(module, (MaskedDoRALinear, CompactLinear)):
             state = "attached" if isinstance(module, MaskedDoRALinear) else "compact"

@@ -89,7 +89,7 @@ class PruneTrainer(Trainer):
     ):
         model = pruner.model if model is None else model
         if model is not pruner.model:
-            raise ValueError("PruneTrainer: model must be the one that pruner was attached to")
+            raise ValueError(f"PruneTrainer: model must be the one that pruner was attached to{_around(model, pruner)}")
         schedule = PAPER_SCHEDULE if pruner.config.preset == "paper" else SCHEDULE
 
         def or_usual(name: str, value: float | None) -> float:
@@ -263,6 +263,14 @@ class PruneTrainer(Trainer):
             return None
         most = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
         return state if state.global_step >= most else None
+
+
+def _around(model: nn.Module, pruner: Pruner) -> str:
+    """What else to say of a wrapper that holds the pruner's model."""
+    if not any(part is pruner.model for part in model.modules()):
+        return ""
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    return f" (got a {kind} around it): leave model out; to compile it, set torch_compile in its TrainingArguments"
 
 
 class _Stages(TrainerCallback):
