@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
 from ..ops.packing import WEIGHTS
@@ -39,7 +40,9 @@ def save(
 
     The folder is written beside `path` and put in its place in one step: a full disk or a kill leaves the old one
     whole. Other files in the old folder (a tokenizer) are carried over. ValueError for a model that is not compact.
+    Wrappers around the model are treated as by `compact`.
     """
+    model = unwrapped(model, "save")
     if not any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
     with replacing(Path(path), is_model_file) as folder, plain_head(model):
@@ -99,15 +102,16 @@ def set_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     ValueError for another kind, and for bf16 and int8 where the model is not compact.
     """
     _known(weights, "set_weights")
-    head = word_head(model)
-    layers = [module for module in model.modules() if isinstance(module, CompactLinear) and module is not head]
+    inner: PreTrainedModel = unwrapped(model, "set_weights")
+    head = word_head(inner)
+    layers = [module for module in inner.modules() if isinstance(module, CompactLinear) and module is not head]
     if not layers and weights != "fp32":
-        got = f"{type(model).__name__} without plan"
+        got = f"{type(inner).__name__} without plan"
         raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {got})")
     for layer in layers:
         layer.set_weights(weights)
-    set_head_weights(model, weights)
-    pack_all(model)
+    set_head_weights(inner, weights)
+    pack_all(inner)
     return model
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import families
+from ..families.wrapped import unwrapped
 from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
 from .plan import LayerPlan, Plan
 from .plan import plan as plan_of
@@ -23,7 +24,9 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
 
     Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode. The
     result is in eval mode, frozen, ready for `save`. ValueError for a model never attached, or compact already.
+    A model inside `torch.compile` or a data parallel wrapper is taken out of it; other wrappers are refused by name.
     """
+    model = unwrapped(model, "compact")
     if any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"compact: {type(model).__name__} is compact already")
     plan = plan_of(model)

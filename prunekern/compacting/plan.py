@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import families
 from ..families import COSTS, Table
+from ..families.wrapped import unwrapped
 from ..nn import ChannelMask, CompactLinear, MaskedDoRALinear
 
 FORMAT = 1
@@ -162,8 +163,9 @@ def masks_of(model: nn.Module) -> dict[str, ChannelMask]:
 def plan(model: nn.Module) -> Plan:
     """What the masks of an attached model keep now, `finalize`d or not; of a compact model, what was kept.
 
-    ValueError for a model that is neither.
+    ValueError for a model that is neither. Wrappers around it are treated as by `compact`.
     """
+    model = unwrapped(model, "plan")
     if any(isinstance(m, MaskedDoRALinear) for m in model.modules()):
         return from_kept(families.of(model).table(model), {c: m.kept() for c, m in masks_of(model).items()})
     stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
