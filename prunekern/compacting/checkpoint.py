@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..families.sizes import check_sizes
 from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
 from ..ops.packing import WEIGHTS
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
+from ..storage.shards import Shards
 from . import card
 from .head import plain_head, set_head_weights, word_head
+from .plan import dense_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,13 +83,16 @@ def load(path: str | os.PathLike[str], weights: str = "fp32") -> PreTrainedModel
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{path / 'config.json'}: architectures must name one transformers model class (got {names})")
     model_class: type[PreTrainedModel] = cls
-    model, info = model_class.from_pretrained(
-        path,
-        dtype=torch.float32,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in `info`
-    )
+    hf.PrunekernConfig.from_dict(section).parsed()  # what is wrong with the plan is said first: it has the widths
+    check_sizes(config, str(path / "config.json"), Shards.of_model(path).shapes, dense_sizes(section.get("plan")))
+    with naming(path / "config.json"):
+        model, info = model_class.from_pretrained(
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `info`
+        )
     # transformers fills what is missing with random numbers: right for a new head, not for a model saved whole.
     for name, got, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"{path}: tensor {name!r} must have shape {list(wanted)} (got {list(got)})")
@@ -93,6 +101,18 @@ def load(path: str | os.PathLike[str], weights: str = "fp32") -> PreTrainedModel
     for name in sorted(info["unexpected_keys"]):
         raise ValueError(f"{path}: tensor {name!r} is not of this model")
     return set_weights(model, weights).requires_grad_(False).eval()
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """What transformers makes of a wrong value in a config, a ZeroDivisionError say, as a ValueError with the file."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{file}: transformers makes no model of it ({type(error).__name__}: {said})") from error
 
 
 def set_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:

@@ -14,12 +14,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import families
+from ..families.sizes import check_sizes
 from ..nn import CompactLinear
-from .plan import Plan, check
+from .plan import MOST_CHANNELS, Plan, check, dense_sizes
 from .tensors import check_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 METHOD = "prunekern"
 FORMAT = 1
@@ -98,6 +99,14 @@ class PrunekernQuantizer(HfQuantizer):
     """Rebuilds the blocks compact on the skeleton transformers has made, then checks what the files hold."""
 
     quantization_config: PrunekernConfig
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """What transformers asks before it makes the model: here sizes are refused that would not end."""
+        plan = self.quantization_config.plan
+        # Its layers' names count the blocks; embeddings are compared with their tensors later, on the meta device.
+        names = plan.get("layers", ()) if isinstance(plan, dict) else ()
+        check_sizes(vars(config), "config.json", dict.fromkeys(names, ()), dense_sizes(plan), MOST_CHANNELS)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any

@@ -151,6 +151,15 @@ def from_kept(table: Table, kept: Mapping[str, Tensor]) -> Plan:
     return Plan(layers)
 
 
+def dense_sizes(data: Any) -> list[int]:
+    """Rows and columns that the layers of a plan had, of plain data as it lies in a file; what is none is skipped."""
+    layers = data.get("layers") if isinstance(data, Mapping) else None
+    entries = layers.values() if isinstance(layers, Mapping) else ()
+    shapes = [entry.get("shape") for entry in entries if isinstance(entry, Mapping)]
+    sizes = [n for shape in shapes if isinstance(shape, list) for n in shape]
+    return [n for n in sizes if type(n) is int and 0 < n <= MOST_CHANNELS]
+
+
 def masks_of(model: nn.Module) -> dict[str, ChannelMask]:
     """Channel masks by the module name of their carrier."""
     return {

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ..compacting.plan import Plan
+from ..compacting.checkpoint import naming
+from ..compacting.plan import Plan, dense_sizes
+from ..families.sizes import check_sizes
 from ..families.wrapped import unwrapped
 from ..nn import MaskedDoRALinear
 from ..nn.merging import pick
@@ -22,14 +24,16 @@ from ..ops import row_sqnorm
 from ..storage.folders import replacing
 from ..storage.headers import read_header
 from ..storage.json_files import read_json
+from ..storage.shards import Shards, has_safetensors
 from .attach import attach, task_head
 from .config import PruneConfig
 from .embeddings import embedding_names, resized_for
+from .flags import other_flags, set_flags
 from .frozen import check_frozen, fingerprints, is_fingerprints
 from .pruner import Pruner
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ADAPTER_FORMAT = 2
 
@@ -77,7 +81,7 @@ def save_adapter(
         # What `prunekern compact BASE ADAPTER OUT` needs to rebuild the model: its class, and its head's size.
         config["base_norms"] = pruner.base_norms()
         config["fingerprints"] = fingerprints(model, tensors)
-        config |= _other_flags(model)
+        config |= other_flags(model)
         config["base_model"] = getattr(model.config, "_name_or_path", "") or None
         config["architecture"] = type(model).__name__
         config["model_config"] = model.config.to_diff_dict()
@@ -111,7 +115,7 @@ def load_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> Pruner
     pruner = attach(model, prune_config)
     pruner.load_state_dict(config["pruner"])
     model.load_state_dict(tensors, strict=False)
-    _set_flags(model, config)
+    set_flags(model, config)
     pruner.settle()
     return pruner
 
@@ -125,31 +129,6 @@ def _on_their_own(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         own[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     return own
-
-
-def _other_flags(model: nn.Module) -> dict[str, list[str]]:
-    """Names of what was frozen or made trainable other than `attach` does, and than final masks are."""
-    usual = _trained_by_attach(model)
-    flags = {n: p.requires_grad for n, p in model.named_parameters() if not n.endswith(".mask.logits")}
-    return {
-        "frozen": sorted(n for n, on in flags.items() if not on and n in usual),
-        "thawed": sorted(n for n, on in flags.items() if on and n not in usual),
-    }
-
-
-def _trained_by_attach(model: nn.Module) -> set[str]:
-    head = {id(p) for p in task_head(model)}
-    names = {n for n, p in model.named_parameters() if id(p) in head}
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedDoRALinear):
-            names |= {f"{name}.{leaf}" for leaf in ("A", "B", "magnitude")}
-    return names
-
-
-def _set_flags(model: nn.Module, config: dict[str, Any]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in config["frozen"] or name in config["thawed"]:
-            parameter.requires_grad_(name in config["thawed"])
 
 
 def _check_frozen(
@@ -178,12 +157,15 @@ def load_base(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> 
     """
     config, tensors = read_adapter(Path(adapter))
     cls = model_class(config, Path(adapter))
-    model, info = cls.from_pretrained(
-        base,
-        config=cls.config_class.from_dict(config["model_config"]),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in `info`
-    )
+    shapes = Shards.of_model(Path(base)).shapes if has_safetensors(Path(base)) else {}
+    own = model_config(config, Path(adapter), shapes, {n: tuple(t.shape) for n, t in tensors.items()})
+    with naming(Path(adapter) / "adapter_config.json"):
+        model, info = cls.from_pretrained(
+            base,
+            config=own,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `info`
+        )
     # transformers fills what is missing with random numbers; only what the adapter brings itself may be missing.
     for name in sorted(set(info["missing_keys"]) - set(tensors)):
         raise ValueError(f"{base}: has no tensor {name!r}; the adapter in {adapter} was trained on another base model")
@@ -192,6 +174,26 @@ def load_base(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> 
             f"{base}: tensor {name!r} must have shape {list(wanted)} for the adapter in {adapter} (got {list(got)})"
         )
     return model
+
+
+def model_config(
+    config: dict[str, Any], adapter: Path, base: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+) -> PretrainedConfig:
+    """The config of the dense model, held against the shapes of the base's tensors and of the adapter's own.
+
+    ValueError for a size that is none, or not that of the tensors. base: may be empty, where it is not known yet.
+    """
+    file, fields = adapter / "adapter_config.json", config["model_config"]
+    shrunk = config["pruner"].get("shrunk")
+    if base:
+        # Blocks are those of the adapter, and so is a vocabulary that it brings. Else `base` may be another model,
+        # which is said later by the name of a tensor: here its widths are no more than a bound.
+        tables = {n: s for n, s in base.items() if n.endswith(("position_embeddings.weight", "type_embeddings.weight"))}
+        widths = [n for shape in base.values() for n in shape] + dense_sizes(shrunk)
+        check_sizes(fields, f"{file}: model_config", {**tables, **own}, widths)
+    with naming(file):
+        made: PretrainedConfig = model_class(config, adapter).config_class.from_dict(fields)
+    return made
 
 
 def model_class(config: dict[str, Any], adapter: Path) -> type[PreTrainedModel]:
@@ -232,7 +234,7 @@ def load_adapter_state(pruner: Pruner, path: str | os.PathLike[str]) -> None:
     if was_shrunk:  # to the same channels, as is known now
         _check_frozen(pruner.model, config, tensors, path)
     pruner.model.load_state_dict(tensors, strict=False)
-    _set_flags(pruner.model, config)
+    set_flags(pruner.model, config)
     pruner.settle()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..compacting import card
-from ..compacting.checkpoint import is_model_file
+from ..compacting.checkpoint import is_model_file, naming
 from ..compacting.compact import mark
 from ..compacting.plan import Plan, from_kept
 from ..nn.merging import merge, pick
@@ -29,7 +29,7 @@ from ..storage.folders import replacing
 from ..storage.json_files import read_json
 from ..storage.progress import Bar
 from ..storage.shards import CODES, INDEX, Shards, write_shard
-from .adapter import check_adapter, check_base, model_class, read_adapter
+from .adapter import check_adapter, check_base, model_class, model_config, read_adapter
 from .attach import attach
 from .config import PruneConfig
 from .frozen import check_tensor
@@ -90,10 +90,10 @@ class _Source:
         config, _ = read_adapter(adapter)
         self.cls = model_class(config, adapter)
         self.where, self.trained = adapter, config
-        self.config = self.cls.config_class.from_dict(config["model_config"])
-        self.config.name_or_path = str(base)
-        _check_base(base, self.config.model_type, adapter)
+        _check_base(base, self.cls.config_class.model_type, adapter)
         self.base, self.adapter = Shards.of_model(base), Shards.of_file(adapter / "adapter.safetensors")
+        self.config = model_config(config, adapter, self.base.shapes, self.adapter.shapes)
+        self.config.name_or_path = str(base)
         self.dtype = self.config.dtype or self.base.dtype()  # as from_pretrained does
 
         dense = self._skeleton()
@@ -118,7 +118,7 @@ class _Source:
         return mark(small, self.plan)
 
     def _skeleton(self) -> PreTrainedModel:
-        with torch.device("meta"):
+        with torch.device("meta"), naming(self.where / "adapter_config.json"):
             model = self.cls._from_config(self.config, dtype=self.dtype)
         model.tie_weights()
         return model
