@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import families
 from ..families.wrapped import unwrapped
 from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
+from .asked import warn_if_short
 from .plan import LayerPlan, Plan
 from .plan import plan as plan_of
 
@@ -23,13 +24,15 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     """The compact model of an attached one, which is left untouched: same class, heads and call signature.
 
     Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode. The
-    result is in eval mode, frozen, ready for `save`. ValueError for a model never attached, or compact already.
-    A model inside `torch.compile` or a data parallel wrapper is taken out of it; other wrappers are refused by name.
+    result is in eval mode, frozen, ready for `save`. Warns where masks that are not final remove less than was asked
+    for. ValueError for a model never attached, or compact already. A model inside `torch.compile` or a data parallel
+    wrapper is taken out of it; other wrappers are refused by name.
     """
     model = unwrapped(model, "compact")
     if any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"compact: {type(model).__name__} is compact already")
     plan = plan_of(model)
+    warn_if_short(model, plan)
     linears: dict[str, nn.Linear | MaskedDoRALinear] = {name: model.get_submodule(name) for name in plan.layers}
     # Block linears are not copied: their place is taken by the compact ones.
     small = copy.deepcopy(model, {id(module): nn.Identity() for module in linears.values()})

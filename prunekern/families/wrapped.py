@@ -41,7 +41,8 @@ def unwrapped(model: nn.Module, who: str, in_place: bool = False) -> Any:
         model = getattr(model, INSIDE[kind])
     for (package, name), why in REFUSED.items():
         if any(c.__name__ == name and c.__module__.startswith(package) for c in type(model).__mro__):
-            raise ValueError(f"{who}: model must not be wrapped in {name} ({_named(model)}): {why}")
+            layers = (f", layer {n!r} is a {_named(m)}" for n, m in model.named_modules() if hasattr(m, "base_layer"))
+            raise ValueError(f"{who}: model must not be wrapped in {name} ({_named(model)}{next(layers, '')}): {why}")
     if not is_transformers(model):
         _refuse_around(model, who)
     for path, part in model.named_modules():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import families
+from ..compacting.asked import Asked, asked_of
 from ..families import Table
 from ..families.wrapped import unwrapped
 from ..machine.bf16_trap import BF16_REASON, bf16_matmul_crashes
@@ -70,6 +71,7 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
         setattr(model.get_submodule(parent), child, layer)
     for parameter in head:
         parameter.requires_grad_(True)
+    asked_of[model] = Asked(config.sparsity, config.cost, config.align)
     return Pruner(model, config, table)
 
 

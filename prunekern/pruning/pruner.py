@@ -9,24 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import families
 from ..compacting.plan import Plan, check, from_kept, masks_of
 from ..families import Table
-from ..nn import ChannelMask, MaskedDoRALinear, shrink_linear
+from ..nn import ChannelMask, MaskedDoRALinear
 from . import budget, whole_heads
 from .budget import Scores
 from .config import PruneConfig
 from .criteria import criterion_scores
+from .followed import FollowedSteps
 from .kept import kept_probability, kept_shares, report
+from .learned import refuse_flat, refuse_nothing_gathered
 from .rules import check_rule, choose
 from .saliency import Saliency, start_from_saliency
+from .shrinking import base_norms, shrink_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Pruner:
-    """Returned by `attach`. `step()` goes after every `optimizer.step()`, `finalize()` between the two stages."""
+    """Returned by `attach`. `step()` goes after `optimizer.step()`, `finalize()` between the two stages."""
 
     def __init__(self, model: PreTrainedModel, config: PruneConfig, table: Table):
         self.model, self.config, self.table = model, config, table
@@ -37,6 +39,7 @@ class Pruner:
         self._saliency: Saliency | None = None
         self._last: np.ndarray | None = None  # deterministic masks after the last step
         self._base_norms: dict[str, float] | None = None  # once channels are dropped
+        self._followed = FollowedSteps(model, list(self.layers.values()))
         self._open_while_warm()
 
     @property
@@ -53,6 +56,7 @@ class Pruner:
 
     def param_groups(self, lr: float = 5e-5, mask_lr: float = 2e-2, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for any torch optimiser: adapters and task head at `lr`; mask logits at `mask_lr`, never decayed."""
+        self._followed.is_led = True
         logits = [mask.logits for mask in self.masks.values()]
         own = {id(p) for p in logits}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
@@ -140,25 +144,32 @@ class Pruner:
         return from_kept(self.table, {c: m.kept() for c, m in self.masks.items()})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> bool:
         """After `optimizer.step()`: refresh the cached norms; gather saliency, or follow the budget and draw the next
         step's noise.
 
-        FloatingPointError where the mask logits are not finite any more.
+        Nothing, and False, where gradients have come in since and the optimiser has not taken them: under
+        `accelerator.accumulate`, and for a step that a loss scaler left out. Steps are then those of the optimiser.
+        FloatingPointError where the mask logits are not finite any more; RuntimeError where the warm steps are over
+        and masks have got no gradient.
         """
+        if not self._followed.take():
+            return False
         self.steps += 1
         for layer in self.layers.values():
             if layer.norm_grad == "detached":
                 layer.refresh()
         masks = self.masks
         if not masks or self.finalized:
-            return
+            return True
         if self._saliency is not None:
             self._saliency.observe()
             if self.steps < self.warm_steps:
                 for mask in masks.values():  # wherever an optimiser moved its logits, a mask stays on
                     mask.threshold.copy_(mask.logits.min() - 1)
-                return
+                return True
+            if self._followed.is_led:
+                refuse_nothing_gathered("step", masks, self._saliency.reached, self.steps)
             start_from_saliency(self.masks, self.table, self.config)
             self._open_while_warm()
         logits = self.logits()
@@ -174,6 +185,14 @@ class Pruner:
         self.flips = 0 if self._last is None else int((now != self._last).sum())
         self._last = now
         self._draw()
+        if self.steps == self.warm_steps + self.ramp_steps:
+            self._refuse_unlearned("step")
+        return True
+
+    def _refuse_unlearned(self, who: str) -> None:
+        if self.config.sparsity and not self._has_saliency():
+            steps = self.steps if self._followed.is_led or not self.steps else None
+            refuse_flat(who, self.masks, self.logits(), self._followed.reached, steps)
 
     def _draw(self) -> None:
         # Seeded by (seed, step) alone: a resumed run, and every rank of a parallel one, sees the same masks.
@@ -197,7 +216,9 @@ class Pruner:
         Returns {"sparsity", "target", "cost", "kept": {carrier: [kept, of]}, "by_kind": {kind: [kept, of]}}; rule
         "stock" adds what it gave up against the learned one: "kept_score" and "given_up", see `whole_heads.choose`.
         ValueError as `check_rule`, and for scores that are not finite; the masks are then left as they were.
-        RuntimeError after `shrink`: what the masks removed is gone.
+        RuntimeError after `shrink`: what the masks removed is gone; and for rules "learned" and "stock" after a
+        training loop that no mask got a gradient from. Without any training they warn: ties decide. "uniform" needs
+        none.
         """
         if self.shrunk:
             raise RuntimeError("finalize: the pruned channels are dropped already (pruner.shrink); masks cannot change")
@@ -206,6 +227,8 @@ class Pruner:
         if self.masks:
             if rule != "uniform" and self.warm and self._has_saliency():
                 start_from_saliency(self.masks, self.table, self.config)
+            elif rule != "uniform":
+                self._refuse_unlearned("finalize")
             scores = self._scores(criterion) if rule == "uniform" else self.logits()
             kept, extra = choose(rule, scores, self.table, self.config, self._head_counts())
             for carrier, mask in self.masks.items():
@@ -258,24 +281,11 @@ class Pruner:
         """Sum of squares of every adapted layer's frozen weight before `shrink`, by module name: tells base models
         apart. Empty for a model without storage.
         """
-        if self._base_norms is not None:
-            return self._base_norms
-        norms = {n: layer.v_sqnorm.double().sum() for n, layer in self.layers.items() if not layer.v_sqnorm.is_meta}
-        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
+        return base_norms(self.layers) if self._base_norms is None else self._base_norms
 
-    @torch.no_grad()
     def _shrink(self, plan: Plan, state: dict[Any, Any] | None = None) -> None:
         self._base_norms = self.base_norms()
-
-        def make(
-            name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str
-        ) -> Any:
-            kept = plan.layers[name]
-            layer = shrink_linear(self.model.get_submodule(name), kept.rows, kept.cols, state)
-            layer.take_place(out_index, out_features, activation)
-            return layer
-
-        families.of(self.model).rebuild(self.model, plan, make)
+        shrink_model(self.model, plan, state)
 
     def report(self) -> dict[str, Any]:
         """What the masks keep now, as `finalize` returns it."""

@@ -26,6 +26,7 @@ class Saliency:
 
     def __init__(self, masks: Mapping[str, ChannelMask]):
         self.masks = masks
+        self.reached: set[str] = set()  # carriers whose probe has got a gradient
         for mask in masks.values():
             mask.open(True)
 
@@ -35,6 +36,7 @@ class Saliency:
 
         A step that is not finite (fp16) is left out.
         """
+        self.reached |= {c for c, mask in self.masks.items() if mask.probe is not None and mask.probe.grad is not None}
         probed = [(mask, mask.probe) for mask in self.masks.values() if mask.probe is not None]
         flat = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for _, p in probed])
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,13 +1,19 @@
-"""Checkpoints of a run: which one to go on from."""
+"""Checkpoints of a run: which one to go on from, what lies beside the adapter, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
+import torch
+from transformers import TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..storage.headers import read_header
 
@@ -27,3 +33,37 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
                 continue
             found.append((int(number[1]), path))
     return max(found)[1] if found else None
+
+
+def save_beside(folder: str | os.PathLike[str], processing: Any, args: TrainingArguments) -> None:
+    """What Trainer writes beside a model: the tokenizer (or processor), where there is one, and the arguments.
+
+    The arguments are a pickle, as Trainer's; nothing of prunekern's or of Trainer's ever reads it.
+    """
+    if processing is not None:
+        processing.save_pretrained(folder)
+    torch.save(args, Path(folder) / TRAINING_ARGS_NAME)
+
+
+def refuse_unfit(checkpoint: str | os.PathLike[str]) -> None:
+    """ValueError for a checkpoint that Trainer would go on from with a new optimiser, without a word."""
+    folder = Path(checkpoint)
+    missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()]
+    if missing and (folder / TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} has no {missing[0]} (written with save_only_model?); a run resumed from "
+            "it would not end as one that was never stopped. Use it with prunekern.load_adapter"
+        )
+
+
+@contextmanager
+def weights_only(checkpoint: str | os.PathLike[str] | None, names: str) -> Iterator[None]:
+    """ValueError in place of what torch says of a file that holds more than tensors and plain values."""
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"resume_from_checkpoint: {names} in {checkpoint} must hold tensors and plain values only, and is not "
+            f"read: {first}"
+        ) from None

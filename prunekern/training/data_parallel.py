@@ -13,6 +13,7 @@ def wrapped_anew(old: DistributedDataParallel) -> DistributedDataParallel:
         output_device=old.output_device,
         broadcast_buffers=old.broadcast_buffers,
         process_group=old.process_group,
+        bucket_cap_mb=None if old.bucket_bytes_cap_default else old.bucket_bytes_cap // 2**20,
         find_unused_parameters=old.find_unused_parameters,
         gradient_as_bucket_view=old.gradient_as_bucket_view,
         static_graph=old.static_graph,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
@@ -20,9 +21,11 @@ from ..pruning.adapter import load_adapter_state, save_adapter
 from ..pruning.budget import Scores
 from ..pruning.pruner import Pruner
 from .arguments import check_arguments
-from .checkpoints import last_checkpoint
+from .checkpoints import last_checkpoint, refuse_unfit, save_beside, weights_only
 from .data_parallel import wrapped_anew
 from .sampler import ByEpoch
+from .schedule import adapter_rate, is_usual, mask_rate, refuse_schedule
+from .stages import Stages
 
 # docs/learning-to-prune.md tells what set these.
 SCHEDULE: dict[str, float | None] = {
@@ -50,9 +53,12 @@ class PruneTrainer(Trainer):
     is gathered, for the logits to start from; 0: they start flat. ramp: share of stage one, after that, over which the
     removed share rises to the target. rule, criterion: of `pruner.finalize`.
 
-    The learning rate of adapters and head falls linearly from `args.learning_rate` to zero at the last step; with a
-    `final_learning_rate` it is constant in each stage instead (5e-5 and 1e-5 in ASP-DAC 2025). `args.warmup_steps`
-    counts in both. Mask logits have `mask_learning_rate` until they are final.
+    The learning rate of adapters and head falls linearly from `args.learning_rate` to zero at the last step, or as
+    another `args.lr_scheduler_type` says; with a `final_learning_rate` it is constant in each stage instead (5e-5 and
+    1e-5 in ASP-DAC 2025). `args.warmup_steps` counts in all. Mask logits have `mask_learning_rate` until they are
+    final. What of the arguments cannot be honoured is refused by name (`arguments` lists them all).
+
+    Where a callback ends the run in stage one (early stopping), the masks are made final all the same, with a warning.
 
     objective: (model, inputs) -> loss, for a task that the model itself has no loss for (`tasks.ChoiceTask.objective`).
 
@@ -99,15 +105,19 @@ class PruneTrainer(Trainer):
 
         stage_one, warm, ramp = or_usual("stage_one", stage_one), or_usual("warm", warm), or_usual("ramp", ramp)
         mask_learning_rate = or_usual("mask_learning_rate", mask_learning_rate)
-        if final_learning_rate is None:
+        if args is not None:
+            check_arguments(args, final_learning_rate, objective)
+        if final_learning_rate is None and (args is None or is_usual(args)):
             final_learning_rate = schedule["final_learning_rate"]
+        if final_learning_rate is not None and args is not None:
+            refuse_schedule(args, final_learning_rate)
+        if objective is not None and kwargs.get("compute_loss_func") is not None:
+            raise ValueError("PruneTrainer: compute_loss_func must be None with an objective: both compute the loss")
         for name, value in (("stage_one", stage_one), ("ramp", ramp)):
             if not 0 < value <= 1:
                 raise ValueError(f"PruneTrainer: {name} must be in (0, 1] (got {value})")
         if not 0 <= warm < 1:
             raise ValueError(f"PruneTrainer: warm must be in [0, 1) (got {warm})")
-        if args is not None:
-            check_arguments(args, final_learning_rate)
         if not pruner.shrunk:
             pruner.check_rule(rule, criterion)
         super().__init__(model=model, args=args, **kwargs)
@@ -119,7 +129,7 @@ class PruneTrainer(Trainer):
         self.shrink, self.rule, self.criterion, self.objective = shrink, rule, criterion, objective
         self.report: dict[str, Any] | None = None  # what finalize() kept
         self._rewrapped: DistributedDataParallel | None = None
-        self.add_callback(_Stages(self))
+        self.add_callback(Stages(self))
 
     def stage_one_steps(self, max_steps: int) -> int:
         """Of a run of so many steps."""
@@ -135,10 +145,27 @@ class PruneTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """That of `args`, with the mask logits in a group of their own."""
         if self.optimizer is None:
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = self.pruner.param_groups(self.args.learning_rate, self.mask_learning_rate, self.args.weight_decay)
-            self.optimizer = cls(groups, **kwargs)
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if is_optimizer_factory(cls) or {"params", "model", "optimizer_dict"} & set(kwargs):
+                raise ValueError(
+                    f"PruneTrainer: optimizer_cls_and_kwargs must be a class that takes parameter groups (got {cls})"
+                )
+            self.optimizer = cls(self._groups(), **kwargs)
         return self.optimizer
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Those of the pruner; biases and norms, which Trainer never decays, in one more where there is decay."""
+        decay = self.args.weight_decay
+        groups = self.pruner.param_groups(self.args.learning_rate, self.mask_learning_rate, decay)
+        if decay:
+            names = set(self.get_decay_parameter_names(self.model))
+            kept = {id(p) for name, p in self.model.named_parameters() if name not in names}
+            for group in [group for group in groups if group["name"] == "adapters"]:
+                spared = [p for p in group["params"] if id(p) in kept]
+                group["params"] = [p for p in group["params"] if id(p) not in kept]
+                if spared:
+                    groups.append({**group, "params": spared, "weight_decay": 0.0, "name": "not decayed"})
+        return groups
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -146,19 +173,8 @@ class PruneTrainer(Trainer):
         """Rates by step: see the class."""
         if self.lr_scheduler is None:
             boundary = self.stage_one_steps(num_training_steps)
-            warmup: int = self.args.get_warmup_steps(num_training_steps)
-
-            def adapters(step: int) -> float:
-                if self.final_learning_rate is None:
-                    return warm_up(step) * max(0.0, 1 - step / max(1, num_training_steps))
-                return warm_up(step) * (1.0 if step < boundary else self.final_learning_rate / self.args.learning_rate)
-
-            def warm_up(step: int) -> float:
-                return min(1.0, (step + 1) / (warmup + 1))
-
-            def masks(step: int) -> float:
-                return warm_up(step) if step < boundary else 0.0
-
+            adapters = adapter_rate(self.args, num_training_steps, boundary, self.final_learning_rate)
+            masks = mask_rate(self.args, num_training_steps, boundary)
             optimizer = self.create_optimizer() if optimizer is None else optimizer
             groups = optimizer.param_groups
             by_group: list[Callable[[int], float]] = [masks if self.holds_logits(g) else adapters for g in groups]
@@ -228,17 +244,33 @@ class PruneTrainer(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter: what training changed."""
-        if self.is_world_process_zero():
+        """The adapter: what training changed; with the tokenizer and the arguments, as Trainer does."""
+        if self.args.should_save:
             super().save_model(output_dir, _internal_call)
         if _internal_call:  # a checkpoint: the other ranks add their files once the folder has its name
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self.pruner, output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        save_adapter(self.pruner, folder)
+        save_beside(folder, self.processing_class or getattr(self.data_collator, "tokenizer", None), self.args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter_state(self.pruner, resume_from_checkpoint)
+
+    # Trainer reads all of these with weights_only=True; what it says of one that holds more names no file.
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with weights_only(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with weights_only(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with weights_only(checkpoint, "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As of Trainer; True goes on from the newest complete checkpoint (FileNotFoundError where there is none)."""
@@ -248,6 +280,7 @@ class PruneTrainer(Trainer):
                 raise FileNotFoundError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
+            refuse_unfit(resume_from_checkpoint)
             state = self._finished(Path(resume_from_checkpoint))
             if state is not None:
                 load_adapter_state(self.pruner, resume_from_checkpoint)
@@ -271,38 +304,3 @@ def _around(model: nn.Module, pruner: Pruner) -> str:
         return ""
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     return f" (got a {kind} around it): leave model out; to compile it, set torch_compile in its TrainingArguments"
-
-
-class _Stages(TrainerCallback):
-    """Calls the pruner after every optimiser step, and finalises at the stage boundary."""
-
-    def __init__(self, trainer: PruneTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set the lengths of the stages, by how long this run is."""
-        boundary = self.trainer.stage_one_steps(state.max_steps)
-        warm, ramp = (round(boundary * share) for share in (self.trainer.warm, self.trainer.ramp))
-        pruner = self.trainer.pruner
-        if not pruner.finalized:
-            pruner.steps = state.global_step  # of this run: one that was interrupted and starts anew is warm again
-        pruner.schedule(warm, max(1, ramp))
-        if pruner.finalized and pruner.masks:  # resumed in stage two
-            self.trainer.report = pruner.report()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """FloatingPointError for gradients that are not finite."""
-        if self.trainer.accelerator.scaler is None:  # a loss scaler meets such gradients, and skips the step, by itself
-            grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-            self.trainer.refuse_unless_finite("gradient norm", torch.nn.utils.get_total_norm(grads).item())
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The pruner's step, and the boundary where it is reached."""
-        pruner = self.trainer.pruner
-        pruner.step()
-        if state.global_step >= self.trainer.stage_one_steps(state.max_steps) and not pruner.finalized:
-            self.trainer.cross_boundary()
