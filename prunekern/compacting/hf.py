@@ -39,18 +39,21 @@ class PrunekernConfig(QuantizationConfigMixin):
         plan: dict[str, Any] | None = None,
         format: int = FORMAT,
         prunekern_version: str | None = None,
+        heads: int | None = None,
         **kwargs: Any,
     ):
         self.quant_method = METHOD
         self.format = format
         self.prunekern_version = prunekern_version or _version()
         self.plan = plan
+        self.heads = heads  # of the dense model: no tensor tells how many an encoder has. None: an older file
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": self.quant_method,
             "format": self.format,
             "prunekern_version": self.prunekern_version,
+            "heads": self.heads,
             "plan": copy.deepcopy(self.plan),  # whoever changes what he was given leaves the model's plan alone
         }
 
@@ -114,8 +117,16 @@ class PrunekernQuantizer(HfQuantizer):
         # transformers builds on the meta device: indices are real all the same, only weights have no storage yet.
         with torch.device("cpu"):
             plan = _named_for(model, self.quantization_config.parsed())
+            heads = families.of(model).stock(model.config).heads
+            if self.quantization_config.heads not in (None, heads):
+                raise ValueError(
+                    f"config.json: the attention heads must be the {self.quantization_config.heads} of the plan's "
+                    f"dense model (got {heads})"
+                )
             # A new one: the old may be that of another model, whose config was handed to from_pretrained.
-            self.quantization_config = PrunekernConfig(plan=plan.to_dict())
+            self.quantization_config = PrunekernConfig(
+                plan.to_dict(), prunekern_version=self.quantization_config.prunekern_version, heads=heads
+            )
             check(plan, families.of(model).table(model))
             skeleton(model, plan)
         self._indices: dict[str, Tensor] = {

@@ -122,6 +122,7 @@ def test_base_and_adapter(family, field, folders):
             r"max_.* must be 40, as tensor '.*position_embeddings.weight' of shape \[40, 48\]",
         ),
         ({"n_layers": 3}, r"n_layers must be 2, as many as there are tensors for \(got 3\)"),
+        ({"n_heads": 3}, r"the attention heads must be the 4 of the plan's dense model \(got 3\)"),
         ({"n_heads": 97}, r"n_heads must be at most 96, the largest size of a tensor \(got 97\)"),
         ({"pad_token_id": 10**9}, r"transformers makes no model of it \(AssertionError: Padding_idx must be within"),
         ({"dropout": "much"}, r"transformers makes no model of it \(StrictDataclassFieldValidationError: .*'dropout'"),
@@ -131,7 +132,7 @@ def test_messages(change, message, folders):
     path = folders["distilbert"] / "m"
     with (
         edited(path / "config.json", lambda config: config.update(change)),
-        pytest.raises(ValueError, match=f"m/config.json: {message}"),
+        pytest.raises(ValueError, match=f"config.json: {message}"),
     ):
         pk.load(path)
 
@@ -144,3 +145,9 @@ def test_rotary_positions_have_no_tensor():
     check_sizes({}, "config.json", {})
     with pytest.raises(ValueError, match="config.json: num_hidden_layers must be 1, as many"):
         check_sizes(fields | {"num_hidden_layers": 2}, "config.json", shapes)
+
+
+def test_folders_of_before_know_no_heads(folders):
+    path = folders["bert"] / "m"
+    with edited(path / "config.json", lambda config: config["quantization_config"].pop("heads")):
+        assert pk.load(path).config.quantization_config.heads == 4
