@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..families.wrapped import unwrapped
 from .plan import Plan
 from .plan import plan as plan_of
 
@@ -34,6 +35,7 @@ def model_card(model: PreTrainedModel, command: str | None = None) -> str:
     """
     from .. import __version__
 
+    model = unwrapped(model, "model_card")
     plan, name = plan_of(model), type(model).__name__
     command = _own_command() if command is None else command
     total = sum(p.numel() for p in model.parameters())

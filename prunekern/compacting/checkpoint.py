@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..families.sizes import check_sizes
+from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
 from ..ops.packing import WEIGHTS
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
+from ..storage.shards import Shards
 from . import card
 from .head import plain_head, set_head_weights, word_head
+from .plan import dense_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +45,9 @@ def save(
 
     The folder is written beside `path` and put in its place in one step: a full disk or a kill leaves the old one
     whole. Other files in the old folder (a tokenizer) are carried over. ValueError for a model that is not compact.
+    Wrappers around the model are treated as by `compact`.
     """
+    model = unwrapped(model, "save")
     if not any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
     with replacing(Path(path), is_model_file) as folder, plain_head(model):
@@ -75,13 +83,16 @@ def load(path: str | os.PathLike[str], weights: str = "fp32") -> PreTrainedModel
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{path / 'config.json'}: architectures must name one transformers model class (got {names})")
     model_class: type[PreTrainedModel] = cls
-    model, info = model_class.from_pretrained(
-        path,
-        dtype=torch.float32,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in `info`
-    )
+    hf.PrunekernConfig.from_dict(section).parsed()  # what is wrong with the plan is said first: it has the widths
+    check_sizes(config, str(path / "config.json"), Shards.of_model(path).shapes, dense_sizes(section.get("plan")))
+    with naming(path / "config.json"):
+        model, info = model_class.from_pretrained(
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `info`
+        )
     # transformers fills what is missing with random numbers: right for a new head, not for a model saved whole.
     for name, got, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"{path}: tensor {name!r} must have shape {list(wanted)} (got {list(got)})")
@@ -92,6 +103,18 @@ def load(path: str | os.PathLike[str], weights: str = "fp32") -> PreTrainedModel
     return set_weights(model, weights).requires_grad_(False).eval()
 
 
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """What transformers makes of a wrong value in a config, a ZeroDivisionError say, as a ValueError with the file."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{file}: transformers makes no model of it ({type(error).__name__}: {said})") from error
+
+
 def set_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16 or int8 (see
     `load`), and pack them; returns the model. A head that is tied to the embeddings is rounded from them anew.
@@ -99,15 +122,16 @@ def set_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     ValueError for another kind, and for bf16 and int8 where the model is not compact.
     """
     _known(weights, "set_weights")
-    head = word_head(model)
-    layers = [module for module in model.modules() if isinstance(module, CompactLinear) and module is not head]
+    inner: PreTrainedModel = unwrapped(model, "set_weights")
+    head = word_head(inner)
+    layers = [module for module in inner.modules() if isinstance(module, CompactLinear) and module is not head]
     if not layers and weights != "fp32":
-        got = f"{type(model).__name__} without plan"
+        got = f"{type(inner).__name__} without plan"
         raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {got})")
     for layer in layers:
         layer.set_weights(weights)
-    set_head_weights(model, weights)
-    pack_all(model)
+    set_head_weights(inner, weights)
+    pack_all(inner)
     return model
 
 

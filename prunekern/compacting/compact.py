@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import families
+from ..families.wrapped import unwrapped
 from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
 from .asked import warn_if_short
 from .plan import LayerPlan, Plan
@@ -24,8 +25,10 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
 
     Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode. The
     result is in eval mode, frozen, ready for `save`. Warns where masks that are not final remove less than was asked
-    for. ValueError for a model never attached, or compact already.
+    for. ValueError for a model never attached, or compact already. A model inside `torch.compile` or a data parallel
+    wrapper is taken out of it; other wrappers are refused by name.
     """
+    model = unwrapped(model, "compact")
     if any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"compact: {type(model).__name__} is compact already")
     plan = plan_of(model)
@@ -60,5 +63,6 @@ def mark(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Write the plan into the model's config, so that every `save_pretrained` carries it."""
     from .hf import PrunekernConfig
 
-    model.config.quantization_config = PrunekernConfig(plan=plan.to_dict())
+    heads = families.of(model).stock(model.config).heads
+    model.config.quantization_config = PrunekernConfig(plan=plan.to_dict(), heads=heads)
     return model

@@ -3,17 +3,21 @@ few bytes as the blocks are. They are never pruned.
 
 At one row, [49152, 576] in fp32, PyTorch's product reads 12 GB/s where ours reads 31; the packed copy costs the head's
 size in memory once more.
+
+Towards everyone else it is the `nn.Linear` it replaces, unless it is held in int8, where its weight alone says nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..nn import CompactLinear
+from ..ops.packing import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,8 +25,21 @@ if TYPE_CHECKING:
 
 class Head(CompactLinear):
     """A head that stays in the bits it is held in: given the embeddings' weight again, as `tie_weights()` does, one in
-    bf16 or int8 is rounded from it anew.
+    bf16 or int8 is rounded from it anew. One whose weight is a floating-point one is a `LinearHead`.
     """
+
+    def set_weights(self, kind: str) -> CompactLinear:
+        """As `CompactLinear.set_weights`."""
+        super().set_weights(kind)
+        self.__class__ = Head if self.scale is not None else LinearHead
+        return self
+
+    if not TYPE_CHECKING:  # nn.Linear promises an attribute
+
+        @property
+        def in_features(self) -> int:
+            """Channels of x, as of an `nn.Linear`."""
+            return self.weight.shape[1]
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = self.weights if name == "weight" and "weight" in self._parameters else None
@@ -30,6 +47,17 @@ class Head(CompactLinear):
         if kind in ("bf16", "int8") and value.is_floating_point():
             self.scale = self._packed = None
             self.set_weights(kind)
+
+
+class _Linear(nn.Linear):
+    """`nn.Linear` by its class alone: `CompactLinear` makes the parameters."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class LinearHead(Head, _Linear):  # type: ignore[misc]  # weight and bias are what CompactLinear says they are
+    """A head that is an `nn.Linear` to everyone who asks: resizing, initialisation, adapters put on top."""
 
 
 def word_head(model: PreTrainedModel) -> nn.Linear | CompactLinear | None:
@@ -58,6 +86,58 @@ def set_head_weights(model: PreTrainedModel, weights: str) -> None:
         head = _sharing(source.weight, head)
         model.set_output_embeddings(head)
     head.set_weights(weights)
+    if not isinstance(vars(model).get("resize_token_embeddings"), _Resizing):
+        vars(model)["resize_token_embeddings"] = _Resizing(model)
+
+
+class _Resizing:
+    """`model.resize_token_embeddings` where the head is ours: transformers would leave a plain, slow one in its place,
+    one in bf16 under activations in fp32, or stop half way at one in int8.
+
+    The model is held weakly: with a circle, its memory would come back when Python next looks for circles.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As `PreTrainedModel.resize_token_embeddings`; the head is then held as it was."""
+        model = self.model()
+        assert model is not None, "its model is gone"
+        resize: Callable[..., nn.Embedding] = type(model).resize_token_embeddings
+        head = word_head(model)
+        if not isinstance(head, Head):
+            return resize(model, *args, **kwargs)
+        kind = head.weights
+        model.set_output_embeddings(_dense(model, head))
+        try:
+            embeddings = resize(model, *args, **kwargs)
+        except BaseException:
+            model.set_output_embeddings(head)
+            raise
+        if kind in WEIGHTS:
+            set_head_weights(model, kind)
+        else:  # of a model in fp64 or fp16
+            model.set_output_embeddings(_sharing(model.get_output_embeddings().weight, model.get_output_embeddings()))
+        return embeddings
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo.get(id(self.model()))  # the model's copy, which is begun before what is in it
+        return self if twin is None else _Resizing(twin)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.model(), "resize_token_embeddings")  # of the class; `prunekern.load` puts ours there
+
+
+def _dense(model: PreTrainedModel, head: Head) -> nn.Linear:
+    """The head as transformers makes it, with the embeddings' parameter where it is tied to them."""
+    dtype = model.get_input_embeddings().weight.dtype
+    weight = model.get_input_embeddings().weight if is_tied(model) else head.plain_weight()
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=head.bias is not None, device="meta")
+    dense.weight = weight if is_tied(model) else nn.Parameter(weight.detach().to(dtype), head.weight.requires_grad)
+    if head.bias is not None:
+        dense.bias = head.bias
+    return dense.train(head.training)
 
 
 @contextmanager
@@ -76,6 +156,6 @@ def plain_head(model: PreTrainedModel) -> Iterator[None]:
 
 def _sharing(weight: nn.Parameter, head: nn.Linear | CompactLinear) -> Head:
     """A head with this very parameter."""
-    shared = Head(weight, head.bias)
+    shared = LinearHead(weight, head.bias)
     shared.weight = weight
     return shared.train(head.training)

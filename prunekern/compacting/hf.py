@@ -4,6 +4,8 @@ models. The plan travels in `config.json` under `quantization_config`; before th
 
 from __future__ import annotations
 
+import copy
+from collections.abc import ItemsView, KeysView, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +14,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import families
+from ..families.sizes import check_sizes
 from ..nn import CompactLinear
-from .plan import Plan, check
+from .plan import MOST_CHANNELS, Plan, check, dense_sizes
 from .tensors import check_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 METHOD = "prunekern"
 FORMAT = 1
@@ -25,27 +28,62 @@ FORMAT = 1
 
 @register_quantization_config(METHOD)
 class PrunekernConfig(QuantizationConfigMixin):
-    """`quantization_config` of a compact model: format version and plan."""
+    """`quantization_config` of a compact model: format version and plan.
+
+    It reads as a mapping too: transformers asks a config in the file, which is a dict, and one in a model's config the
+    same questions (`.get("quant_method")`).
+    """
 
     def __init__(
         self,
         plan: dict[str, Any] | None = None,
         format: int = FORMAT,
         prunekern_version: str | None = None,
+        heads: int | None = None,
         **kwargs: Any,
     ):
         self.quant_method = METHOD
         self.format = format
         self.prunekern_version = prunekern_version or _version()
         self.plan = plan
+        self.heads = heads  # of the dense model: no tensor tells how many an encoder has. None: an older file
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": self.quant_method,
             "format": self.format,
             "prunekern_version": self.prunekern_version,
-            "plan": self.plan,
+            "heads": self.heads,
+            "plan": copy.deepcopy(self.plan),  # whoever changes what he was given leaves the model's plan alone
         }
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dict that `to_dict` returns; so are `[]`, `in`, `len`, `keys`, `values` and `items`."""
+        return self.to_dict().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.to_dict()[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.to_dict()
+
+    def __len__(self) -> int:
+        return len(self.to_dict())
+
+    def keys(self) -> KeysView[str]:
+        return self.to_dict().keys()
+
+    def values(self) -> ValuesView[Any]:
+        return self.to_dict().values()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self.to_dict().items()
+
+    def __eq__(self, other: object) -> bool:
+        # The mixin is a dataclass without fields: by its own rule any two of them are equal.
+        return isinstance(other, PrunekernConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # as of every config of transformers: it can be changed
 
     def parsed(self) -> Plan:
         """The plan. ValueError when it is missing, malformed, or of a newer format."""
@@ -63,13 +101,32 @@ class PrunekernConfig(QuantizationConfigMixin):
 class PrunekernQuantizer(HfQuantizer):
     """Rebuilds the blocks compact on the skeleton transformers has made, then checks what the files hold."""
 
+    quantization_config: PrunekernConfig
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """What transformers asks before it makes the model: here sizes are refused that would not end."""
+        plan = self.quantization_config.plan
+        # Its layers' names count the blocks; embeddings are compared with their tensors later, on the meta device.
+        names = plan.get("layers", ()) if isinstance(plan, dict) else ()
+        check_sizes(vars(config), "config.json", dict.fromkeys(names, ()), dense_sizes(plan), MOST_CHANNELS)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         # transformers builds on the meta device: indices are real all the same, only weights have no storage yet.
         with torch.device("cpu"):
             plan = _named_for(model, self.quantization_config.parsed())
-            self.quantization_config.plan = plan.to_dict()
+            heads = families.of(model).stock(model.config).heads
+            if self.quantization_config.heads not in (None, heads):
+                raise ValueError(
+                    f"config.json: the attention heads must be the {self.quantization_config.heads} of the plan's "
+                    f"dense model (got {heads})"
+                )
+            # A new one: the old may be that of another model, whose config was handed to from_pretrained.
+            self.quantization_config = PrunekernConfig(
+                plan.to_dict(), prunekern_version=self.quantization_config.prunekern_version, heads=heads
+            )
             check(plan, families.of(model).table(model))
             skeleton(model, plan)
         self._indices: dict[str, Tensor] = {

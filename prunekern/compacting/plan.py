@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import families
 from ..families import COSTS, Table
-from ..nn import ChannelMask, MaskedDoRALinear
+from ..families.wrapped import unwrapped
+from ..nn import ChannelMask, CompactLinear, MaskedDoRALinear
 
 FORMAT = 1
 MOST_CHANNELS = 1 << 24  # far above any layer; an edited file must not make us allocate what it says
@@ -150,6 +151,15 @@ def from_kept(table: Table, kept: Mapping[str, Tensor]) -> Plan:
     return Plan(layers)
 
 
+def dense_sizes(data: Any) -> list[int]:
+    """Rows and columns that the layers of a plan had, of plain data as it lies in a file; what is none is skipped."""
+    layers = data.get("layers") if isinstance(data, Mapping) else None
+    entries = layers.values() if isinstance(layers, Mapping) else ()
+    shapes = [entry.get("shape") for entry in entries if isinstance(entry, Mapping)]
+    sizes = [n for shape in shapes if isinstance(shape, list) for n in shape]
+    return [n for n in sizes if type(n) is int and 0 < n <= MOST_CHANNELS]
+
+
 def masks_of(model: nn.Module) -> dict[str, ChannelMask]:
     """Channel masks by the module name of their carrier."""
     return {
@@ -162,13 +172,16 @@ def masks_of(model: nn.Module) -> dict[str, ChannelMask]:
 def plan(model: nn.Module) -> Plan:
     """What the masks of an attached model keep now, `finalize`d or not; of a compact model, what was kept.
 
-    ValueError for a model that is neither.
+    ValueError for a model that is neither. Wrappers around it are treated as by `compact`.
     """
+    model = unwrapped(model, "plan")
     if any(isinstance(m, MaskedDoRALinear) for m in model.modules()):
         return from_kept(families.of(model).table(model), {c: m.kept() for c, m in masks_of(model).items()})
-    stored = getattr(getattr(model, "config", None), "quantization_config", None)
-    if stored is not None and hasattr(stored, "parsed"):
-        kept: Plan = stored.parsed()
+    stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    # The config alone does not make a model compact: `from_config` builds a dense one of it.
+    compact = any(isinstance(m, CompactLinear) for m in model.modules())
+    if compact and (isinstance(stored, dict) or hasattr(stored, "parsed")):
+        kept: Plan = Plan.from_dict(stored.get("plan", {})) if isinstance(stored, dict) else stored.parsed()
         return kept
     raise ValueError(f"plan: {type(model).__name__} has no masked layers; call prunekern.attach(model, config) first")
 

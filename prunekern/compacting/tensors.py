@@ -12,7 +12,9 @@ from .plan import Plan
 
 
 def check_tensors(model: nn.Module, plan: Plan, files: Iterable[str]) -> None:
-    """ValueError unless the files hold every block weight and bias of the plan, in its kept shape."""
+    """ValueError unless the files hold every block weight and bias of the plan, in its kept shape, and what else they
+    hold of the base model in the model's: transformers would make room for what is not before it says so.
+    """
     files = [str(f) for f in files]
     stored: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -33,3 +35,10 @@ def check_tensors(model: nn.Module, plan: Plan, files: Iterable[str]) -> None:
                 raise ValueError(
                     f"{where}: tensor {tensor!r} must have shape {list(shape)} by the plan (got {list(got)})"
                 )
+    base = getattr(model, "base_model", model)
+    for name, parameter in base.named_parameters():
+        shape = next((stored[t] for t in (name, prefix + name) if t in stored), tuple(parameter.shape))
+        if shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{where}: tensor {name!r} must have shape {list(parameter.shape)} by config.json (got {list(shape)})"
+            )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families.decoders.attention import CompactCausalAttention
+from ..families.wrapped import unwrapped
 from .plain import is_compact, plain_twin
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike[str], opset: int
     Raises ValueError (a model that is not compact, or is not one of sequences [batch, length]; opset; with_past without
     a cache; rotary positions that depend on the length), FileNotFoundError or IsADirectoryError (path), ImportError.
     """
-    path = Path(path)
+    path, model = Path(path), unwrapped(model, "export_onnx")
     _check(model, path, opset, with_past)
     twin = plain_twin(model)
     run = _WithPast(twin) if with_past else _Whole(twin)

@@ -14,6 +14,7 @@ from .. import families
 from ..compacting.head import word_head
 from ..families.decoders.attention import CompactCausalAttention, Positions
 from ..families.decoders.heads import DecoderLayout
+from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..nn.buffers import nones_last
 from ..ops.compact_linear import activate
@@ -37,8 +38,9 @@ def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
     one: zero rows in q, k and v, and zero columns in o, so that nothing is gathered or scattered around it. Caches of
     decoders hold kept channels only, as those of the compact model do. Hooks do not come along.
 
-    ValueError for a model that is not compact.
+    ValueError for a model that is not compact. Wrappers around it are treated as by `compact`.
     """
+    model = unwrapped(model, "plain_twin")
     if not is_compact(model):
         raise ValueError(f"plain_twin: model is not compact ({type(model).__name__}); call prunekern.compact(model)")
     memo: dict[int, Any] = {}

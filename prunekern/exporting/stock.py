@@ -22,6 +22,7 @@ from ..compacting.head import plain_head
 from ..compacting.plan import Plan
 from ..compacting.plan import plan as plan_of
 from ..families.family import Block, StockConfig
+from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..storage.folders import replacing
 
@@ -39,8 +40,9 @@ def save_stock(model: PreTrainedModel, path: str | os.PathLike[str], max_shard_s
     bf16 or int8 are written as they are rounded, in the dtype of the embeddings.
 
     ValueError for a model that is neither, and where the plan is not the same in every block, naming the first layer
-    that differs.
+    that differs. Wrappers around the model are treated as by `compact`.
     """
+    model = unwrapped(model, "save_stock")
     changes = config_changes(model, plan_of(model))
     small = model if any(isinstance(m, CompactLinear) for m in model.modules()) else compact(model)
     config = copy.deepcopy(small.config)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..compacting import card
-from ..compacting.checkpoint import is_model_file
+from ..compacting.checkpoint import is_model_file, naming
 from ..compacting.compact import mark
 from ..compacting.plan import Plan, from_kept
 from ..nn.merging import merge, pick
@@ -29,9 +29,10 @@ from ..storage.folders import replacing
 from ..storage.json_files import read_json
 from ..storage.progress import Bar
 from ..storage.shards import CODES, INDEX, Shards, write_shard
-from .adapter import check_adapter, check_base, model_class, read_adapter
+from .adapter import check_adapter, check_base, model_class, model_config, read_adapter
 from .attach import attach
 from .config import PruneConfig
+from .frozen import check_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,10 +90,10 @@ class _Source:
         config, _ = read_adapter(adapter)
         self.cls = model_class(config, adapter)
         self.where, self.trained = adapter, config
-        self.config = self.cls.config_class.from_dict(config["model_config"])
-        self.config.name_or_path = str(base)
-        _check_base(base, self.config.model_type, adapter)
+        _check_base(base, self.cls.config_class.model_type, adapter)
         self.base, self.adapter = Shards.of_model(base), Shards.of_file(adapter / "adapter.safetensors")
+        self.config = model_config(config, adapter, self.base.shapes, self.adapter.shapes)
+        self.config.name_or_path = str(base)
         self.dtype = self.config.dtype or self.base.dtype()  # as from_pretrained does
 
         dense = self._skeleton()
@@ -117,7 +118,7 @@ class _Source:
         return mark(small, self.plan)
 
     def _skeleton(self) -> PreTrainedModel:
-        with torch.device("meta"):
+        with torch.device("meta"), naming(self.where / "adapter_config.json"):
             model = self.cls._from_config(self.config, dtype=self.dtype)
         model.tie_weights()
         return model
@@ -132,14 +133,16 @@ class _Source:
         """Find every tensor of the compact model before anything is written. ValueError names the first misfit."""
         self.found = {}
         for name in names:
-            own = [n for n in self.same.get(name, [name]) if n in self.adapter.shapes]
+            own = [n for n in self._names(name) if n in self.adapter.shapes]
             self.found[name] = (self.adapter, own[0]) if own else (self.base, self._in_base(name))
         used = {stored for shards, stored in self.found.values() if shards is self.base}
         inside = {found[1] for layer in self.plan.layers if (found := re.match(r"(.*?\.)\d+\.", layer))}
         for stored in sorted(set(self.base.shapes) - used):
             # A head of another task is of no use here; weights in the blocks mean that these are other blocks.
-            in_block = any(n.startswith(tuple(inside)) for n in _with_and_without(stored, self.prefix))
-            if in_block and stored.endswith((".weight", ".bias")):
+            # One that is known, and not used, is the adapter's: it was made trainable.
+            twins = _with_and_without(stored, self.prefix)
+            in_block = any(n.startswith(tuple(inside)) for n in twins)
+            if in_block and not any(n in self.dense for n in twins) and stored.endswith((".weight", ".bias")):
                 raise ValueError(
                     f"{self.base.files[stored]}: tensor {stored!r} is not of this model; "
                     f"the adapter in {self.where} was trained on another base model"
@@ -149,7 +152,7 @@ class _Source:
         """Its name in the base checkpoint: with or without the prefix of the base model, or that of a tied twin."""
         at = self.base
         found = []
-        for twin in self.same.get(name, [name]):
+        for twin in self._names(name):
             found += [n for n in _with_and_without(twin, self.prefix) if n in at.shapes][:1]
         if not found:
             self._refuse_missing(name)
@@ -191,6 +194,8 @@ class _Source:
         shards, stored = self.found[name]
         values = shards.read(stored)
         layer, _, leaf = name.rpartition(".")
+        if shards is self.base:
+            self._check(name, values)
         if layer in self.plan.layers:
             yield self._merged(layer, values) if leaf == "weight" else self._selected(layer, values)
         elif values.dtype is self.dtype:
@@ -198,9 +203,23 @@ class _Source:
         else:
             yield from (rows.to(self.dtype) for rows in values.split(ROWS))
 
+    def _check(self, name: str, values: Tensor) -> None:
+        """ValueError where a frozen tensor of the base is not the one that the adapter was trained with."""
+        known = self.trained["fingerprints"]
+        there = next((known[n] for n in self._names(name) if n in known), None)
+        if there is not None:
+            layer = name.rpartition(".")[0]
+            is_cut = self.shrunk and layer in self.plan.layers
+            check_tensor(name, self._selected(layer, values) if is_cut else values, there, self.where)
+
+    def _names(self, name: str) -> list[str]:
+        return self.same.get(name, [name])
+
     def _selected(self, layer: str, values: Tensor) -> Tensor:
         """Kept rows, and columns where there are any, in the model's dtype."""
         kept = self.plan.layers[layer]
+        if self.shrunk and tuple(values.shape) != (kept.out_features, kept.in_features)[: values.dim()]:
+            return values.to(self.dtype)  # made trainable: the adapter's own, cut already
         return pick(values, kept.rows, kept.cols, self.dtype)
 
     def _merged(self, layer: str, V: Tensor) -> Tensor:
@@ -208,7 +227,7 @@ class _Source:
         if layer not in self.scales:
             return self._selected(layer, V)  # partners outside the targets
         kept, s = self.plan.layers[layer], self.scales[layer]
-        if layer in self.trained["base_norms"]:
+        if layer in self.trained["base_norms"] and f"{layer}.weight" not in self.adapter.shapes:
             squares = (ops.row_sqnorm(rows.to(self.dtype, copy=True)).double().sum().item() for rows in V.split(ROWS))
             check_base(self.trained, layer, sum(squares), self.where)
         A, B, magnitude = (self.adapter.read(f"{layer}.{n}") for n in ("A", "B", "magnitude"))

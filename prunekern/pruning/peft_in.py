@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import families
 from ..nn import MaskedDoRALinear
+from ..nn.merging import merge
 from .attach import attach, task_head
 from .config import PruneConfig
 from .pruner import Pruner
@@ -53,6 +55,8 @@ def from_peft(model: PeftModel, config: PruneConfig | None = None) -> Pruner:
     in place, becomes `pruner.model`. With nothing pruned that computes in eval mode what the PEFT model did, to
     rounding. A, B, scale and DoRA's magnitude are the adapter's, layer by layer; a LoRA layer's magnitude is
     ||V + s B A|| by rows, which makes it DoRA that computes the same. The task head comes along from modules_to_save.
+    Adapters of linears outside the blocks ("all-linear" has them in poolers and heads) are merged into these, which are
+    trained on as they are, whole.
 
     Rank, scale and dropout are the adapter's whatever `config` says, and `pruner.config` says so: `rank` and
     `alpha` (scale * rank, for rsLoRA too) are what most of its layers have; layers that rank_pattern or alpha_pattern
@@ -62,8 +66,8 @@ def from_peft(model: PeftModel, config: PruneConfig | None = None) -> Pruner:
 
     ImportError without PEFT. TypeError: `model` is no PeftModel. ValueError, the model left as it was: another method
     than LoRA or DoRA, no or several active adapters, disabled or merged ones, trained biases, a quantised base, a
-    target that is no plain linear of a block or that `config` does not adapt, a rank above min(N, K), modules_to_save
-    trained outside the task head, and what `attach` refuses.
+    target that is no plain linear (an embedding), or shares its weight with one, or is in a block and not adapted by
+    `config`, a rank above min(N, K) there, modules_to_save trained outside the task head, and what `attach` refuses.
     """
     lora = import_peft("from_peft").tuners.lora
     config = PruneConfig() if config is None else config
@@ -77,18 +81,24 @@ def from_peft(model: PeftModel, config: PruneConfig | None = None) -> Pruner:
     }
     if not low_ranks:
         raise ValueError(f"from_peft: adapter {adapter!r} has no layer; expected LoRA or DoRA on linears of the blocks")
-    config = _as_the_adapter(config, low_ranks.values(), model.peft_config[adapter].lora_dropout)
 
     # Tried on a copy without storage first, so that a refusal leaves the model as it was.
     same = _untrained(model, adapter)
     trial = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()})
     dense = _unload(trial, adapter, same)
+    blocks = families.of(dense).table(dense).layers
+    in_blocks = {name: low_rank for name, low_rank in low_ranks.items() if name in blocks}
+    outside = {name: low_rank for name, low_rank in low_ranks.items() if name not in blocks}
+    _refuse_misfits(in_blocks, outside, blocks, dense)
+    config = _as_the_adapter(config, in_blocks.values(), model.peft_config[adapter].lora_dropout)
     _refuse_trained_outside_head(dense, model, adapter, same)
-    _refuse_misplaced(attach(dense, config), low_ranks)
+    _refuse_not_adapted(attach(dense, config), in_blocks)
 
     pruner = attach(_unload(model, adapter, same), config)
-    for name, low_rank in low_ranks.items():
+    for name, low_rank in in_blocks.items():
         _fill(pruner.layers[name], low_rank)
+    for name, low_rank in outside.items():
+        _merge(pruner.model.get_submodule(name), low_rank)
     return pruner
 
 
@@ -139,9 +149,6 @@ def _read(name: str, module: Any, adapter: str, lora: Any) -> _LowRank:
         state, call = ("merged", "unmerge_adapter") if module.merged else ("disabled", "enable_adapter_layers")
         raise ValueError(f"from_peft: the adapter of {name!r} is {state}; call model.{call}() first")
     A, B = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
-    (N, K), rank = base.weight.shape, A.shape[0]
-    if rank > min(N, K):
-        raise ValueError(f"from_peft: rank of {name!r}, [{N}, {K}], must be in 1..{min(N, K)} (got {rank})")
     magnitude = module.lora_magnitude_vector[adapter].weight.detach() if is_dora else None
     return _LowRank(A, B, float(module.scaling[adapter]), magnitude)
 
@@ -195,13 +202,31 @@ def _refuse_trained_outside_head(
                 )
 
 
-def _refuse_misplaced(pruner: Pruner, low_ranks: Iterable[str]) -> None:
+def _refuse_misfits(
+    in_blocks: Mapping[str, _LowRank], outside: Mapping[str, _LowRank], blocks: Iterable[str], dense: PreTrainedModel
+) -> None:
+    if not in_blocks:
+        known = sorted({n.rpartition(".")[2] for n in blocks})
+        raise ValueError(
+            f"from_peft: the adapter has no linear of a block, which alone are pruned (they end in {known}; got "
+            f"{sorted(outside)})"
+        )
+    for name, low_rank in in_blocks.items():
+        (N, K), rank = dense.get_submodule(name).weight.shape, low_rank.A.shape[0]
+        if rank > min(N, K):
+            raise ValueError(f"from_peft: rank of {name!r}, [{N}, {K}], must be in 1..{min(N, K)} (got {rank})")
+    for name in outside:
+        weight = dense.get_submodule(name).weight
+        for other, parameter in dense.named_parameters(remove_duplicate=False):
+            if parameter is weight and other != f"{name}.weight":
+                raise ValueError(
+                    f"from_peft: target {name!r} must have a weight of its own (it is tied to {other!r}, which the "
+                    "adapter would change with it); untie the base model, or train without this target"
+                )
+
+
+def _refuse_not_adapted(pruner: Pruner, low_ranks: Iterable[str]) -> None:
     for name in low_ranks:
-        if name not in pruner.table.layers:
-            known = sorted({n.rpartition(".")[2] for n in pruner.table.layers})
-            raise ValueError(
-                f"from_peft: target {name!r} is no linear of a block, which alone are pruned (they end in {known})"
-            )
         if name not in pruner.layers:
             chosen = pruner.config.preset or list(pruner.config.targets or ())
             raise ValueError(
@@ -221,6 +246,18 @@ def _fill(layer: MaskedDoRALinear, low_rank: _LowRank) -> None:
     else:
         # By the layer's own norm, so that its rounding cancels and the gain is 1 to the last bit but one.
         layer.magnitude.copy_(torch.where(layer.inv_norm > 0, 1 / layer.inv_norm, 0.0))
+
+
+@torch.no_grad()
+def _merge(linear: nn.Linear, low_rank: _LowRank) -> None:
+    """The adapter into the weight, as PEFT computes it: V + s B A, or DoRA's m (V + s B A) / ||V + s B A||."""
+    V, A, B = linear.weight, low_rank.A, low_rank.B
+    if low_rank.magnitude is None:
+        wide = torch.promote_types(V.dtype, torch.float32)
+        V.copy_(V.to(wide) + low_rank.scale * (B.to(wide) @ A.to(wide)))
+    else:
+        V.copy_(merge(V, A, B, low_rank.magnitude, low_rank.scale))
+    V.requires_grad_(True)  # as the adapter was; outside the task head it would be frozen, and not be saved
 
 
 def import_peft(what: str) -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..families.wrapped import unwrapped
 from ..storage.folders import replacing
 from .attach import task_head
+from .embeddings import embedding_names
 from .peft_in import import_peft
 from .pruner import Pruner
 
@@ -31,7 +33,8 @@ def to_peft(pruner: Pruner, path: str | os.PathLike[str]) -> None:
 
     dense is the model as `attach` found it; what PEFT loads then computes in eval mode what the masked model does, to
     rounding, and needs no prunekern. adapter_config.json and adapter_model.safetensors are written by PEFT itself,
-    with the task head in modules_to_save (whole modules: output embeddings come along where they are part of one).
+    with the task head in modules_to_save (whole modules: output embeddings come along where they are part of one), and
+    embeddings where tokens were added to the base, as `save_adapter` tells.
     Masks and the state of pruning are not written; `save_adapter` does. The folder is replaced in one step, other
     files in it stay; the model is left as it was, random numbers included.
 
@@ -39,6 +42,7 @@ def to_peft(pruner: Pruner, path: str | os.PathLike[str]) -> None:
     all zero (PEFT divides by its norm and gives NaN), parameters trained besides adapters, masks and task head.
     """
     peft = import_peft("to_peft")
+    unwrapped(pruner.model, "to_peft")
     _refuse_pruned(pruner)
     _refuse_zero_rows(pruner)
     modules_to_save = _head_modules(pruner)
@@ -53,8 +57,8 @@ def to_peft(pruner: Pruner, path: str | os.PathLike[str]) -> None:
         theirs.lora_magnitude_vector["default"].weight = nn.Parameter(layer.magnitude.detach())
     path = Path(path)
     with replacing(path, _FILES.__contains__) as folder:
-        # Embeddings are frozen; "auto" would ask the hub for the base model's vocabulary.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        # Embeddings are frozen, but where tokens were added; "auto" would ask the hub for the base's vocabulary.
+        model.save_pretrained(folder, save_embedding_layers=bool(embedding_names(pruner.model, "auto")))
         if (path / "README.md").exists():
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's template must not replace the user's text
 

@@ -199,3 +199,33 @@ def test_prunekern_adapter_of_patterns(shrunk, tmp_path):
     own = {n: (m.rank, m.scale) for n, m in pruner.layers.items()}
     assert {n: (m.rank, m.scale) for n, m in back.layers.items()} == own
     assert torch.equal(logits(back.model, batch()), logits(pruner.model, batch()))
+
+
+@pytest.mark.parametrize("family,task", [("distilbert", "sequence"), ("llama", "causal")])
+def test_rows_of_new_tokens_come_along(family, task, tmp_path):
+    """peft #1457. As with PEFT's own adapters, the dense model is resized before it gets them."""
+    build(family, task).save_pretrained(tmp_path / "base")
+    cls = type(build(family, task))
+
+    def resized(seed):
+        torch.manual_seed(seed)
+        dense = cls.from_pretrained(tmp_path / "base").eval()
+        dense.resize_token_embeddings(dense.config.vocab_size + 3, mean_resizing=False)
+        return dense
+
+    pruner = keep_only(attached(resized(1)), {})
+    to_peft(pruner, tmp_path / "a")
+    inputs = batch(family)
+    inputs["input_ids"][:, 1] = pruner.model.config.vocab_size - 1
+    back = peft.PeftModel.from_pretrained(resized(2), tmp_path / "a").eval()
+    assert difference(logits(back, inputs), logits(pruner.model.eval(), inputs)) < TOLERANCE[torch.float32]
+
+
+def test_a_model_with_a_compiled_part_is_refused(tmp_path):
+    """PyTorch #101107: its names would not load."""
+    pruner = unpruned()
+    pruner.model.classifier = torch.compile(pruner.model.classifier, backend="eager")
+    for write in (to_peft, pk.save_adapter):
+        with pytest.raises(ValueError, match=rf"{write.__name__}: model must not have a wrapped part .*'classifier'"):
+            write(pruner, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
