@@ -179,9 +179,14 @@ def _check_plain(
     checks.shape(OP, "packed", weight, (None, None))
     n, k = weight.shape
     _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
-    for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
+    check_indices(OP, in_index, x.shape[-1], out_index, n_out)
+
+
+def check_indices(op: str, in_index: Tensor | None, width: int, out_index: Tensor | None, n_out: int) -> None:
+    """ValueError or TypeError unless both hold kept channels, of `width` and of `n_out`."""
+    for name, index, size in (("in_index", in_index, width), ("out_index", out_index, n_out)):
         if index is not None:
-            checks.kept_index_anywhere(OP, name, index, size)
+            checks.kept_index_anywhere(op, name, index, size)
 
 
 def _check_packed(
@@ -215,7 +220,8 @@ def _run_packed(
 ) -> Tensor:  # fmt: skip
     n, k = _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     y = x.new_empty((*x.shape[:-1], n_out))
-    if y.numel() == 0:
+    if y.numel() == 0:  # the core, which checks indices, is not asked
+        check_indices(OP, in_index, x.shape[-1], out_index, n_out)
         return y
     kept_x, x_address, x_stride = calls.rows(x)  # kept: the address is worth nothing without its tensor
     kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else calls.rows(residual)

@@ -13,7 +13,7 @@ from torch import Tensor
 from prunekern import _native, kernels
 
 from . import calls, checks
-from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference, lined_up
+from .compact_linear import ACTIVATIONS, NUMBER, check_indices, compact_linear, compact_linear_reference, lined_up
 from .flops import Shape, count, of_product
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed
 from .registering import register
@@ -175,7 +175,8 @@ def _run_packed(
     if x.dtype not in ELEMENT:
         raise TypeError(f"{OP}: x must be float32 or bfloat16 with packed weights (got {x.dtype})")
     y = x.new_empty((*x.shape[:-1], n_out))
-    if y.numel() == 0:
+    if y.numel() == 0:  # the core, which checks indices, is not asked
+        check_indices(OP, in_index, x.shape[-1], out_index, n_out)
         return y
     kept_x, x_address, x_stride = calls.rows(x)  # kept: the address is worth nothing without its tensor
     kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else calls.rows(residual)
