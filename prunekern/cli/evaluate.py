@@ -16,6 +16,8 @@ from .options import (
     Data,
     Label,
     MaxLength,
+    Metric,
+    Regression,
     Split,
     TaskName,
     Text,
@@ -39,6 +41,8 @@ def evaluate_command(
     text: Text = None,
     choices: Choices = None,
     label: Label = None,
+    regression: Regression = None,
+    metric: Metric = None,
     validation: Split = None,
     test: Split = None,
     max_length: MaxLength = 128,
@@ -66,7 +70,8 @@ def evaluate_command(
     set_threads(threads)
     if not model.is_dir():
         raise FileNotFoundError(f"{model}: no such folder")
-    columns = {"text": text, "choices": choices, "label": label, "validation": validation, "test": test}
+    columns: dict[str, Any] = {"text": text, "choices": choices, "label": label, "regression": regression}
+    columns |= {"metric": metric, "validation": validation, "test": test}
     if tasks is not None:
         if any(o is not None for o in (task, data, *columns.values())):
             raise typer.BadParameter("give --tasks without --task, --data and the options of --data")

@@ -36,6 +36,17 @@ Choices = Annotated[
     str | None, typer.Option(help="Column of --data with each row's choices: multiple choice, for decoders.")
 ]
 Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
+Regression = Annotated[
+    bool | None,
+    typer.Option(
+        "--regression/--classes",
+        help="What --label holds: scores or classes. Without it: scores, where not all are whole.",
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(help="Of --data: accuracy (default) or matthews; of scores pearson (default), spearman or mse."),
+]
 Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
 Weights = Annotated[str, typer.Option(help="How a compact model holds its block weights: fp32, bf16 or int8.")]
@@ -43,7 +54,7 @@ Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels
 
 
 def task_of(task: str | None, data: Path | None, **columns: Any) -> AnyTask:
-    """The task that --task or --data names. columns: of --data (text, choices, label, validation, test)."""
+    """The task that --task or --data names. columns: the options of --data, by name."""
     from .. import tasks
 
     if (task is None) == (data is None):
@@ -51,7 +62,7 @@ def task_of(task: str | None, data: Path | None, **columns: Any) -> AnyTask:
     if data is None:
         assert task is not None
         if any(o is not None for o in columns.values()):
-            listed = [f"--{name}" for name in columns]
+            listed = [f"--{name}" if name != "regression" else "--regression/--classes" for name in columns]
             raise typer.BadParameter(f"{', '.join(listed[:-1])} and {listed[-1]} go with --data")
         return tasks.get(task)
     text = columns["text"]

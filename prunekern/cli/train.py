@@ -12,7 +12,9 @@ from .options import (
     Data,
     Label,
     MaxLength,
+    Metric,
     Out,
+    Regression,
     Split,
     TaskName,
     Text,
@@ -35,6 +37,8 @@ def train(
     text: Text = None,
     choices: Choices = None,
     label: Label = None,
+    regression: Regression = None,
+    metric: Metric = None,
     validation: Split = None,
     test: Split = None,
     sparsity: Annotated[float, typer.Option(help="Share of the block linears to remove, in [0, 1).")] = 0.25,
@@ -93,7 +97,8 @@ def train(
         save_steps=save_steps,
         seed=seed,
     )
-    data_task = task_of(task, data, text=text, choices=choices, label=label, validation=validation, test=test)
+    columns = {"text": text, "choices": choices, "label": label, "regression": regression, "metric": metric}
+    data_task = task_of(task, data, **columns, validation=validation, test=test)
     dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task, seed)
     pruner, trained = fine_tune(dense, tokenizer, data_task, config, options, out, resume, console)
     masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
@@ -117,7 +122,7 @@ def train(
     for kind, (kept, of) in trained["by_kind"].items():
         table.add_row(kind.replace("_", " / "), f"{kept:,}", f"{of:,}")
     console.print(table)
-    metric, split = data_task.metric, data_task.score_split
-    before, after = (data_task.show(score[metric]) for score in (masked, compact))
-    console.print(f"{split} {metric}: {before} before removal, {after} after")
+    name, split = data_task.metric, data_task.score_split
+    before, after = (data_task.show(score[name]) for score in (masked, compact))
+    console.print(f"{split} {name}: {before} before removal, {after} after")
     console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}  {out / 'report.png'}")

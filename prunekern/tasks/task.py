@@ -26,7 +26,8 @@ class Task:
     text_columns: one column, or two for sentence pairs
     label_column: integers 0..num_labels-1, or floats for a regression
     label_names: in the order of the integers; None for a regression
-    metric: the key of `compute_metrics`: "accuracy", "matthews" or "pearson", the larger the better
+    metric: the key of `compute_metrics`: "accuracy", "matthews", "pearson" or "spearman", the larger the better; or
+        "mse", the smaller
     """
 
     name: str
@@ -53,8 +54,8 @@ class Task:
         return AutoModelForSequenceClassification
 
     def show(self, value: float) -> str:
-        """A score as tables print it, in points."""
-        return f"{100 * value:.2f}"
+        """A score as tables print it: in points; a mean squared error as it is."""
+        return f"{value:.4g}" if self.metric == "mse" else f"{100 * value:.2f}"
 
     def model_kwargs(self) -> dict[str, Any]:
         """For `model_class().from_pretrained` of a model without the head: head size, label names, kind of loss."""
@@ -123,7 +124,7 @@ class Task:
         return Collator(tokenizer, pad_to_multiple_of)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """{metric: value} in [-1, 1] or [0, 1]; for `Trainer(compute_metrics=...)`.
+        """{metric: value} in [-1, 1] or [0, 1] ("mse": from 0); for `Trainer(compute_metrics=...)`.
 
         prediction.predictions: logits [rows, num_labels] (or a tuple that starts with them); regression
         [rows] or [rows, 1]. prediction.label_ids: [rows]. Raises ValueError, see `metrics.score`.
