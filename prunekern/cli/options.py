@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+
+@app.callback()
+def everywhere(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in the code an error was, not one line of it.")
+    ] = False,
+) -> None:
+    """Train, compact, export, score and time: what belongs to all commands."""
+
 
 # Option types that several commands share.
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
@@ -74,7 +85,8 @@ def task_of(task: str | None, data: Path | None, **columns: Any) -> AnyTask:
 def set_threads(count: int) -> None:
     import torch
 
-    if count < 0:
-        raise typer.BadParameter(f"--threads must be at least 0 (got {count})")
+    most = max(256, os.cpu_count() or 1)  # a million of them ends the process, and no library says so
+    if not 0 <= count <= most:
+        raise typer.BadParameter(f"--threads must be in 0..{most} (got {count})")
     if count:
         torch.set_num_threads(count)

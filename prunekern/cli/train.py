@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from .errors import reading
+from .fits import check_head, check_length, check_positive
 from .options import (
     Choices,
     Data,
@@ -81,6 +83,7 @@ def train(
     set_threads(threads)
     if not (max_steps > 0 or (max_steps == -1 and epochs > 0)):
         raise ValueError(f"--max-steps must be positive, or -1 and --epochs positive (got {max_steps} and {epochs})")
+    check_positive(batch_size=batch_size, epochs=epochs, final_lr=final_lr, mask_lr=mask_lr, save_steps=save_steps)
     config = PruneConfig(
         rank=rank, alpha=alpha, dropout=dropout, preset=preset, sparsity=sparsity, cost=cost, align=align, seed=seed
     )
@@ -99,7 +102,14 @@ def train(
     )
     columns = {"text": text, "choices": choices, "label": label, "regression": regression, "metric": metric}
     data_task = task_of(task, data, **columns, validation=validation, test=test)
-    dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task, seed)
+    source = str(demo_model(model)) if model in MODEL_NAMES else model
+    with reading(source):
+        try:
+            dense, tokenizer = load_dense(source, data_task, seed)
+        except RuntimeError:  # of transformers, for shapes; it says them to a log only
+            check_head(data_task.model_class(), source, data_task.name, **data_task.model_kwargs())
+            raise
+    check_length(dense, source, max_length)
     pruner, trained = fine_tune(dense, tokenizer, data_task, config, options, out, resume, console)
     masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
     small = finish(pruner, tokenizer, out, rule)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .causal import CausalTask
 from .split import check_shares, draw, text_key
-from .task import SPLITS, DataError
+from .task import NO_LIMIT, SPLITS, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 METRIC = "perplexity"
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n")  # blanks may stand in them
-NO_LIMIT = 1 << 30  # tokenizers that know no limit say 10^30
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class LanguageTask(CausalTask):
         """
         from datasets import Dataset
 
-        most = tokenizer.model_max_length
+        most = min(tokenizer.model_max_length, NO_LIMIT)
         if not 2 <= max_length <= most:
             accepted = "at least 2" if most >= NO_LIMIT else f"in 2..{most}"
             raise ValueError(f"encode: max_length must be {accepted} (got {max_length})")

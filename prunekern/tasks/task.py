@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
+NO_LIMIT = 1 << 30  # of a length in tokens; tokenizers that know no limit say 10^30, and take no such number
 
 
 class DataError(ValueError):
@@ -90,7 +91,7 @@ class Task:
         """
         pair = len(self.text_columns) == 2
         least = tokenizer.num_special_tokens_to_add(pair=pair) + len(self.text_columns)
-        most = tokenizer.model_max_length
+        most = min(tokenizer.model_max_length, NO_LIMIT)
         if not least <= max_length <= most:
             raise ValueError(f"encode: max_length must be in {least}..{most} (got {max_length})")
         return self.splits.map(
