@@ -1,4 +1,4 @@
-"""What the ops are by definition, in float64 and with nothing accepted that is not meant: an error is "no legal call"."""
+"""What the ops are by definition, in float64; an error for what is no legal call."""
 
 from __future__ import annotations
 

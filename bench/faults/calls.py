@@ -19,7 +19,7 @@ from . import answers
 from .tally import Tally, is_refusal
 
 MODULE = "bench.faults.calls"
-BATCH = 60
+BATCH = 250
 LIMIT = 120  # seconds a batch may take: longer is a hang
 MEMORY = 24 << 30  # bytes of addresses, so that a huge size is an error
 
@@ -145,13 +145,21 @@ def calls() -> list[Call]:
     int8 = base | {"packed": ops.pack_weight(q), "scale": scale}
     for call in _spoiled("compact_linear, int8", ops.compact_linear, int8, _never):
         argument = call.name.split(": ")[1].split()[0]
-        if argument == "scale" and any(how in call.name for how in ("text", "None", "one ", "meta", "torch.", "sparse")):
+        if argument == "scale" and any(
+            how in call.name for how in ("text", "None", "one ", "meta", "torch.", "sparse")
+        ):
             found.append(call)
     up, down = rand(6, 9), rand(7, 6)
     mlp = {"x": x, "up": up, "down": down, "up_bias": rand(6), "down_bias": bias, "in_index": into, "out_index": out}
     mlp |= {"n_hidden": 6, "n_out": 11, "activation": "gelu", "residual": residual}
     found += _spoiled("compact_mlp", ops.compact_mlp, mlp, answers.mlp)
-    attention = {"q": rand(2, 4, 6), "k": rand(2, 5, 6), "v": rand(2, 5, 7), "qk_first": [0, 2, 6], "v_first": [0, 4, 7]}
+    attention = {
+        "q": rand(2, 4, 6),
+        "k": rand(2, 5, 6),
+        "v": rand(2, 5, 7),
+        "qk_first": [0, 2, 6],
+        "v_first": [0, 4, 7],
+    }
     attention |= {"key_mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]), "scale": 0.5}
     found += _spoiled("compact_attention", ops.compact_attention, attention, answers.attention)
     V, A, B, m = rand(7, 12), rand(3, 12), rand(7, 3), rand(7).abs()
@@ -169,7 +177,14 @@ def calls() -> list[Call]:
     layer = CompactLinear(weight, bias, into, out, 11, "gelu")
     own = {"packed": weight, "bias": bias, "in_index": into, "out_index": out, "n_out": 11, "activation": "gelu"}
     found += _spoiled("CompactLinear()", layer, {"x": x, "residual": residual}, partial(answers.linear, **own))
-    made = {"weight": weight, "bias": bias, "in_index": into, "out_index": out, "out_features": 11, "activation": "gelu"}
+    made = {
+        "weight": weight,
+        "bias": bias,
+        "in_index": into,
+        "out_index": out,
+        "out_features": 11,
+        "activation": "gelu",
+    }
     found += [
         Call(call.name, lambda **given: CompactLinear(**given)(x), call.given, _as_constructed(x))
         for call in _spoiled("CompactLinear.__init__", CompactLinear, made, None)
