@@ -121,7 +121,7 @@ def attention(**given: Any) -> Tensor:
     y = q.new_zeros(*q.shape[:2], v.shape[2])
     for h in range(len(firsts[0]) - 1):
         a, b = (slice(f[h], f[h + 1]) for f in firsts)
-        s = given["scale"] * q[..., a] @ k[..., a].transpose(1, 2)
+        s = float(given["scale"]) * q[..., a] @ k[..., a].transpose(1, 2)
         p = s.masked_fill(~may[:, None], float("-inf")).softmax(-1) if may.numel() else s
         p = p.masked_fill(~may.any(1)[:, None, None], 0.0)
         y[..., b] = p @ v[..., b].masked_fill(~may[..., None], 0.0)
@@ -136,8 +136,11 @@ def gain(**given: Any) -> Tensor:
     B = plain(given["B"], n, A.shape[0])
     legal(isinstance(given["s"], int | float), "s")
     plain(given["v_sqnorm"], n)
-    norm = (V + given["s"] * B @ A).norm(dim=1)
-    m_b = torch.ones(n).double() if given["m_b"] is None else plain(given["m_b"], n)
+    norm = (V + float(given["s"]) * B @ A).norm(dim=1)
+    m_b = torch.ones(n).double() if given["m_b"] is None else given["m_b"]
+    if isinstance(m_b, Tensor) and not m_b.is_complex():  # zeros and ones are what they are of any dtype
+        m_b = m_b.double()
+    m_b = plain(m_b, n)
     return torch.where(norm > 0, m_b * plain(given["m"], n) / norm, 0.0)
 
 
@@ -149,7 +152,7 @@ def dora(**given: Any) -> Tensor:
     B = plain(given["B"], V.shape[0], A.shape[0])
     legal(isinstance(given["s"], int | float), "s")
     low = x if given["x_lora"] is None else plain(given["x_lora"], *x.shape)
-    y = plain(given["gain"], V.shape[0]) * (x @ V.T + given["s"] * (low @ A.T) @ B.T)
+    y = plain(given["gain"], V.shape[0]) * (x @ V.T + float(given["s"]) * (low @ A.T) @ B.T)
     return y if given["bias"] is None else y + plain(given["bias"], V.shape[0])
 
 
@@ -159,7 +162,7 @@ def merge(**given: Any) -> Tensor:
     A = plain(given["A"], None, V.shape[1])
     B = plain(given["B"], V.shape[0], A.shape[0])
     legal(isinstance(given["s"], int | float), "s")
-    W = plain(given["gain"], V.shape[0])[:, None] * (V + given["s"] * B @ A)
+    W = plain(given["gain"], V.shape[0])[:, None] * (V + float(given["s"]) * B @ A)
     for dim, name in enumerate(("rows", "cols")):
         kept = given[name]
         if kept is not None:
@@ -173,7 +176,7 @@ def norm(**given: Any) -> Tensor:
     x = rows(given["x"])
     weight, eps = plain(given["weight"], x.shape[-1]), given["eps"]
     legal(isinstance(eps, int | float), "eps")
-    return weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return weight * x * (x.square().mean(-1, keepdim=True) + float(eps)).rsqrt()
 
 
 def is_right(got: Any, want: Tensor) -> bool:
@@ -182,8 +185,9 @@ def is_right(got: Any, want: Tensor) -> bool:
     """
     if not isinstance(got, Tensor) or got.shape != want.shape:
         return False
+    # Of 16 bits rounded at the end; inputs of 16 bits are what they are, and summed in fp32.
+    close = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(got.dtype, 1e-4)
     got = got.detach().double()
-    close = {torch.float64: 1e-4, torch.float32: 1e-4}.get(got.dtype, 1e-4)
     finite = want.isfinite()
     if not finite.all():  # what NaN does to sums of other orders is not promised: where the answer is finite, it is
         return bool(((got - want).abs()[finite] <= close * (1 + want[finite].abs())).all())

@@ -7,6 +7,7 @@ import json
 import random
 import resource
 import shutil
+import signal
 import struct
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,8 @@ from ..common import progress
 from .tally import Tally, is_refusal
 
 REFUSALS = (ValueError, OSError, RuntimeError, TypeError, NotImplementedError, ImportError)
-MEMORY = 8 << 30  # bytes of addresses above those in use
+MEMORY = 2 << 30  # bytes of addresses above those in use
+SECONDS = 10  # to load a model of 100 KB: longer is a size that was believed, and filled
 HUGE = (0, -1, 1, 2**31, 2**40, 2**62, 10**30, 1e308, 1.5, True, None, "8", [], {}, [1], float("nan"))
 Files = dict[str, bytes]
 
@@ -139,14 +141,25 @@ def _put(folder: Path, files: Files) -> None:
         (folder / name).write_bytes(raw)
 
 
+class TooLongError(BaseException):
+    """Not to be caught by what is being tried."""
+
+
+def _too_long(*args: Any) -> None:
+    raise TooLongError(f"took longer than {SECONDS} s")
+
+
 @contextmanager
 def _little_memory() -> Any:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
@@ -175,7 +188,7 @@ def _try(tally: Tally, what: str, folder: Path, same: bool, load: Callable[[], A
         with _little_memory(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = load()
-    except Exception as error:
+    except (Exception, TooLongError) as error:
         good = is_refusal(error, REFUSALS)
         return tally.add("refused" if good else "wrong", f"{what}: {type(error).__name__}: {error}")
     try:
