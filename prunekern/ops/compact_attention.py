@@ -62,6 +62,7 @@ def compact_attention(
         y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads())
         if y is not None:
             return y
+    checks.tensors(OP, {"q": q, "k": k, "v": v}, {"key_mask": key_mask})
     if calls.transformed():
         _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
         return compact_attention_reference(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)

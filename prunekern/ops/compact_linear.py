@@ -62,10 +62,13 @@ def compact_linear(
     Raises ValueError (shapes, indices, devices, activation) or TypeError (dtypes), naming the argument.
     """
     if _EAGER and calls.short() and not calls.needs_grad(x, packed, bias, residual):
-        number = NUMBER.get(activation, -1)
+        number = NUMBER.get(activation, -1) if type(activation) is str else -1
         y = _EAGER(x, packed, bias, in_index, out_index, n_out, number, residual, calls.threads(), scale)
         if y is not None:
             return y
+    optional = {"bias": bias, "in_index": in_index, "out_index": out_index, "residual": residual, "scale": scale}
+    checks.tensors(OP, {"x": x, "packed": packed}, optional)
+    checks.activation(OP, activation, ACTIVATIONS)
     if n_out is None:
         if is_packed(packed) or out_index is not None:
             raise ValueError(f"{OP}: n_out is needed with out_index or a packed weight (got None)")
@@ -147,8 +150,7 @@ def _check_shapes(
     n_out: int, activation: str, residual: Tensor | None, scale: Tensor | None,
 ) -> None:  # fmt: skip
     """All that can be told without reading an index. n, k: what the weight makes and reads."""
-    if activation not in NUMBER:
-        raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
+    checks.activation(OP, activation, ACTIVATIONS)
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
     checks.floating(OP, "x", x)

@@ -69,10 +69,14 @@ def compact_mlp(
     if _EAGER and calls.short() and not calls.needs_grad(x, up, down, gate, up_bias, down_bias, gate_bias, residual):
         y = _EAGER(
             x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
-            n_hidden, n_out, NUMBER.get(activation, -1), residual, calls.threads(),
+            n_hidden, n_out, NUMBER.get(activation, -1) if type(activation) is str else -1, residual, calls.threads(),
         )  # fmt: skip
         if y is not None:
             return y
+    optional = {"gate": gate, "in_index": in_index, "out_index": out_index, "residual": residual}
+    optional |= _named(up_bias, down_bias, gate_bias, "_bias") | _named(up_scale, down_scale, gate_scale, "_scale")
+    checks.tensors(OP, {"x": x, "up": up, "down": down}, optional)
+    checks.activation(OP, activation, ACTIVATIONS)
     packed = is_packed(up)
     if n_hidden is None or n_out is None:
         if packed or (n_out is None and out_index is not None):
@@ -124,8 +128,7 @@ def _check_shapes(
     residual: Tensor | None,
 ) -> None:  # fmt: skip
     """All that can be told without reading an index."""
-    if activation not in NUMBER:
-        raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
+    checks.activation(OP, activation, ACTIVATIONS)
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
     checks.floating(OP, "x", x)

@@ -34,6 +34,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale is the channel's largest |weight| / 127; q is rounded to nearest, ties to even. A channel of zeros, or of
     nothing above 1e-36, has scale 0 and q 0. Raises ValueError for a weight that holds infinities or NaN.
     """
+    checks.tensors("quantize_weight", {"weight": weight}, {})
     checks.shape("quantize_weight", "weight", weight, (None, None))
     checks.floating("quantize_weight", "weight", weight)
     weight = weight.detach().float()
@@ -66,6 +67,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     The layout is not portable: save the plain weight. Raises RuntimeError where the C++ core is missing.
     """
     core = _native.core()
+    checks.tensors("pack_weight", {"weight": weight}, {})
     checks.shape("pack_weight", "weight", weight, (None, None))
     if weight.dtype not in KIND or weight.device.type != "cpu":
         raise TypeError(
@@ -90,6 +92,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 def unpack_weight(packed: Tensor, n: int, k: int | None = None, scale: Tensor | None = None) -> Tensor:
     """The plain weight [n, k] in float32 of `pack_weight`'s panels. k: needed for bfloat16, whose panels pad it."""
     core = _native.core()
+    checks.tensors("unpack_weight", {"packed": packed}, {"scale": scale})
     if k is None:
         if packed.dtype == torch.bfloat16:
             raise ValueError("unpack_weight: k is needed with bfloat16 panels (got None)")

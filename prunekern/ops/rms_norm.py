@@ -42,6 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = _EAGER(x, weight, eps, calls.threads())
         if y is not None:
             return y
+    checks.tensors(OP, {"x": x, "weight": weight}, {})
     if calls.transformed():
         _check(x, weight, eps)
         return rms_norm_reference(x, weight, eps)
