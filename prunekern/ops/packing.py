@@ -14,6 +14,7 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .seen import version_of as version_of
 from .watched import WatchedParameter
 
 # The kinds a weight is held in. The dtype tells which: of a plain weight [N, K] as of its panels.
@@ -126,6 +127,11 @@ def is_packable(weight: Tensor) -> bool:
 def may_pack(weight: Tensor) -> bool:
     """Whether a weight can be packed here and now: not while a tracer looks on, whose tensors hold no numbers."""
     return type(weight) in _PLAIN and is_packable(weight) and calls.unwatched()
+
+
+def is_unchanged(weight: Tensor, address: int, version: int) -> bool:
+    """Whether `weight` lies at this address and its version counter says this: less than `seen.Seen` sees."""
+    return weight.data_ptr() == address and version_of(weight) == version
 
 
 def check_panels(op: str, name: str, packed: Tensor, n: int, k: int) -> None:
