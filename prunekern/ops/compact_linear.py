@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +12,18 @@ from torch import Tensor
 from prunekern import _native, kernels
 
 from . import calls, checks
-from .flops import Shape, count, of_product
+from .activations import ACTIVATIONS, NUMBER, activate, activate_backward
+from .compact_linear_triton import GATHER_ROWS, PAD_ROWS, STEP, lined_up, run_triton, triton_op
+from .flops import Shape, linear_flops
 from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed
 from .registering import register
 from .seen import still_holds
 
 OP = "compact_linear"
-# Position: the number the C++ core knows it by. Every one maps 0 to 0: a removed channel is exactly zero after it.
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
+__all__ = [
+    "ACTIVATIONS", "GATHER_ROWS", "NUMBER", "OP", "PAD_ROWS", "STEP", "activate", "compact_linear",
+    "compact_linear_reference", "lined_up", "run_triton", "triton_op", "widened",
+]  # fmt: skip
 # The whole eager call in one C function, which gives None for a call that it leaves to the op.
 _EAGER: Callable[..., Tensor | None] | None = _native.core().call if calls.EAGER else None
 
@@ -114,32 +115,6 @@ def compact_linear_reference(
 def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A plain weight of any kind in the dtype that is computed in."""
     return weight.to(dtype) if scale is None else dequantize_weight(weight, scale.detach(), dtype)
-
-
-def activate(z: Tensor, activation: str) -> Tensor:
-    """act(z), by our names."""
-    if activation == "relu":
-        return F.relu(z)
-    if activation == "gelu":
-        return F.gelu(z)
-    if activation == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    return F.silu(z) if activation == "silu" else z
-
-
-def _activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return grad * (z > 0)
-    if activation == "gelu":
-        grad = torch.ops.aten.gelu_backward(grad, z)
-    elif activation == "gelu_tanh":
-        grad = torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
-    elif activation == "silu" and torch.is_grad_enabled():  # aten's has no derivative of its own
-        sigmoid = z.sigmoid()
-        grad = grad * sigmoid * (1 + z * (1 - sigmoid))
-    elif activation == "silu":
-        grad = torch.ops.aten.silu_backward(grad, z)
-    return grad
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -263,65 +238,6 @@ def _forward(
     return compact_linear_reference(*args).contiguous()
 
 
-def run_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
-    activation: str, residual: Tensor | None, scale: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The Triton kernels, or the vendor's product where there is nothing to fuse. Checked arguments, on a GPU."""
-    x, in_index, (weight,) = lined_up(x, in_index, weight)
-    if in_index is None and out_index is None and activation == "none" and weight.dtype == x.dtype:
-        with checks.without_autocast(x.device):
-            y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        return y if residual is None else y.add_(residual)
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(math.prod(x.shape[:-1]), 0)
-    added = None if residual is None else residual.reshape(rows.shape[0], n_out)
-    with checks.without_autocast(x.device):
-        y = triton_op()(rows, weight, bias, in_index, out_index, n_out, activation, added, scale)
-    return y.view(*x.shape[:-1], n_out)
-
-
-GATHER_ROWS, PAD_ROWS = 64, 512  # from so many rows on
-STEP = 16  # inputs that whole 16-byte loads go into, whatever the dtype
-
-
-def lined_up(x: Tensor, in_index: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """The same products with their inputs side by side, and a multiple of STEP of them, where many rows pay for it.
-
-    Every block of columns reads x again: gathered loads are of one element each, and so are those of a width that is no
-    multiple of 16 bytes. One pass over x costs less. Zero weights meet what pads x: zeros, or a kept channel again.
-    """
-    rows, K = x.numel() // max(1, x.shape[-1]), weights[0].shape[1]
-    short = -K % STEP if rows >= PAD_ROWS else 0
-    if K == 0 or not (short or (in_index is not None and rows >= GATHER_ROWS)):
-        return x, in_index, weights
-    if short:
-        weights = tuple(F.pad(weight, (0, short)) for weight in weights)
-    if in_index is None:
-        return F.pad(x, (0, short)), None, weights
-    if short:
-        in_index = torch.cat([in_index, in_index[-1:].expand(short)])
-    return x.index_select(-1, in_index), None, weights
-
-
-@functools.cache
-def triton_op() -> Callable[..., Tensor]:
-    """`prunekern::compact_linear_triton`, registered when first asked for."""
-    from ..kernels.compact_linear import compact_linear as launch
-
-    def compact_linear_triton(
-        x: Tensor, W: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
-        activation: str, residual: Tensor | None, scale: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        return launch(x, W, bias, in_index, out_index, n_out, activation, residual, scale)
-
-    op = torch.library.triton_op("prunekern::compact_linear_triton", compact_linear_triton, mutates_args=())
-    count("compact_linear_triton", _flops)
-    return op
-
-
-kernels.register_early(triton_op)
-
-
 def _forward_cached(x: Tensor, weight: Tensor, packed: Tensor, seen: int, *rest: Any) -> Tensor:
     return _forward(x, packed if still_holds(seen, weight) else weight, *rest)
 
@@ -363,7 +279,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d = d.index_select(-1, out_index)  # [..., N]
     if ctx.activation != "none":
         z = F.linear(read, wide, None if bias is None else bias.to(dtype))
-        d = _activate_backward(d, z, ctx.activation)
+        d = activate_backward(d, z, ctx.activation)
     rows = d.reshape(-1, d.shape[-1])
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -378,17 +294,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.with_residual else None, None
 
 
-def _flops(
-    x: Shape, packed: Shape, bias: Shape | None, in_index: Shape | None, out_index: Shape | None, n_out: int,
-    *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    n, k = n_out if out_index is None else out_index[0], x[-1] if in_index is None else in_index[0]
-    return of_product(x[:-1], n, k)
-
-
 def _flops_cached(x: Shape, weight: Shape, packed: Shape, seen: int, *rest: Any, **kwargs: Any) -> int:
-    return _flops(x, packed, *rest, **kwargs)
+    return linear_flops(x, packed, *rest, **kwargs)
 
 
-register(_SCHEMA, _forward, flops=_flops, fake=_fake, backward=_backward, setup_context=_setup_context)
+register(_SCHEMA, _forward, flops=linear_flops, fake=_fake, backward=_backward, setup_context=_setup_context)
 register(_CACHED_SCHEMA, _forward_cached, flops=_flops_cached, fake=_fake_cached)

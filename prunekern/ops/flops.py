@@ -37,6 +37,15 @@ def of_product(rows: Shape, n: int, k: int) -> int:
     return 2 * math.prod(rows) * n * k
 
 
+def linear_flops(
+    x: Shape, packed: Shape, bias: Shape | None, in_index: Shape | None, out_index: Shape | None, n_out: int,
+    *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Of `compact_linear`."""
+    n, k = n_out if out_index is None else out_index[0], x[-1] if in_index is None else in_index[0]
+    return of_product(x[:-1], n, k)
+
+
 def _hand_over(module: ModuleType, formulae: dict[Any, Callable[..., int]]) -> None:
     for packet, formula in formulae.items():
         if packet not in module.flop_registry:

@@ -1,6 +1,5 @@
 """Triton kernels of compact layers on the CPU, in Triton's interpreter, against float64. Run by test_interpreter.py."""
 
-import importlib
 import itertools
 import math
 
@@ -10,9 +9,8 @@ import torch
 from prunekern.kernels import compact_finish as finish_kernels
 from prunekern.kernels import compact_linear as linear_kernels
 from prunekern.kernels import compact_mlp as mlp_kernels
+from prunekern.ops import compact_linear_triton as on_gpu
 from tests.helpers.kernel_definitions import DEVICE, UNIT, poisoned_empty, random, strided, within
-
-op = importlib.import_module("prunekern.ops.compact_linear")  # prunekern.ops.compact_linear is the function
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = {
@@ -128,8 +126,8 @@ def test_many_rows_by_the_vendor(M, N, K, n_out, activation, dtype, monkeypatch)
 @pytest.mark.parametrize(("rows", "K"), ((3, 20), (9, 20), (9, 32), (20, 20), (20, 0)))
 def test_inputs_lined_up_for_many_rows(rows, K, scatter, activation, monkeypatch):
     """Gathered once from 8 rows on, padded to a multiple of 16 from 16 on; what is removed may hold anything."""
-    monkeypatch.setattr(op, "GATHER_ROWS", 8)
-    monkeypatch.setattr(op, "PAD_ROWS", 16)
+    monkeypatch.setattr(on_gpu, "GATHER_ROWS", 8)
+    monkeypatch.setattr(on_gpu, "PAD_ROWS", 16)
     for gather in (False, True):
         x, W = random(2, rows // 2, 50 if gather else K), random(30, K, seed=1) / 4
         x = random(rows, 50 if gather else K)[None] if rows % 2 else x
@@ -139,12 +137,12 @@ def test_inputs_lined_up_for_many_rows(rows, K, scatter, activation, monkeypatch
             removed = torch.ones(50, dtype=torch.bool).index_fill(0, in_index, False)
             x[..., removed] = float("nan")
         residual = random(*x.shape[:-1], n_out, seed=4)
-        y = op.run_triton(x, W, None, in_index, out_index, n_out, activation, residual, None)
+        y = on_gpu.run_triton(x, W, None, in_index, out_index, n_out, activation, residual, None)
         two = (t.reshape(-1, t.shape[-1]) if t.numel() else t.new_zeros(rows, 0) for t in (x, residual))
         flat, added = two
         want, bound = exact(flat, W, None, in_index, out_index, n_out, activation, added, None)
         check(y.reshape(-1, n_out), want, bound + 1e-6, torch.float32)
-        _, index, (w,) = op.lined_up(x, in_index, W)
+        _, index, (w,) = on_gpu.lined_up(x, in_index, W)
         assert (index is None) == (not gather or (rows >= 8 and K > 0))
         assert w.shape[1] == (32 if K == 20 and rows >= 16 else K)
 
