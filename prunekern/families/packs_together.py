@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..nn import CompactAttention
 from ..nn.compact_attention import Layers
+from ..nn.hooked import is_replaced
 from ..ops.packing import is_packable
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class PacksTogether(nn.Module):
     names: tuple[str, str, str]  # of q, k and v in the module
     ragged: CompactAttention
     config: PretrainedConfig  # the module's own, as transformers made it
-    _modules: dict[str, Any]  # q, k and v, if no shrunk ones, are CompactLinear
+    _modules: dict[str, Any]  # q, k and v, if nothing stands in their places, are CompactLinear
 
     def pack(self) -> None:
         """Pack q, k and v as one where they will be used so."""
@@ -33,7 +34,7 @@ class PacksTogether(nn.Module):
     def packs_together(self) -> Layers | tuple[()]:
         """See `prunekern.nn.packed.pack_all`."""
         layers = self._layers()
-        if is_shrunk(*layers):
+        if is_replaced(*layers):
             return ()
         weights = [layer.weight for layer in layers]
         alike = all(is_packable(w) and w.dtype is weights[0].dtype for w in weights)
@@ -52,9 +53,4 @@ class PacksTogether(nn.Module):
         raise NotImplementedError
 
     def _runs_ragged(self, x: Tensor, layers: Layers) -> bool:
-        return self._is_plain() and not is_shrunk(*layers) and self.ragged.fuses(x, layers)
-
-
-def is_shrunk(*layers: nn.Module) -> bool:
-    """Whether one of these layers is in training still: such layers are called each by itself."""
-    return any(getattr(layer, "is_shrunk", False) for layer in layers)
+        return self._is_plain() and not is_replaced(*layers) and self.ragged.fuses(x, layers)
