@@ -54,3 +54,10 @@ class PacksTogether(nn.Module):
 
     def _runs_ragged(self, x: Tensor, layers: Layers) -> bool:
         return self._is_plain() and not is_replaced(*layers) and self.ragged.fuses(x, layers)
+
+
+def is_shrunk(*layers: nn.Module) -> bool:
+    """Whether one of these layers is in training still (`nn.shrunk`). Blocks ask `nn.hooked.is_replaced`, which says yes
+    of these and of more.
+    """
+    return any(getattr(layer, "is_shrunk", False) for layer in layers)

@@ -42,4 +42,7 @@ def is_replaced(*layers: nn.Module) -> bool:
     """Whether one of these is another module than a CompactLinear: a wrapper around one (PEFT's, torch.compile's), a
     subclass, a layer still in training. Such a one is called as an `nn.Linear` is, with x alone.
     """
-    return any(type(layer) is not CompactLinear for layer in layers)
+    for layer in layers:
+        if type(layer) is not CompactLinear:
+            return True
+    return False
