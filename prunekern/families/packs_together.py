@@ -57,7 +57,5 @@ class PacksTogether(nn.Module):
 
 
 def is_shrunk(*layers: nn.Module) -> bool:
-    """Whether one of these layers is in training still (`nn.shrunk`). Blocks ask `nn.hooked.is_replaced`, which says yes
-    of these and of more.
-    """
+    """Whether one of these layers is in training still. Blocks ask `nn.hooked.is_replaced`: of these, and of more."""
     return any(getattr(layer, "is_shrunk", False) for layer in layers)
