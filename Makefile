@@ -1,4 +1,4 @@
-# make demo | test | lint | docs | bench | bench-check | sanitize | clean.
+# make demo | test | lint | docs | bench | bench-check | faults | sanitize | clean.
 # Everything is installed into .venv, from constraints.txt.
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ $(BIN)/cmake --build $(1)
 $(BIN)/ctest --test-dir $(1) --output-on-failure
 endef
 
-.PHONY: venv demo test lint docs bench bench-check sanitize clean
+.PHONY: venv demo test lint docs bench bench-check faults sanitize clean
 
 venv: $(STAMP)
 
@@ -64,6 +64,10 @@ bench: venv
 bench-check: venv
 	@mkdir -p build
 	$(BIN)/python -m pytest -q bench/regression --benchmark-disable-gc --benchmark-json=build/bench-check.json
+
+# Bad calls, damaged folders, kills, full disks, forks, threads; fails where anything crashed, was lost or wrong.
+faults: venv
+	$(BIN)/python -m bench.faults
 
 clean:
 	rm -rf build $(VENV) prunekern/_C*.so

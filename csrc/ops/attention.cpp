@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -32,6 +33,7 @@ void check(const AttentionCall& call) {
           "sizes must not be negative");
   check_first("qk_first", call.qk_first, call.heads);
   check_first("v_first", call.v_first, call.heads);
+  require(std::isfinite(call.scale), "scale must be finite (got " + std::to_string(call.scale) + ")");
   require(call.shared_by >= 1, "shared_by must be at least 1 (got " + std::to_string(call.shared_by) + ")");
   require(!call.causal || call.queries <= call.keys, "queries must be at most keys where causal");
   require(call.y_stride >= call.shared_by * call.v_first[call.heads], "bad row stride of y");

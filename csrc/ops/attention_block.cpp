@@ -1,6 +1,7 @@
 // The attention half of a decoder block as one call; decoder_block.cpp says why.
 #include "prunekern/attention_block.h"
 
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -19,6 +20,9 @@ void check(const AttentionBlockCall& call) {
   if (call.batch < 0 || call.tokens < 0 || call.past < 0 || call.heads < 0)
     fail("sizes must not be negative");
   if (call.shared_by < 1) fail("shared_by must be at least 1 (got " + std::to_string(call.shared_by) + ")");
+  if (!std::isfinite(call.scale)) fail("scale must be finite (got " + std::to_string(call.scale) + ")");
+  if (!std::isfinite(call.eps) || call.eps < 0.0f)
+    fail("eps must be finite and not negative (got " + std::to_string(call.eps) + ")");
   const std::int64_t keys = call.qk_first[call.heads], values = call.v_first[call.heads];
   if (call.qkv.k != call.hidden)
     fail("qkv reads " + std::to_string(call.qkv.k) + " inputs, x has " + std::to_string(call.hidden));

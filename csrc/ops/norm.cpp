@@ -17,6 +17,9 @@ constexpr std::int64_t kFloatsOfOneThread = 1 << 15;  // a second thread costs a
 
 void check(const NormCall& call) {
   if (call.rows < 0 || call.n < 0) throw std::invalid_argument("rms_norm: sizes must not be negative");
+  if (!std::isfinite(call.eps) || call.eps < 0.0f)
+    throw std::invalid_argument("rms_norm: eps must be finite and not negative (got " +
+                                std::to_string(call.eps) + ")");
   if (call.x_stride < 0) throw std::invalid_argument("rms_norm: bad row stride");
   if (call.threads < 1)
     throw std::invalid_argument("rms_norm: threads must be at least 1 (got " + std::to_string(call.threads) +

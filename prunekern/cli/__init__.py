@@ -9,6 +9,7 @@ import sys
 from . import evaluate, folders, machine, train  # noqa: F401
 
 # isort: on
+from .errors import guarded
 from .options import app
 
 __all__ = ["app", "main"]
@@ -22,29 +23,9 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-# The extra of pyproject.toml that brings a package.
-_EXTRAS = {
-    "hf": ("transformers", "datasets", "accelerate", "sklearn", "scipy", "matplotlib"),
-    "gguf": ("gguf",),
-    "onnx": ("onnx", "onnxscript"),
-    "eval": ("lm_eval",),
-    "peft": ("peft",),
-}
-
-
 def main() -> None:
-    """Entry point: what a user can mend is one line on stderr and status 2; the rest keeps its traceback."""
-    from ..tasks.sources.fetch import FetchError
-
+    """Entry point: an error is one line on stderr and status 2; `prunekern --traceback COMMAND` says where it was."""
     _quiet()
-    try:
+    if sys.argv[1:2] == ["--traceback"]:
         app()
-    except ModuleNotFoundError as error:
-        extra = next((extra for extra, names in _EXTRAS.items() if (error.name or "").split(".")[0] in names), None)
-        if extra is None:
-            raise
-        print(f"error: {error.name} is not installed: pip install 'prunekern[{extra}]'", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError, FloatingPointError, FetchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    guarded(lambda: app(standalone_mode=False))

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
+from .errors import reading
+from .fits import check_head, check_length
 from .options import (
     Choices,
     Data,
     Label,
     MaxLength,
+    Metric,
+    Regression,
     Split,
     TaskName,
     Text,
@@ -39,6 +42,8 @@ def evaluate_command(
     text: Text = None,
     choices: Choices = None,
     label: Label = None,
+    regression: Regression = None,
+    metric: Metric = None,
     validation: Split = None,
     test: Split = None,
     max_length: MaxLength = 128,
@@ -66,7 +71,8 @@ def evaluate_command(
     set_threads(threads)
     if not model.is_dir():
         raise FileNotFoundError(f"{model}: no such folder")
-    columns = {"text": text, "choices": choices, "label": label, "validation": validation, "test": test}
+    columns: dict[str, Any] = {"text": text, "choices": choices, "label": label, "regression": regression}
+    columns |= {"metric": metric, "validation": validation, "test": test}
     if tasks is not None:
         if any(o is not None for o in (task, data, *columns.values())):
             raise typer.BadParameter("give --tasks without --task, --data and the options of --data")
@@ -80,7 +86,10 @@ def evaluate_command(
     if isinstance(data_task, Task) and data_task.label_names is not None:
         known = [loaded.config.id2label[i] for i in range(loaded.config.num_labels)]
         _compare_labels(model, known, data_task.name, data_task.label_names)
-    metrics, scored = evaluate(loaded, load_tokenizer(model), data_task, max_length, console=console)
+    check_length(loaded, model, max_length)
+    with reading(model):
+        tokenizer = load_tokenizer(model)
+    metrics, scored = evaluate(loaded, tokenizer, data_task, max_length, console=console)
     for name, value in metrics.items():
         rows = f"{data_task.score_split} ({len(scored):,})"
         console.print(f"{data_task.name}, {rows}: {name} {data_task.show(value)}")
@@ -102,11 +111,19 @@ def _compare_labels(model: Path, known: list[str], name: str, ours: Sequence[str
 
 def _loaded(cls: Any, model: Path, weights: str, purpose: str) -> PreTrainedModel:
     """The model of a folder, compact or dense; ValueError where its head would be a random one."""
+    import torch
+
     from ..compacting import hf  # noqa: F401  (compact folders load too)
     from ..compacting.checkpoint import set_weights
     from ..training.recipe import with_head
 
-    loaded, found = with_head(cls, str(model), purpose, output_loading_info=True, dtype=torch.float32)
+    options = {"output_loading_info": True, "dtype": torch.float32}
+    with reading(model):
+        try:
+            loaded, found = with_head(cls, str(model), purpose, **options)
+        except RuntimeError:  # of transformers, for shapes; it says them to a log only
+            check_head(cls, str(model), purpose, dtype=torch.float32)
+            raise
     if found["missing_keys"]:  # transformers draws them at random: a score of that would be a coin toss
         raise ValueError(f"{model}: has no tensor {min(found['missing_keys'])!r}; it was not trained for {purpose}")
     return set_weights(loaded, weights)
@@ -129,7 +146,8 @@ def _lm_eval(
     if json_file is not None and not json_file.absolute().parent.is_dir():  # not after hours of scoring
         raise typer.BadParameter(f"--json: there is no folder {json_file.parent}")
     loaded = _loaded(AutoModelForCausalLM, model, weights, "predicting text")
-    tokenizer = load_tokenizer(model)
+    with reading(model):
+        tokenizer = load_tokenizer(model)
     names = [name.strip() for name in tasks.split(",")]
     try:
         scores = evaluate_tasks(loaded, tokenizer, names, local, limit, batch_size, console=console)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import reading
 from .options import app, console
 
 
@@ -23,17 +24,22 @@ def compact(
     from ..training.recipe import refuse_missing
 
     refuse_missing(base)
+    for given in (Path(base), adapter):
+        if out.exists() and given.exists() and out.samefile(given):
+            raise ValueError(f"{out}: is read from; expected another folder to write to")
     source = Path(demo_model(base) if base in MODEL_NAMES else base)
     if source.is_dir() and not list(source.glob("*.bin")):
-        plan = compact_files(source, adapter, out, console=console)
+        with reading(f"{base} with {adapter}"):
+            plan = compact_files(source, adapter, out, console=console)
         copy_tokenizer(source, out)
     else:  # a hub name, or .bin weights: through memory
         from ..compacting.checkpoint import save
         from ..compacting.compact import compact as make_compact
         from ..pruning.adapter import load_adapter, load_base
 
-        dense = load_base(base, adapter)
-        plan = load_adapter(dense, adapter).plan()
+        with reading(f"{base} with {adapter}"):
+            dense = load_base(base, adapter)
+            plan = load_adapter(dense, adapter).plan()
         save(make_compact(dense), out)
         if source.is_dir():
             copy_tokenizer(source, out)
@@ -53,8 +59,14 @@ def export_command(
     from ..compacting.checkpoint import load
     from ..exporting.onnx import export_onnx
 
+    if not out.absolute().parent.is_dir():  # known before the model is traced
+        raise FileNotFoundError(f"{out.parent}: no such folder")
+    if out.exists() and not out.is_file():  # a device would be replaced by the file
+        raise ValueError(f"{out}: is {'a folder' if out.is_dir() else 'no ordinary file'}; expected a file to write to")
+    with reading(model):
+        small = load(model)
     try:
-        export_onnx(load(model), out, opset, with_past)
+        export_onnx(small, out, opset, with_past)
     except ImportError as error:  # onnx is an extra
         raise ValueError(error) from None
     console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, opset {opset}")

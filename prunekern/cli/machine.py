@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from .errors import reading
+from .fits import check_positive
 from .options import Out, Threads, Weights, app, console, set_threads
 
 
@@ -33,11 +35,13 @@ def bench(
             raise ValueError
     except ValueError:
         raise typer.BadParameter(f"--shapes must look like 1x128,8x128 (got {shapes!r})") from None
+    check_positive(seconds=seconds)
     set_threads(threads)
     threads = torch.get_num_threads()
     if not _native.available():
         console.print(f"[yellow]warning:[/] {_native.why_not()}")
-    small = load(model, weights)
+    with reading(model):
+        small = load(model, weights)
     plan = plan_of(small)
     ideal = plan.dense_macs() / plan.macs() if plan.macs() else float("inf")
     table = Table(title=f"{model}, {weights} weights, {threads} thread(s); ideal {ideal:.2f} x by multiply-adds")

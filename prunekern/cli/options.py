@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+
+@app.callback()
+def everywhere(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in the code an error was, not one line of it.")
+    ] = False,
+) -> None:
+    """Train, compact, export, score and time: what belongs to all commands."""
+
 
 # Option types that several commands share.
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
@@ -36,6 +47,17 @@ Choices = Annotated[
     str | None, typer.Option(help="Column of --data with each row's choices: multiple choice, for decoders.")
 ]
 Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
+Regression = Annotated[
+    bool | None,
+    typer.Option(
+        "--regression/--classes",
+        help="What --label holds: scores or classes. Without it: scores, where not all are whole.",
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(help="Of --data: accuracy (default) or matthews; of scores pearson (default), spearman or mse."),
+]
 Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
 Weights = Annotated[str, typer.Option(help="How a compact model holds its block weights: fp32, bf16 or int8.")]
@@ -43,7 +65,7 @@ Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels
 
 
 def task_of(task: str | None, data: Path | None, **columns: Any) -> AnyTask:
-    """The task that --task or --data names. columns: of --data (text, choices, label, validation, test)."""
+    """The task that --task or --data names. columns: the options of --data, by name."""
     from .. import tasks
 
     if (task is None) == (data is None):
@@ -51,7 +73,7 @@ def task_of(task: str | None, data: Path | None, **columns: Any) -> AnyTask:
     if data is None:
         assert task is not None
         if any(o is not None for o in columns.values()):
-            listed = [f"--{name}" for name in columns]
+            listed = [f"--{name}" if name != "regression" else "--regression/--classes" for name in columns]
             raise typer.BadParameter(f"{', '.join(listed[:-1])} and {listed[-1]} go with --data")
         return tasks.get(task)
     text = columns["text"]
@@ -63,7 +85,8 @@ def task_of(task: str | None, data: Path | None, **columns: Any) -> AnyTask:
 def set_threads(count: int) -> None:
     import torch
 
-    if count < 0:
-        raise typer.BadParameter(f"--threads must be at least 0 (got {count})")
+    most = max(256, os.cpu_count() or 1)  # a million of them ends the process, and no library says so
+    if not 0 <= count <= most:
+        raise typer.BadParameter(f"--threads must be in 0..{most} (got {count})")
     if count:
         torch.set_num_threads(count)

@@ -7,12 +7,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from .errors import reading
+from .fits import check_head, check_length, check_positive
 from .options import (
     Choices,
     Data,
     Label,
     MaxLength,
+    Metric,
     Out,
+    Regression,
     Split,
     TaskName,
     Text,
@@ -35,6 +39,8 @@ def train(
     text: Text = None,
     choices: Choices = None,
     label: Label = None,
+    regression: Regression = None,
+    metric: Metric = None,
     validation: Split = None,
     test: Split = None,
     sparsity: Annotated[float, typer.Option(help="Share of the block linears to remove, in [0, 1).")] = 0.25,
@@ -77,6 +83,7 @@ def train(
     set_threads(threads)
     if not (max_steps > 0 or (max_steps == -1 and epochs > 0)):
         raise ValueError(f"--max-steps must be positive, or -1 and --epochs positive (got {max_steps} and {epochs})")
+    check_positive(batch_size=batch_size, epochs=epochs, final_lr=final_lr, mask_lr=mask_lr, save_steps=save_steps)
     config = PruneConfig(
         rank=rank, alpha=alpha, dropout=dropout, preset=preset, sparsity=sparsity, cost=cost, align=align, seed=seed
     )
@@ -93,8 +100,16 @@ def train(
         save_steps=save_steps,
         seed=seed,
     )
-    data_task = task_of(task, data, text=text, choices=choices, label=label, validation=validation, test=test)
-    dense, tokenizer = load_dense(str(demo_model(model)) if model in MODEL_NAMES else model, data_task, seed)
+    columns = {"text": text, "choices": choices, "label": label, "regression": regression, "metric": metric}
+    data_task = task_of(task, data, **columns, validation=validation, test=test)
+    source = str(demo_model(model)) if model in MODEL_NAMES else model
+    with reading(source):
+        try:
+            dense, tokenizer = load_dense(source, data_task, seed)
+        except RuntimeError:  # of transformers, for shapes; it says them to a log only
+            check_head(data_task.model_class(), source, data_task.name, **data_task.model_kwargs())
+            raise
+    check_length(dense, source, max_length)
     pruner, trained = fine_tune(dense, tokenizer, data_task, config, options, out, resume, console)
     masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
     small = finish(pruner, tokenizer, out, rule)
@@ -117,7 +132,7 @@ def train(
     for kind, (kept, of) in trained["by_kind"].items():
         table.add_row(kind.replace("_", " / "), f"{kept:,}", f"{of:,}")
     console.print(table)
-    metric, split = data_task.metric, data_task.score_split
-    before, after = (data_task.show(score[metric]) for score in (masked, compact))
-    console.print(f"{split} {metric}: {before} before removal, {after} after")
+    name, split = data_task.metric, data_task.score_split
+    before, after = (data_task.show(score[name]) for score in (masked, compact))
+    console.print(f"{split} {name}: {before} before removal, {after} after")
     console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}  {out / 'report.png'}")

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..nn import CompactLinear
 from ..ops.packing import WEIGHTS
+from ..ops.seen import Seen, is_unchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +29,17 @@ class Head(CompactLinear):
     """A head that stays in the bits it is held in: given the embeddings' weight again, as `tie_weights()` does, one in
     bf16 or int8 is rounded from it anew. One whose weight is a floating-point one is a `LinearHead`.
     """
+
+    _rounded_from: _Rounded | None = None
+
+    def run(self, x: Tensor, residual: Tensor | None, activation: str, scatter: bool = True) -> Tensor:
+        """As `CompactLinear.run`; of the embeddings as they are now, where the head is rounded from them."""
+        rounded = self._rounded_from
+        if rounded is not None and not is_compiling():
+            source = rounded.changed()
+            if source is not None:
+                self.weight = source
+        return super().run(x, residual, activation, scatter)
 
     def set_weights(self, kind: str) -> CompactLinear:
         """As `CompactLinear.set_weights`."""
@@ -47,6 +60,44 @@ class Head(CompactLinear):
         if kind in ("bf16", "int8") and value.is_floating_point():
             self.scale = self._packed = None
             self.set_weights(kind)
+
+
+class _Rounded:
+    """The embeddings that a tied head in fewer bits is rounded from, and what was seen of them.
+
+    They are held weakly, as they are no part of the head. Deep copies know their own embeddings, pickles none: there a
+    head follows `tie_weights()` only.
+    """
+
+    def __init__(self, embeddings: nn.Module):
+        self.embeddings = weakref.ref(embeddings)
+        self.look()
+
+    def look(self) -> None:
+        """See the weight as it is."""
+        embeddings = self.embeddings()
+        assert embeddings is not None, "its embeddings are gone"
+        weight = embeddings._parameters["weight"]
+        assert weight is not None
+        self._seen = Seen(weight)
+        self._same = (embeddings._parameters, "weight", weight)
+
+    def changed(self) -> nn.Parameter | None:
+        """The embeddings' weight where it was written to or replaced since it was seen, and then it is seen again."""
+        if is_unchanged(self._same, (), self._seen.entry):
+            return None
+        embeddings = self.embeddings()
+        if embeddings is None or embeddings._parameters.get("weight") is None:
+            return None
+        self.look()
+        return embeddings._parameters["weight"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Rounded | None:
+        embeddings = memo.get(id(self.embeddings()))
+        return None if embeddings is None else _Rounded(embeddings)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class _Linear(nn.Linear):
@@ -86,6 +137,8 @@ def set_head_weights(model: PreTrainedModel, weights: str) -> None:
         head = _sharing(source.weight, head)
         model.set_output_embeddings(head)
     head.set_weights(weights)
+    if is_tied(model) and isinstance(head, Head) and head.weight is not model.get_input_embeddings().weight:
+        head._rounded_from = _Rounded(model.get_input_embeddings())
     if not isinstance(vars(model).get("resize_token_embeddings"), _Resizing):
         vars(model)["resize_token_embeddings"] = _Resizing(model)
 

@@ -23,6 +23,7 @@ class PacksTogether(nn.Module):
     names: tuple[str, str, str]  # of q, k and v in the module
     ragged: CompactAttention
     config: PretrainedConfig  # the module's own, as transformers made it
+    scaling: float  # of the logits, transformers'; `ragged` has it, too
     _modules: dict[str, Any]  # q, k and v, if nothing stands in their places, are CompactLinear
 
     def pack(self) -> None:
@@ -53,6 +54,8 @@ class PacksTogether(nn.Module):
         raise NotImplementedError
 
     def _runs_ragged(self, x: Tensor, layers: Layers) -> bool:
+        if self.ragged.scale != self.scaling:  # somebody set another
+            self.ragged.scale = self.scaling
         return self._is_plain() and not is_replaced(*layers) and self.ragged.fuses(x, layers)
 
 

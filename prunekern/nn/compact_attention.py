@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prunekern.ops import checks
 from prunekern.ops.compact_attention import compact_attention
 from prunekern.ops.compact_linear import compact_linear
 from prunekern.ops.packing import is_packable, may_pack
@@ -63,6 +64,8 @@ class CompactAttention(nn.Module):
         layers: one tuple (q, k, v) of CompactLinear. key_mask: bool [batch, tokens], True where a key may be read, or
         None. fuses: as `project`. TypeError or ValueError for layers that do not make the heads' channels.
         """
+        if not isinstance(x, Tensor):
+            checks.tensors("CompactAttention", {"x": x}, {})
         q, k, v = self.project(x, layers, fuses)
         return self.attend(q, k, v, key_mask)
 

@@ -64,17 +64,20 @@ class CompactLinear(nn.Module):
         weights: str | None = None,
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"CompactLinear: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
+        checks.activation("CompactLinear", activation, ACTIVATIONS)
+        checks.tensors("CompactLinear", {"weight": weight}, {"bias": bias})
         checks.shape("CompactLinear", "weight", weight, (None, None))
         checks.floating("CompactLinear", "weight", weight)
         kept_out, kept_in = weight.shape
         if bias is not None:
             checks.shape("CompactLinear", "bias", bias, (kept_out,))
+            checks.floating("CompactLinear", "bias", bias)
         if out_features is None:
             if out_index is not None:
                 raise ValueError("CompactLinear: out_features is needed with out_index (got None)")
             out_features = kept_out
+        if isinstance(out_features, bool) or not isinstance(out_features, int) or not 0 <= out_features < 2**31:
+            raise ValueError(f"CompactLinear: out_features must be a whole number below 2^31 (got {out_features!r})")
         if out_index is None and out_features != kept_out:
             raise ValueError(
                 f"CompactLinear: out_features must be {kept_out}, the weight's rows, without out_index "
@@ -124,6 +127,8 @@ class CompactLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., in] -> [..., out_features]; residual: [..., out_features] or None."""
+        if not isinstance(x, Tensor):
+            checks.tensors("CompactLinear", {"x": x}, {})
         return self.run(x, residual, self.activation)
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str, scatter: bool = True) -> Tensor:

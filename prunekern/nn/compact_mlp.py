@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekern.ops import checks
 from prunekern.ops.compact_linear import ACTIVATIONS, activate
 from prunekern.ops.compact_mlp import compact_mlp
 
@@ -37,8 +38,7 @@ class CompactMLP(nn.Module):
         activation: str = "gelu",
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"CompactMLP: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
+        checks.activation("CompactMLP", activation, ACTIVATIONS)
         self.up = _compact("up", up)
         self.down = _compact("down", down)
         self.register_module("gate", None if gate is None else _compact("gate", gate))
@@ -51,6 +51,8 @@ class CompactMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [..., in] -> [..., out_features of down]; residual of that shape or None."""
+        if not isinstance(x, Tensor):
+            checks.tensors("CompactMLP", {"x": x}, {})
         modules = self._modules
         up, down, gate = modules["up"], modules["down"], modules["gate"]
         layers = (up, down) if gate is None else (up, down, gate)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import calls
+from ..ops import calls, checks
 from ..ops.dora_gain import factored_inv_norm
 from ..ops.seen import ALL, FEW, Seen
 from .channel_mask import ChannelMask
@@ -47,6 +47,9 @@ class MaskedDoRALinear(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
+        checks.tensors("MaskedDoRALinear", {"weight": weight}, {"bias": bias})
+        checks.shape("MaskedDoRALinear", "weight", weight, (None, None))
+        checks.floating("MaskedDoRALinear", "weight", weight)
         N, K = weight.shape
         if rank < 1 or rank > min(N, K):
             raise ValueError(f"MaskedDoRALinear: rank must be in 1..{min(N, K)} for a [{N}, {K}] weight (got {rank})")

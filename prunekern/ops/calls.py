@@ -59,9 +59,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must see a call on these."""
     if not _grad_enabled():
         return False
-    for tensor in tensors:  # any() would cost a generator: 0.3 us
-        if tensor is not None and tensor.requires_grad:
-            return True
+    try:
+        for tensor in tensors:  # any() would cost a generator: 0.3 us
+            if tensor is not None and tensor.requires_grad:
+                return True
+    except AttributeError:  # no tensor: not a call to hurry, and the checks of the op say which argument it is
+        return True
     return False
 
 

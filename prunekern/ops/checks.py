@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensors(op: str, required: Mapping[str, object], optional: Mapping[str, object]) -> None:
+    """Raises TypeError, by argument name, for what is no dense tensor; None is none among the optional ones."""
+    for names, may_lack in ((required, False), (optional, True)):
+        for name, tensor in names.items():
+            if tensor is None and may_lack:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{op}: {name} must be a torch.Tensor (got {type(tensor).__name__})")
+            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+                kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+                raise TypeError(f"{op}: {name} must be a dense tensor (got a {kind.removeprefix('torch.')} one)")
+
+
+def activation(op: str, name: object, known: Sequence[str]) -> None:
+    """Raises ValueError for a name that is none of `known`."""
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{op}: activation must be one of {', '.join(known)} (got {name!r})")
 
 
 def shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,8 +62,9 @@ def compact_attention(
         y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads())
         if y is not None:
             return y
+    checks.tensors(OP, {"q": q, "k": k, "v": v}, {"key_mask": key_mask})
     if calls.transformed():
-        _check(q, k, v, qk_first, v_first, key_mask, shared_by, causal)
+        _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
         return compact_attention_reference(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
     read: Tensor = torch.ops.prunekern.compact_attention(
         q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal
@@ -136,8 +138,10 @@ def _weights(q: Tensor, k: Tensor, may_read: Tensor | None, scale: float) -> Ten
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
-    shared_by: int = 1, causal: bool = False,
+    scale: float, shared_by: int = 1, causal: bool = False,
 ) -> None:  # fmt: skip
+    if not math.isfinite(scale):
+        raise ValueError(f"{OP}: scale must be finite (got {scale})")
     checks.shape(OP, "q", q, (None, None, None))
     if shared_by < 1:
         raise ValueError(f"{OP}: shared_by must be at least 1 (got {shared_by})")
@@ -204,7 +208,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
     scale: float, shared_by: int = 1, causal: bool = False,
 ) -> Tensor:  # fmt: skip
-    _check(q, k, v, qk_first, v_first, key_mask, shared_by, causal)
+    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
     rest = (qk_first, v_first, key_mask, scale, shared_by, causal)
     if not q.is_cpu or q.dtype == torch.float64 or _RUN is None:
         return compact_attention_reference(q, k, v, *rest)
@@ -217,7 +221,7 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
     scale: float, shared_by: int = 1, causal: bool = False,
 ) -> Tensor:  # fmt: skip
-    _check(q, k, v, qk_first, v_first, key_mask, shared_by, causal)
+    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
     return q.new_empty(*q.shape[:-1], shared_by * v.shape[2])
 
 

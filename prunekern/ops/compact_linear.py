@@ -62,10 +62,13 @@ def compact_linear(
     Raises ValueError (shapes, indices, devices, activation) or TypeError (dtypes), naming the argument.
     """
     if _EAGER and calls.short() and not calls.needs_grad(x, packed, bias, residual):
-        number = NUMBER.get(activation, -1)
+        number = NUMBER.get(activation, -1) if type(activation) is str else -1
         y = _EAGER(x, packed, bias, in_index, out_index, n_out, number, residual, calls.threads(), scale)
         if y is not None:
             return y
+    optional = {"bias": bias, "in_index": in_index, "out_index": out_index, "residual": residual, "scale": scale}
+    checks.tensors(OP, {"x": x, "packed": packed}, optional)
+    checks.activation(OP, activation, ACTIVATIONS)
     if n_out is None:
         if is_packed(packed) or out_index is not None:
             raise ValueError(f"{OP}: n_out is needed with out_index or a packed weight (got None)")
@@ -147,8 +150,7 @@ def _check_shapes(
     n_out: int, activation: str, residual: Tensor | None, scale: Tensor | None,
 ) -> None:  # fmt: skip
     """All that can be told without reading an index. n, k: what the weight makes and reads."""
-    if activation not in NUMBER:
-        raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
+    checks.activation(OP, activation, ACTIVATIONS)
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
     checks.floating(OP, "x", x)
@@ -179,9 +181,14 @@ def _check_plain(
     checks.shape(OP, "packed", weight, (None, None))
     n, k = weight.shape
     _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
-    for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
+    check_indices(OP, in_index, x.shape[-1], out_index, n_out)
+
+
+def check_indices(op: str, in_index: Tensor | None, width: int, out_index: Tensor | None, n_out: int) -> None:
+    """ValueError or TypeError unless both hold kept channels, of `width` and of `n_out`."""
+    for name, index, size in (("in_index", in_index, width), ("out_index", out_index, n_out)):
         if index is not None:
-            checks.kept_index_anywhere(OP, name, index, size)
+            checks.kept_index_anywhere(op, name, index, size)
 
 
 def _check_packed(
@@ -215,7 +222,8 @@ def _run_packed(
 ) -> Tensor:  # fmt: skip
     n, k = _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     y = x.new_empty((*x.shape[:-1], n_out))
-    if y.numel() == 0:
+    if y.numel() == 0:  # the core, which checks indices, is not asked
+        check_indices(OP, in_index, x.shape[-1], out_index, n_out)
         return y
     kept_x, x_address, x_stride = calls.rows(x)  # kept: the address is worth nothing without its tensor
     kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else calls.rows(residual)

@@ -13,7 +13,7 @@ from torch import Tensor
 from prunekern import _native, kernels
 
 from . import calls, checks
-from .compact_linear import ACTIVATIONS, NUMBER, compact_linear, compact_linear_reference, lined_up
+from .compact_linear import ACTIVATIONS, NUMBER, check_indices, compact_linear, compact_linear_reference, lined_up
 from .flops import Shape, count, of_product
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed
 from .registering import register
@@ -69,10 +69,14 @@ def compact_mlp(
     if _EAGER and calls.short() and not calls.needs_grad(x, up, down, gate, up_bias, down_bias, gate_bias, residual):
         y = _EAGER(
             x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
-            n_hidden, n_out, NUMBER.get(activation, -1), residual, calls.threads(),
+            n_hidden, n_out, NUMBER.get(activation, -1) if type(activation) is str else -1, residual, calls.threads(),
         )  # fmt: skip
         if y is not None:
             return y
+    optional = {"gate": gate, "in_index": in_index, "out_index": out_index, "residual": residual}
+    optional |= _named(up_bias, down_bias, gate_bias, "_bias") | _named(up_scale, down_scale, gate_scale, "_scale")
+    checks.tensors(OP, {"x": x, "up": up, "down": down}, optional)
+    checks.activation(OP, activation, ACTIVATIONS)
     packed = is_packed(up)
     if n_hidden is None or n_out is None:
         if packed or (n_out is None and out_index is not None):
@@ -124,8 +128,7 @@ def _check_shapes(
     residual: Tensor | None,
 ) -> None:  # fmt: skip
     """All that can be told without reading an index."""
-    if activation not in NUMBER:
-        raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)} (got {activation!r})")
+    checks.activation(OP, activation, ACTIVATIONS)
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
     checks.floating(OP, "x", x)
@@ -175,7 +178,8 @@ def _run_packed(
     if x.dtype not in ELEMENT:
         raise TypeError(f"{OP}: x must be float32 or bfloat16 with packed weights (got {x.dtype})")
     y = x.new_empty((*x.shape[:-1], n_out))
-    if y.numel() == 0:
+    if y.numel() == 0:  # the core, which checks indices, is not asked
+        check_indices(OP, in_index, x.shape[-1], out_index, n_out)
         return y
     kept_x, x_address, x_stride = calls.rows(x)  # kept: the address is worth nothing without its tensor
     kept_residual, residual_address, residual_stride = (None, 0, 0) if residual is None else calls.rows(residual)

@@ -23,7 +23,10 @@ from .seen import still_holds
 
 
 def row_sqnorm(V: Tensor) -> Tensor:
-    """|V|^2 of each row. V [N, K] -> [N], fp32 (float64 for float64)."""
+    """|V|^2 of each row. V [N, K] -> [N], fp32 (float64 for float64). TypeError or ValueError for another V."""
+    checks.tensors("row_sqnorm", {"V": V}, {})
+    checks.shape("row_sqnorm", "V", V, (None, None))
+    checks.floating("row_sqnorm", "V", V)
     V = V.detach().to(checks.compute_dtype(V))
     with checks.without_autocast(V.device):
         return torch.einsum("nk,nk->n", V, V)
@@ -79,8 +82,10 @@ def _check(V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, v_sqn
     for name, tensor in (("m", m), ("m_b", m_b), ("v_sqnorm", v_sqnorm)):
         if tensor is not None:
             checks.shape(op, name, tensor, (N,))
-    for name, tensor in (("V", V), ("A", A), ("B", B), ("m", m)):
+    for name, tensor in (("V", V), ("A", A), ("B", B), ("m", m), ("v_sqnorm", v_sqnorm)):
         checks.floating(op, name, tensor)
+    if m_b is not None and m_b.dtype != torch.bool:
+        checks.floating(op, "m_b", m_b)
     checks.same_device(op, "V", V.device, A=A, B=B, m=m, m_b=m_b, v_sqnorm=v_sqnorm)
 
 
@@ -182,5 +187,6 @@ def dora_gain(
     `dora_linear` rounds them). Gradients flow to m and m_b only: the norm is detached (DoRA, section 4.3).
     An all-zero row has inv_norm 0. ValueError / TypeError on shapes, dtypes or devices that do not fit.
     """
+    checks.tensors("dora_gain", {"V": V, "A": A, "B": B, "m": m, "v_sqnorm": v_sqnorm}, {"m_b": m_b})
     pair: tuple[Tensor, Tensor] = torch.ops.prunekern.dora_gain(V, A, B, m, m_b, s, v_sqnorm)
     return pair

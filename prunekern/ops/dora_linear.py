@@ -376,6 +376,8 @@ def dora_linear(
     bfloat16, float16 (16-bit products on CPU are computed in fp32). ValueError / TypeError on shapes, dtypes or devices
     that do not fit; RuntimeError when V requires a gradient.
     """
+    required = {"x": x, "V": V, "A": A, "B": B, "gain": gain}
+    checks.tensors("dora_linear", required, {"bias": bias, "x_lora": x_lora, "probe": probe})
     if calls.transformed():
         _check(x, V, A, B, gain, bias, x_lora, probe)
         return _plain(x, V, A, B, gain, bias, s, x_lora)

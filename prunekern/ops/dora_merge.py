@@ -142,5 +142,6 @@ def dora_merge(
     computed in fp32 (float64 for float64). ValueError / TypeError on what does not fit; not differentiable: a backward
     pass raises RuntimeError.
     """
+    checks.tensors("dora_merge", {"V": V, "A": A, "B": B, "gain": gain}, {"rows": rows, "cols": cols})
     merged: Tensor = torch.ops.prunekern.dora_merge(V, A, B, gain, rows, cols, s)
     return merged

@@ -14,6 +14,7 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .seen import version_of as version_of
 from .watched import WatchedParameter
 
 # The kinds a weight is held in. The dtype tells which: of a plain weight [N, K] as of its panels.
@@ -34,6 +35,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale is the channel's largest |weight| / 127; q is rounded to nearest, ties to even. A channel of zeros, or of
     nothing above 1e-36, has scale 0 and q 0. Raises ValueError for a weight that holds infinities or NaN.
     """
+    checks.tensors("quantize_weight", {"weight": weight}, {})
     checks.shape("quantize_weight", "weight", weight, (None, None))
     checks.floating("quantize_weight", "weight", weight)
     weight = weight.detach().float()
@@ -66,6 +68,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     The layout is not portable: save the plain weight. Raises RuntimeError where the C++ core is missing.
     """
     core = _native.core()
+    checks.tensors("pack_weight", {"weight": weight}, {})
     checks.shape("pack_weight", "weight", weight, (None, None))
     if weight.dtype not in KIND or weight.device.type != "cpu":
         raise TypeError(
@@ -90,6 +93,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 def unpack_weight(packed: Tensor, n: int, k: int | None = None, scale: Tensor | None = None) -> Tensor:
     """The plain weight [n, k] in float32 of `pack_weight`'s panels. k: needed for bfloat16, whose panels pad it."""
     core = _native.core()
+    checks.tensors("unpack_weight", {"packed": packed}, {"scale": scale})
     if k is None:
         if packed.dtype == torch.bfloat16:
             raise ValueError("unpack_weight: k is needed with bfloat16 panels (got None)")
@@ -123,6 +127,11 @@ def is_packable(weight: Tensor) -> bool:
 def may_pack(weight: Tensor) -> bool:
     """Whether a weight can be packed here and now: not while a tracer looks on, whose tensors hold no numbers."""
     return type(weight) in _PLAIN and is_packable(weight) and calls.unwatched()
+
+
+def is_unchanged(weight: Tensor, address: int, version: int) -> bool:
+    """Whether `weight` lies at this address and its version counter says this: less than `seen.Seen` sees."""
+    return weight.data_ptr() == address and version_of(weight) == version
 
 
 def check_panels(op: str, name: str, packed: Tensor, n: int, k: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = _EAGER(x, weight, eps, calls.threads())
         if y is not None:
             return y
+    checks.tensors(OP, {"x": x, "weight": weight}, {})
     if calls.transformed():
-        _check(x, weight)
+        _check(x, weight, eps)
         return rms_norm_reference(x, weight, eps)
     normed: Tensor = torch.ops.prunekern.rms_norm(x, weight, eps)
     return normed
@@ -64,7 +66,9 @@ def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 # --- checks and the C++ path ------------------------------------------------------------------------------------
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{OP}: eps must be finite and not negative (got {eps})")
     if x.dim() == 0:
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
     for name, tensor in (("x", x), ("weight", weight)):
@@ -91,14 +95,14 @@ _SCHEMA = "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor"
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check(x, weight)
+    _check(x, weight, eps)
     if not x.is_cpu or x.dtype is not _f32 or weight.dtype is not _f32 or _RUN is None:
         return rms_norm_reference(x, weight, eps).contiguous()
     return _run(_RUN, x, weight, eps)
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check(x, weight)
+    _check(x, weight, eps)
     return x.new_empty(x.shape)
 
 

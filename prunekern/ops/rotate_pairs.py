@@ -47,6 +47,7 @@ def rotate_pairs(
         y = _EAGER(x, cos, sin, angle, first, shared_by, calls.threads())
         if y is not None:
             return y
+    checks.tensors(OP, {"x": x, "cos": cos, "sin": sin, "angle": angle}, {})
     if calls.transformed():
         _check(x, cos, sin, angle, first, shared_by)
         return rotate_pairs_reference(x, cos, sin, angle, first, shared_by)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import families
+from .. import families, ops
 from ..compacting.plan import Plan
 from ..nn import MaskedDoRALinear, shrink_linear
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def base_norms(layers: Mapping[str, MaskedDoRALinear]) -> dict[str, float]:
-    """Sum of squares of every layer's frozen weight, by module name; layers without storage are left out."""
-    norms = {n: layer.v_sqnorm.double().sum() for n, layer in layers.items() if not layer.v_sqnorm.is_meta}
+    """Sum of squares of every layer's frozen weight as it is, by module name; layers without storage are left out."""
+    norms = {n: ops.row_sqnorm(m.weight).double().sum() for n, m in layers.items() if not m.weight.is_meta}
     return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
 
 

@@ -6,25 +6,27 @@ import ctypes
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .working import OLD, working_folder
 
 
 @contextmanager
 def replacing(path: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` when the block ends well, and goes when it does not.
 
-    Files of an old folder that are not `ours` are linked over. NotADirectoryError when `path` is a file.
+    Files of an old folder that are not `ours` are linked over. What killed writers of `path` left beside it goes (see
+    `working`). NotADirectoryError when `path` is a file.
     """
     path = Path(os.path.realpath(path))  # a link to a folder stays one: what it points to is replaced
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: is a file; expected a folder to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        folder.chmod(0o777 & ~_umask())
+    with working_folder(path) as folder:
+        # As the system just made it. Asking for the umask means changing it for a moment, for all threads.
+        mode = folder.stat().st_mode & 0o666
         yield folder
         if path.exists():
             for old in path.iterdir():
@@ -33,14 +35,11 @@ def replacing(path: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
         for file in folder.rglob("*"):
             if file.is_file():
                 if ours(file.name):
-                    file.chmod(0o666 & ~_umask())  # safetensors writes through a private temporary file
+                    file.chmod(mode)  # safetensors writes through a private temporary file
                 _sync(file)
         _sync(folder)
         _put(folder, path)
         _sync(path.parent)
-    finally:
-        # What is left at this name is the unfinished folder, or the old one after the exchange.
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _carry(old: Path, new: Path) -> None:
@@ -57,12 +56,6 @@ def _link(old: str | Path, new: str | Path) -> None:
         shutil.copy2(old, new, follow_symlinks=False)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -74,18 +67,21 @@ def _sync(path: Path) -> None:
 def _put(folder: Path, path: Path) -> None:
     """`folder` takes the name `path`, an old folder there takes `folder`'s, in the same instant where Linux can."""
     if not path.exists():
-        os.rename(folder, path)
-        return
+        try:
+            os.rename(folder, path)
+            return
+        except OSError as error:  # another writer was first
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     if _exchange(folder, path):
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    os.rename(path, aside)  # rename onto an empty folder replaces it
+    aside = folder.with_name(OLD)
+    os.rename(path, aside)
     try:
         os.rename(folder, path)
     except OSError:
         os.rename(aside, path)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -60,7 +60,7 @@ def get(name_or_path: str | os.PathLike[str], **options: Any) -> AnyTask:
         load, first = archived[key].load, ()
     elif key in glue.TASKS:
         load, first = glue.load, (key,)
-    elif text.endswith(".txt"):
+    elif text.lower().endswith(".txt"):
         load, first = language.load, (text,)
     elif os.path.splitext(text)[1] or os.path.dirname(text) or os.path.exists(text):
         load, first = (choice if options.get("choices") is not None else files).load, (text,)

@@ -12,7 +12,7 @@ from .causal import CausalTask
 from .files import check_text
 from .sources.readers import read
 from .split import check_shares, draw, grouped_split, text_key
-from .task import SPLITS, DataError
+from .task import NO_LIMIT, SPLITS, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -144,7 +144,7 @@ class Collator:
 
 def _encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """See `ChoiceTask.encode`."""
-    most = tokenizer.model_max_length
+    most = min(tokenizer.model_max_length, NO_LIMIT)
     if not 2 <= max_length <= most:
         raise ValueError(f"encode: max_length must be in 2..{most} (got {max_length})")
     given = {"tokenizer": tokenizer, "max_length": max_length}

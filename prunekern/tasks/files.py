@@ -5,25 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .labels import Rows, is_regression, number_classes, to_numbers
 from .sources.readers import READERS, read
 from .split import draw, text_key
 from .task import SPLITS, DataError, Task, label_dataset
 
 EXTENSIONS = tuple(READERS)
-
-
-@dataclass
-class _Rows:
-    """One file: where each row stood, its texts [rows][columns], its raw labels."""
-
-    path: Path
-    where: list[str]
-    texts: list[tuple[str, ...]]
-    labels: list[Any]
+_TEXT_ONLY = (".csv", ".tsv")  # numbers are texts in them
 
 
 def load(
@@ -32,7 +23,7 @@ def load(
     label: str = "label",
     validation: str | os.PathLike[str] | None = None,
     test: str | os.PathLike[str] | None = None,
-    regression: bool = False,
+    regression: bool | None = None,
     metric: str | None = None,
     validation_share: float = 0.1,
     test_share: float = 0.1,
@@ -42,31 +33,42 @@ def load(
     path: training rows; its extension (EXTENSIONS) says the format.
     text: the column of the text, or two of them for pairs.
     label: its column. For a classification strings, integers or booleans: classes are those of `path`, in the
-        order of their values (numerical where they are integers). For a regression numbers.
+        order of their values (numerical where they are numbers). For a regression numbers.
+    regression: True or False; None decides by the labels of `path`: numbers that are not all whole (0.0, 2.5) are the
+        scores of a regression, all else are classes. Whole ones count the same however they are written: 1, 1.0, and
+        "1" and "1.0" of a CSV, are one class. Only in CSV and TSV, where all is text, are texts looked at for numbers.
     validation, test: files of their own, of any of the formats. What is not given is drawn from `path`, as
         the given share of its rows, the same way everywhere and with no duplicate in two splits
         (`split.grouped_split`). test_share=0: no test split.
-    metric: "accuracy" (default) or "matthews"; for a regression "pearson".
+    metric: "accuracy" (default) or "matthews"; for a regression "pearson" (default), "spearman" or "mse". Where
+        `regression` is None it decides that, too.
     Raises FileNotFoundError; ValueError for an argument out of range; DataError, naming file and line, for a
-    null or blank text, a null label, a label in validation or test that `path` does not have, a label that is
-    not a number in a regression, and whatever `readers.read` refuses (a missing column, an empty file, ...).
+    null or blank text, a null label, fractions and texts in one label column, a label in validation or test that
+    `path` does not have, a label that is not a number in a regression, scored labels that are all the same where the
+    metric is a correlation, and whatever `readers.read` refuses (a missing column, an empty file, ...).
     """
     from datasets import DatasetDict
 
+    from .metrics import CLASSIFICATION, CORRELATIONS, REGRESSION
+
     text_columns = (text,) if isinstance(text, str) else tuple(text)
-    metric = _check_arguments(text_columns, label, regression, metric, validation_share, test_share)
+    regression = _check_arguments(text_columns, label, regression, metric, validation_share, test_share)
     files = {"train": Path(path)}
     if validation is not None:
         files["validation"] = Path(validation)
     if test is not None:
         files["test"] = Path(test)
     rows = {name: _read(file, text_columns, label) for name, file in files.items()}
+    if regression is None:
+        regression = is_regression(rows["train"], label)
     # Labels before splits: a class whose only rows are drawn into another split is still a known class.
-    names = None if regression else _number_classes(rows, label)
+    names = None if regression else number_classes(rows, label)
     if regression:
-        for part in rows.values():
-            part.labels = _numbers(part, label)
+        to_numbers(rows, label)
+    metric = metric or (REGRESSION if regression else CLASSIFICATION)[0]
     rows |= _draw(rows, {"test": test_share, "validation": validation_share})
+    if metric in CORRELATIONS:
+        _check_spread(rows["test" if "test" in rows else "validation"], label, metric)
     splits = {}
     for name in SPLITS:
         if name in rows:
@@ -80,29 +82,41 @@ def load(
 def _check_arguments(
     text: tuple[str, ...],
     label: str,
-    regression: bool,
+    regression: bool | None,
     metric: str | None,
     validation_share: float,
     test_share: float,
-) -> str:
-    """The metric's name; raises ValueError for an argument out of range."""
+) -> bool | None:
+    """`regression`, or what the metric says of it; raises ValueError for an argument out of range."""
     from .metrics import CLASSIFICATION, REGRESSION
 
     if len(text) not in (1, 2) or len({*text, label}) != len(text) + 1:
         raise ValueError(f"text must be one or two columns, not the label's (got {text!r}, {label!r})")
+    if regression is None and metric in REGRESSION + CLASSIFICATION:
+        regression = metric in REGRESSION
     accepted = REGRESSION if regression else CLASSIFICATION
     if metric is not None and metric not in accepted:
         kind = "regression" if regression else "classification"
-        raise ValueError(f"metric of a {kind} must be one of {', '.join(accepted)} (got {metric!r})")
+        other = f", of a regression one of {', '.join(REGRESSION)}" if regression is None else ""
+        raise ValueError(f"metric of a {kind} must be one of {', '.join(accepted)} (got {metric!r}){other}")
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share must be between 0 and 1 (got {validation_share})")
     if not 0 <= test_share < 1 - validation_share:
         raise ValueError(f"test_share must be in [0, 1 - validation_share) (got {test_share})")
-    return metric or accepted[0]
+    return regression
 
 
-def _read(path: Path, text_columns: tuple[str, ...], label: str) -> _Rows:
-    rows = _Rows(path, [], [], [])
+def _check_spread(rows: Rows, label: str, metric: str) -> None:
+    """DataError where the scored rows leave a correlation undefined: better before training than after."""
+    if len(set(rows.labels)) < 2:
+        raise DataError(
+            f"data file {rows.path}: label {label!r} is the same in every scored row ({len(rows.labels)}), where "
+            f"{metric} is undefined; metric 'mse' is not"
+        )
+
+
+def _read(path: Path, text_columns: tuple[str, ...], label: str) -> Rows:
+    rows = Rows(path, path.suffix.lower() not in _TEXT_ONLY, [], [], [])
     for where, values in read(path, (*text_columns, label)):
         for column, value in zip(text_columns, values, strict=False):
             check_text(where, column, value)
@@ -129,75 +143,18 @@ def check_text(where: str, column: str, value: Any) -> None:
             raise DataError(f"{where}: text {column!r} holds half a character (a lone surrogate)") from error
 
 
-def _draw(rows: dict[str, _Rows], shares: dict[str, float]) -> dict[str, _Rows]:
+def _draw(rows: dict[str, Rows], shares: dict[str, float]) -> dict[str, Rows]:
     """Splits drawn from rows["train"], for those that have no file of their own, and what is left of it."""
     train = rows["train"]
     wanted = {name: share for name, share in shares.items() if name not in rows and share > 0}
     parts = draw(train.path, [text_key(*texts) for texts in train.texts], wanted)
     return {
-        name: _Rows(
+        name: Rows(
             train.path,
+            train.typed,
             [train.where[index] for index in indices],
             [train.texts[index] for index in indices],
             [train.labels[index] for index in indices],
         )
         for name, indices in parts.items()
     }
-
-
-def _class_name(value: Any, where: str, label: str) -> str:
-    """A label as text: 1 in a parquet file, "1" in a CSV and 1.0 from a column with gaps are one class."""
-    if isinstance(value, str):
-        name = value.strip()
-        if not name:
-            raise DataError(f"{where}: label {label!r} is blank")
-        return name
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise DataError(f"{where}: label {label!r} must be a class, not a fraction (got {value:g})")
-        return str(int(value))
-    if isinstance(value, int):  # booleans are "False" and "True"
-        return str(value)
-    kind = type(value).__name__
-    raise DataError(f"{where}: label {label!r} must be a string or an integer (got {kind})")
-
-
-def _order(name: str) -> tuple[int, int, str]:
-    """Sort key of class names: integers first, by value, then text."""
-    try:
-        return (0, int(name), name)
-    except ValueError:
-        return (1, 0, name)
-
-
-def _number_classes(rows: dict[str, _Rows], label: str) -> tuple[str, ...]:
-    """Replace the labels of every file by class numbers; returns the class names (the training file's)."""
-    for part in rows.values():
-        part.labels = [_class_name(*pair, label) for pair in zip(part.labels, part.where, strict=True)]
-    train = rows["train"]
-    names = tuple(sorted(set(train.labels), key=_order))
-    if len(names) < 2:
-        raise DataError(f"data file {train.path}: label {label!r} needs 2 classes or more (got only {names[0]!r})")
-    numbers = {name: number for number, name in enumerate(names)}
-    for split, part in rows.items():
-        for where, name in zip(part.where, part.labels, strict=True):
-            if name not in numbers:
-                known = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-                raise DataError(f"{where}: label {name!r} of the {split} file is unknown; training has {known}")
-        part.labels = [numbers[name] for name in part.labels]
-    return names
-
-
-def _numbers(rows: _Rows, label: str) -> list[float]:
-    out = []
-    for value, where in zip(rows.labels, rows.where, strict=True):
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            number = float(value)
-        except (TypeError, ValueError):
-            raise DataError(f"{where}: label {label!r} of a regression must be a number (got {value!r})") from None
-        if not math.isfinite(number):
-            raise DataError(f"{where}: label {label!r} of a regression must be finite (got {number})")
-        out.append(number)
-    return out

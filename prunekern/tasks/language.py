@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .causal import CausalTask
 from .split import check_shares, draw, text_key
-from .task import SPLITS, DataError
+from .task import NO_LIMIT, SPLITS, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METRIC = "perplexity"
-NO_LIMIT = 1 << 30  # tokenizers that know no limit say 10^30
+_BLANK_LINES = re.compile(r"\n[^\S\n]*\n")  # blanks may stand in them
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LanguageTask(CausalTask):
         """
         from datasets import Dataset
 
-        most = tokenizer.model_max_length
+        most = min(tokenizer.model_max_length, NO_LIMIT)
         if not 2 <= max_length <= most:
             accepted = "at least 2" if most >= NO_LIMIT else f"in 2..{most}"
             raise ValueError(f"encode: max_length must be {accepted} (got {max_length})")
@@ -136,11 +137,14 @@ def load(
 
 
 def _documents(path: Path) -> list[str]:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"data file {path} {what}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    documents = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
+    documents = [part.strip() for part in _BLANK_LINES.split(text)]
     documents = [part for part in documents if part]
     if not documents:
         raise DataError(f"{path}: holds no text")

@@ -1,4 +1,4 @@
-"""Metrics by name, over scikit-learn and scipy. All of them: the larger the better."""
+"""Metrics by name, over scikit-learn and scipy. All of them but "mse": the larger the better."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 
 CLASSIFICATION = ("accuracy", "matthews")
-REGRESSION = ("pearson",)
+REGRESSION = ("pearson", "spearman", "mse")
+CORRELATIONS = ("pearson", "spearman")
 
 
 def score(metric: str, predictions: Any, labels: Any) -> float:
     """One number for a split.
 
-    metric: "accuracy" (share of rows), "matthews" (correlation coefficient), "pearson" (correlation). The two
-        correlations are undefined where all predictions are equal, and 0 then.
+    metric: "accuracy" (share of rows), "matthews" (correlation coefficient), "pearson" (correlation),
+        "spearman" (of the ranks), "mse" (mean squared error). The correlations are undefined where all predictions are
+        equal, and 0 then.
     predictions: logits [rows, classes] for a classification, [rows] or [rows, 1] for a regression; or a tuple
         that starts with them. labels: [rows].
     Raises ValueError: unknown metric, no rows, shapes that do not fit, NaN or infinity in the predictions (a
@@ -30,7 +32,7 @@ def score(metric: str, predictions: Any, labels: Any) -> float:
     if not np.isfinite(predictions).all():
         raise ValueError(f"{metric}: predictions must be finite (got NaN or infinity)")
     if metric in REGRESSION:
-        return _pearson(predictions, labels)
+        return _regression(metric, predictions, labels)
     if predictions.ndim != 2 or len(predictions) != len(labels):
         raise ValueError(
             f"{metric}: predictions must be logits [{len(labels)}, classes] (got shape {predictions.shape})"
@@ -49,19 +51,23 @@ def score(metric: str, predictions: Any, labels: Any) -> float:
     return float(matthews_corrcoef(labels, predicted))
 
 
-def _pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    from scipy.stats import pearsonr
-
+def _regression(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     flat = predictions[:, 0] if predictions.ndim == 2 and predictions.shape[1] == 1 else predictions
-    if flat.shape != labels.shape or len(labels) < 2:
+    least = 2 if metric in CORRELATIONS else 1
+    if flat.shape != labels.shape or len(labels) < least:
         raise ValueError(
-            f"pearson: predictions must be [{len(labels)}] or [{len(labels)}, 1] with at least 2 rows "
+            f"{metric}: predictions must be [{len(labels)}] or [{len(labels)}, 1] with at least {least} rows "
             f"(got shape {predictions.shape})"
         )
     if not np.isfinite(labels).all():
-        raise ValueError("pearson: labels must be finite (got NaN or infinity)")
+        raise ValueError(f"{metric}: labels must be finite (got NaN or infinity)")
+    flat, labels = flat.astype(np.float64), labels.astype(np.float64)
+    if metric == "mse":
+        return float(np.mean((flat - labels) ** 2))
     if np.ptp(labels) == 0:
-        raise ValueError(f"pearson: labels must not all be equal (got {labels[0]} in every row)")
+        raise ValueError(f"{metric}: labels must not all be equal (got {labels[0]} in every row)")
     if np.ptp(flat) == 0:
         return 0.0
-    return float(pearsonr(flat.astype(np.float64), labels.astype(np.float64)).statistic)
+    from scipy.stats import pearsonr, spearmanr
+
+    return float((pearsonr if metric == "pearson" else spearmanr)(flat, labels).statistic)

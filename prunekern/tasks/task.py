@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
+NO_LIMIT = 1 << 30  # of a length in tokens; tokenizers that know no limit say 10^30, and take no such number
 
 
 class DataError(ValueError):
@@ -26,7 +27,8 @@ class Task:
     text_columns: one column, or two for sentence pairs
     label_column: integers 0..num_labels-1, or floats for a regression
     label_names: in the order of the integers; None for a regression
-    metric: the key of `compute_metrics`: "accuracy", "matthews" or "pearson", the larger the better
+    metric: the key of `compute_metrics`: "accuracy", "matthews", "pearson" or "spearman", the larger the better; or
+        "mse", the smaller
     """
 
     name: str
@@ -53,8 +55,8 @@ class Task:
         return AutoModelForSequenceClassification
 
     def show(self, value: float) -> str:
-        """A score as tables print it, in points."""
-        return f"{100 * value:.2f}"
+        """A score as tables print it: in points; a mean squared error as it is."""
+        return f"{value:.4g}" if self.metric == "mse" else f"{100 * value:.2f}"
 
     def model_kwargs(self) -> dict[str, Any]:
         """For `model_class().from_pretrained` of a model without the head: head size, label names, kind of loss."""
@@ -89,7 +91,7 @@ class Task:
         """
         pair = len(self.text_columns) == 2
         least = tokenizer.num_special_tokens_to_add(pair=pair) + len(self.text_columns)
-        most = tokenizer.model_max_length
+        most = min(tokenizer.model_max_length, NO_LIMIT)
         if not least <= max_length <= most:
             raise ValueError(f"encode: max_length must be in {least}..{most} (got {max_length})")
         return self.splits.map(
@@ -123,7 +125,7 @@ class Task:
         return Collator(tokenizer, pad_to_multiple_of)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """{metric: value} in [-1, 1] or [0, 1]; for `Trainer(compute_metrics=...)`.
+        """{metric: value} in [-1, 1] or [0, 1] ("mse": from 0); for `Trainer(compute_metrics=...)`.
 
         prediction.predictions: logits [rows, num_labels] (or a tuple that starts with them); regression
         [rows] or [rows, 1]. prediction.label_ids: [rows]. Raises ValueError, see `metrics.score`.

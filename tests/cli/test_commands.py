@@ -6,18 +6,15 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import prunekern as pk
 from prunekern.cli import app
 from prunekern.tasks.harness import evaluate_tasks
+from tests.helpers.dense_folders import WORDS, dense_folder
 from tests.helpers.tiny_decoders import build
 from tests.helpers.tiny_models import attached, prune
 from tests.helpers.tiny_tokenizer import word_tokenizer
-
-WORDS = "good great fine nice bad awful poor sad film plot actor scene the a was is very".split()
 
 
 def invoke(*args):
@@ -28,16 +25,7 @@ def invoke(*args):
 def files(tmp_path_factory):
     """A tiny dense model with its tokenizer, and a sentiment task that words decide."""
     folder = tmp_path_factory.mktemp("cli")
-    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names)
-    fast.save_pretrained(folder / "dense")
-    config = DistilBertConfig(vocab_size=len(vocabulary), dim=32, n_heads=2, hidden_dim=64, n_layers=2)
-    config.max_position_embeddings = 32
-    DistilBertModel(config).save_pretrained(folder / "dense")
+    dense_folder(folder / "dense")
     rows = []
     for i in range(240):
         word = WORDS[i % 8]

@@ -298,8 +298,9 @@ def test_kill_in_the_middle_leaves_a_whole_folder(saved, moment):
     else:
         assert content(saved) == before
         assert pk.load(saved)
+    assert litter(saved.parent)
     pk.save(other, saved)
-    assert torch.equal(logits(pk.load(saved), batch()), logits(other, batch()))
+    assert torch.equal(logits(pk.load(saved), batch()), logits(other, batch())) and not litter(saved.parent)
 
 
 def test_first_save_killed_leaves_no_folder_that_looks_complete(tmp_path):

@@ -212,3 +212,42 @@ def test_what_compact_and_save_write_is_computed_afresh(tmp_path):
     torch.testing.assert_close(
         pk.load(tmp_path / "small")(**inputs).logits, copy.deepcopy(small)(**inputs).logits, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@torch.no_grad()
+def test_a_tied_head_in_fewer_bits_follows_its_embeddings(kind, tmp_path):
+    model = tiny_decoders.build("llama", tie_word_embeddings=True)
+    tiny_models.prune(tiny_models.attached(model), 0.3)
+    pk.save(pk.compact(model), tmp_path)
+    small, inputs = pk.load(tmp_path, weights=kind), tiny_decoders.batch()
+    for twin in (small, copy.deepcopy(small)):
+        before = twin(**inputs).logits
+        embeddings = twin.get_input_embeddings().weight
+        embeddings.data[7] = 3 * embeddings.data[7] + 1  # a token surgery
+        head = twin.get_output_embeddings()
+        after = twin(**inputs).logits
+        hidden = twin.model(**inputs).last_hidden_state
+        exact = hidden @ embeddings.T
+        bound = (hidden.abs() @ embeddings.abs().T) * (2.0**-8 if kind == "bf16" else 0) + (
+            hidden.abs().sum(-1, keepdim=True) * embeddings.abs().amax(1) / 254 if kind == "int8" else 0
+        )
+        assert ((after - exact).abs() <= bound + 1e-5).all() and (after - before).abs().max() > 0.1
+        assert head is twin.get_output_embeddings() and head.weights == kind
+
+
+@pytest.mark.parametrize("family", ["distilbert", "bert", "llama"])
+@torch.no_grad()
+def test_another_scale_of_the_logits_counts(family):
+    tiny = tiny_decoders if family == "llama" else tiny_models
+    model = tiny.build(family)
+    tiny_models.prune(tiny_models.attached(model), 0.3)
+    small, inputs = pk.compact(model).eval(), tiny.batch(padded=False)
+    before = small(**inputs).logits
+    for module in small.modules():
+        if hasattr(module, "scaling") and hasattr(module, "ragged"):
+            module.scaling = 3 * module.scaling
+    ragged = small(**inputs).logits
+    small.set_attn_implementation("eager")  # transformers' own attention
+    torch.testing.assert_close(ragged, small(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert (ragged - before).abs().max() > 1e-3

@@ -82,7 +82,8 @@ def test_perplexity_is_that_of_the_definition(tokenizer):
             ValueError,
             "2 rows .* too few to draw test and validation",
         ),
-        (lambda p: None, FileNotFoundError, "no.txt"),
+        (lambda p: None, FileNotFoundError, "data file .*no.txt does not exist"),
+        (lambda p: p.mkdir(), FileNotFoundError, "data file .*no.txt is a folder"),
     ],
 )
 def test_files_that_cannot_be_used(make, error, message, tmp_path):
@@ -90,6 +91,13 @@ def test_files_that_cannot_be_used(make, error, message, tmp_path):
     make(path)
     with pytest.raises(error, match=message):
         tasks.get(path)
+
+
+def test_blank_lines_with_blanks_a_mark_and_line_ends(tmp_path):
+    path = tmp_path / "A.TXT"
+    path.write_bytes("\ufeffone\r\ntwo\r\n \t\r\nthree\r\n\r\n\r\nfour".encode())
+    found = [text for data in tasks.get(path, validation=path, test=path).splits.values() for text in data["text"]]
+    assert found == ["one\ntwo", "three", "four"] * 3
 
 
 def test_options_that_do_not_fit(corpus, tokenizer):

@@ -43,6 +43,19 @@ def test_pearson_equals_the_definition(seed):
     assert metrics.score("pearson", predicted[:, None], labels) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_spearman_and_mse_equal_the_definitions(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 9, 65) / 2  # with ties
+    predicted = labels**3 + rng.normal(size=65)
+    ranks = [np.array([np.mean(np.flatnonzero(np.sort(v) == x)) for x in v]) for v in (predicted, labels)]
+    x, y = (r - r.mean() for r in ranks)
+    expected = (x @ y) / np.sqrt((x @ x) * (y @ y))
+    assert metrics.score("spearman", predicted[:, None], labels) == pytest.approx(expected, abs=1e-12)
+    assert metrics.score("mse", predicted, labels) == pytest.approx(np.mean((predicted - labels) ** 2), rel=1e-12)
+    assert metrics.score("mse", np.ones(1), np.zeros(1)) == 1.0 and metrics.score("mse", np.ones(2), np.zeros(2)) == 1.0
+
+
 def test_three_classes():
     assert metrics.score("accuracy", logits([0, 1, 2, 2, 1], 3), np.array([0, 1, 2, 1, 0])) == pytest.approx(0.6)
 
@@ -81,7 +94,12 @@ def test_labels_of_a_regression():
 @pytest.mark.parametrize(
     "metric, predictions, labels, pattern",
     [
-        ("f1", np.ones((2, 2)), np.zeros(2, int), r"metric must be one of accuracy, matthews, pearson \(got 'f1'\)"),
+        (
+            "f1",
+            np.ones((2, 2)),
+            np.zeros(2, int),
+            r"metric must be one of accuracy, matthews, pearson, spearman, mse \(got 'f1'\)",
+        ),
         (
             "accuracy",
             np.ones((3, 2)),

@@ -69,7 +69,7 @@ class Step:
         self._packed = (qkv, o, *mlp)  # they keep the memory whose addresses are compared
         self._layer = (
             norm.weight, norm.variance_epsilon, *weights, o_proj.out_index, at.angle, at.key_first, at.value_first,
-            at.shared_by, attention.ragged.scale, ffn_norm.weight, ffn_norm.variance_epsilon, *ffn_weights,
+            at.shared_by, attention.scaling, ffn_norm.weight, ffn_norm.variance_epsilon, *ffn_weights,
             down.out_index, up.out_features, NUMBER[block.activation],
         )  # fmt: skip
         # dict, key, value: submodules, parameters and what else must stay as it is; no one's own forward.
@@ -89,6 +89,9 @@ class Step:
         config = attention.config.__dict__
         same += [config, "_attn_implementation_internal", config.get("_attn_implementation_internal")]
         same += [attention.__dict__, "training", False]  # has a dropout
+        same += [attention.__dict__, "scaling", attention.scaling]
+        for linear in (o_proj, down):
+            same += [linear._buffers, "out_index", linear.out_index]
         self._same, self._seen = tuple(same), tuple(seen)
         self._hooks = (*EVERYWHERE, *(hooks for m in modules for hooks in hooks_of(m)))
 

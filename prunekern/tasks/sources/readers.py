@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..task import DataError
-
-
-class Row(NamedTuple):
-    """where: "FILE line 7" (parquet: "FILE row 7"), from 1. values: one per column asked for, or None."""
-
-    where: str
-    values: list[Any]
+from .rows import Row, not_utf8, require
+from .separated import read_csv, read_tsv
 
 
 def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -30,7 +24,7 @@ def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         accepted = ", ".join(READERS)
         raise ValueError(f"data file {path}: extension must be one of {accepted} (got {path.suffix!r})")
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"data file {path} {what}")
     if path.stat().st_size == 0:
         raise DataError(f"data file {path} is empty")
@@ -42,50 +36,13 @@ def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise DataError(f"data file {path} has no rows")
 
 
-def _require(path: Path, columns: Iterable[str], present: Sequence[str]) -> None:
-    for column in columns:
-        if column not in present:
-            listed = ", ".join(present) or "none"
-            raise DataError(f"data file {path}: column {column!r} is missing; there are {listed}")
-        if present.count(column) > 1:
-            raise DataError(f"data file {path}: column {column!r} is there {present.count(column)} times")
-
-
-def _separated(delimiter: str) -> Any:
-    def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            csv.field_size_limit(2**31 - 1)  # a text may be longer than csv's 131,072 characters
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            line = 0
-            try:
-                header = next(reader, [])
-                _require(path, columns, header)
-                chosen = [header.index(column) for column in columns]
-                line = reader.line_num  # a quoted field may span lines: a record starts after the last one
-                for record in reader:
-                    where, line = f"{path} line {line + 1}", reader.line_num
-                    if not record:  # a blank line
-                        continue
-                    if len(record) != len(header):
-                        raise DataError(f"{where}: {len(record)} fields, but the header names {len(header)}")
-                    yield Row(where, [record[index] or None for index in chosen])
-            except csv.Error as error:
-                raise DataError(f"{path} line {line + 1}: not valid CSV ({error})") from error
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path} line {_undecodable(path)}: not UTF-8 ({error.reason})") from error
-
-    return read_rows
-
-
-def _undecodable(path: Path) -> int:
-    """The first line that is not UTF-8: text is decoded in blocks, whose errors do not tell."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                raw.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 0
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError where a name is there twice: Python would take the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        raise ValueError(f"the name {twice!r} is there twice")
+    return found
 
 
 def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -97,15 +54,15 @@ def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
                 if not text.strip():
                     continue
-                record = json.loads(text)
+                record = json.loads(text, object_pairs_hook=_once)
             except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 ({error.reason})") from error
+                raise not_utf8(path, line, raw, error) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error})") from error
+                raise DataError(f"{where}: not JSON ({error}); expected an object on every line") from error
             if not isinstance(record, dict):
-                raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+                raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}; every line is one")
             if first:
-                _require(path, columns, list(record))
+                require(path, columns, list(record))
                 first = False
             for column in columns:
                 if column not in record:
@@ -120,7 +77,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _require(path, columns, file.schema_arrow.names)
+            require(path, columns, file.schema_arrow.names)
             row = 0
             for batch in file.iter_batches(columns=list(columns)):
                 lists = [batch.column(column).to_pylist() for column in columns]
@@ -132,4 +89,9 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise DataError(f"data file {path} cannot be read as parquet: {reason}") from error
 
 
-READERS = {".csv": _separated(","), ".tsv": _separated("\t"), ".jsonl": _json_lines, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,1 @@
+"""Faults: bad calls, damaged folders, kills, full disks, forks, threads. `python -m bench.faults`."""

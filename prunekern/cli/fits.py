@@ -1,0 +1,47 @@
+"""Whether a model fits its task: what would be an error in the middle of the work is said before it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # names of tables of positions
+
+
+def check_length(model: nn.Module, name: object, max_length: int) -> None:
+    """ValueError where texts may be longer than the model has positions."""
+    most = positions(model)
+    if most is not None and max_length > most:
+        raise ValueError(f"{name}: --max-length must be at most {most}, its positions (got {max_length})")
+
+
+def positions(model: nn.Module) -> int | None:
+    """Tokens that a model with a table of positions takes; None where positions are computed."""
+    from torch import nn
+
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _POSITIONS:
+            # RoBERTa counts from the place after its padding.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def check_head(auto_class: Any, model: str, purpose: str, **options: Any) -> None:
+    """ValueError where tensors of the folder have other shapes than its config, or the task, asks for."""
+    from ..training.recipe import with_head
+
+    _, found = with_head(auto_class, model, purpose, **options, ignore_mismatched_sizes=True, output_loading_info=True)
+    for name, got, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{model}: tensor {name!r} has shape {list(got)}, where its config and {purpose} ask for {list(wanted)}"
+        )
+
+
+def check_positive(**options: float | None) -> None:
+    """ValueError for an option that is no positive, finite number; None counts as not given."""
+    for name, value in options.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive (got {value})")
