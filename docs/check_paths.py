@@ -1,10 +1,11 @@
-"""Fails on a page that names a file, folder or module of the repository which is not there.
+"""Fails on a page that names a file, folder, module or test of the repository which is not there.
 
     python docs/check_paths.py
 
 Read are README.md, CONTRIBUTING.md and the pages of docs/. A path is text in backticks that begins with a folder of the
-repository, as `prunekern/ops/` does; NAME in it stands for a name to come. Commands `python bench/x.py` and
-`python -m bench.x.y` are checked too, and the links of the two pages that lie outside docs/.
+repository, as `prunekern/ops/` does; NAME in it stands for a name to come. A test is text in backticks as
+`room/test_file.py::test_name`, below tests/. Commands `python bench/x.py` and `python -m bench.x.y` are checked, too,
+and the links of the two pages that lie outside docs/.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ FOLDERS = ("prunekern", "csrc", "bench", "tests", "examples", "docs", ".ci", ".g
 PATH = re.compile(rf"`((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*)`")
 SCRIPT = re.compile(r"python (bench/[\w/]+\.py)")
 MODULE = re.compile(r"python -m (bench(?:\.\w+)+)")
+TEST = re.compile(r"`([\w/]+/test_\w+\.py)::(test_\w+)`")  # below tests/
 LINK = re.compile(r"\]\(([^)#\s:]+)[)#]")
 MADE = ("bench/results/gpu-",)  # by a command that nobody has run yet
 
@@ -32,6 +34,11 @@ def main() -> int:
             count += 1
             if not (ROOT / path).exists():
                 faults.append(f"{page.relative_to(ROOT)}: no {path}")
+        for file, name in TEST.findall(text):
+            count += 1
+            path = ROOT / "tests" / file
+            if not path.exists() or f"\ndef {name}(" not in path.read_text(encoding="utf-8"):
+                faults.append(f"{page.relative_to(ROOT)}: no tests/{file}::{name}")
         if page.parent == ROOT:  # links of pages in docs/ are checked by mkdocs
             faults += [f"{page.name}: no {link}" for link in LINK.findall(text) if not (ROOT / link).exists()]
     for fault in faults:

@@ -141,7 +141,13 @@ class PrunekernQuantizer(HfQuantizer):
         for name, index in self._indices.items():
             parent, _, buffer = name.rpartition(".")
             module = model.get_submodule(parent)
-            setattr(module, buffer, index.to(module.weight.device))
+            device = module.get_buffer(buffer).device  # of weights that are offloaded, where they will be used
+            if device.type == "meta":
+                raise ValueError(
+                    "from_pretrained: offload_buffers must be False (got True): kept indices stand in no file, and "
+                    "are a few bytes a channel"
+                )
+            setattr(module, buffer, index.to(device))
         # A compact model is an ordinary one: .to(), .float(), .double() and Trainer work on it.
         model.hf_quantizer = None
         model.is_quantized = False

@@ -112,7 +112,6 @@ class PlainLinear(nn.Module):
     | removed rows as zeros in the weight  | 4.3, 66.2 | 4.8, 70.9 |
     """
 
-    is_shrunk = True  # such layers are called one by one
     out_index = None  # readers of the result find every channel in its place
     weight: nn.Parameter | None  # there unless `constant` is
     bias: nn.Parameter | None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..nn import CompactAttention
 from ..nn.compact_attention import Layers
+from ..nn.hooked import is_replaced
 from ..ops.packing import is_packable
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class PacksTogether(nn.Module):
     ragged: CompactAttention
     config: PretrainedConfig  # the module's own, as transformers made it
     scaling: float  # of the logits, transformers'; `ragged` has it, too
-    _modules: dict[str, Any]  # q, k and v, if no shrunk ones, are CompactLinear
+    _modules: dict[str, Any]  # q, k and v, if nothing stands in their places, are CompactLinear
 
     def pack(self) -> None:
         """Pack q, k and v as one where they will be used so."""
@@ -34,7 +35,7 @@ class PacksTogether(nn.Module):
     def packs_together(self) -> Layers | tuple[()]:
         """See `prunekern.nn.packed.pack_all`."""
         layers = self._layers()
-        if is_shrunk(*layers):
+        if is_replaced(*layers):
             return ()
         weights = [layer.weight for layer in layers]
         alike = all(is_packable(w) and w.dtype is weights[0].dtype for w in weights)
@@ -55,9 +56,9 @@ class PacksTogether(nn.Module):
     def _runs_ragged(self, x: Tensor, layers: Layers) -> bool:
         if self.ragged.scale != self.scaling:  # somebody set another
             self.ragged.scale = self.scaling
-        return self._is_plain() and not is_shrunk(*layers) and self.ragged.fuses(x, layers)
+        return self._is_plain() and not is_replaced(*layers) and self.ragged.fuses(x, layers)
 
 
 def is_shrunk(*layers: nn.Module) -> bool:
-    """Whether one of these layers is in training still: such layers are called each by itself."""
+    """Whether one of these layers is in training still. Blocks ask `nn.hooked.is_replaced`: of these, and of more."""
     return any(getattr(layer, "is_shrunk", False) for layer in layers)

@@ -14,7 +14,7 @@ from prunekern.ops.compact_linear import compact_linear
 from prunekern.ops.packing import is_packable, may_pack
 
 from .compact_linear import CompactLinear, packs
-from .hooked import is_hooked
+from .hooked import is_hooked, is_replaced
 from .packed import Packed
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class CompactAttention(nn.Module):
         """The three weights packed as one, up to date; None where x must go through the layers one by one."""
         if torch.compiler.is_compiling() or not (self.fuses(x, layers) if fuses is None else fuses):
             return None
-        if is_hooked(*layers):
+        if is_hooked(*layers) or is_replaced(*layers):
             return None
         packed = self._packed
         if packed is not None and self._layers == layers and packed.is_fresh():
@@ -152,7 +152,7 @@ class CompactAttention(nn.Module):
 
 def _kept(layer: CompactLinear, x: Tensor) -> Tensor:
     """What a layer makes, kept channels only."""
-    if not is_hooked(layer):
+    if not (is_hooked(layer) or is_replaced(layer)):
         return layer.run(x, None, layer.activation, scatter=False)
     y: Tensor = layer(x)
     return y if layer.out_index is None else y.index_select(-1, layer.out_index)

@@ -12,7 +12,7 @@ from prunekern.ops.compact_linear import ACTIVATIONS, activate
 from prunekern.ops.compact_mlp import compact_mlp
 
 from .compact_linear import CompactLinear, fits, fuses, packs
-from .hooked import is_hooked
+from .hooked import is_hooked, is_replaced
 
 
 class CompactMLP(nn.Module):
@@ -23,7 +23,7 @@ class CompactMLP(nn.Module):
         activation: none, relu, gelu (erf), gelu_tanh or silu.
 
     One kernel call (`prunekern.ops.compact_mlp`) where `mlp_call` says so, else one call a layer; layers with hooks, or
-    another forward in place of theirs, are called as modules.
+    another forward in place of theirs, and modules put in their places are called as modules.
     Raises TypeError or ValueError naming the argument.
     """
 
@@ -55,11 +55,12 @@ class CompactMLP(nn.Module):
             checks.tensors("CompactMLP", {"x": x}, {})
         modules = self._modules
         up, down, gate = modules["up"], modules["down"], modules["gate"]
-        if is_hooked(up, down, *(() if gate is None else (gate,))):
-            hidden = up(x) if gate is None else gate(x)
-            hidden = activate(hidden, self.activation)
-            y: Tensor = down(hidden if gate is None else hidden * up(x), residual)
-            return y
+        layers = (up, down) if gate is None else (up, down, gate)
+        if is_hooked(*layers) or is_replaced(*layers):
+            hidden = activate(up(x) if gate is None else gate(x), self.activation)
+            hidden = hidden if gate is None else hidden * up(x)
+            y: Tensor = down(hidden, *([] if is_replaced(down) else [residual]))
+            return y if residual is None or not is_replaced(down) else residual + y
         return mlp_call(up, down, x, residual, self.activation, gate)
 
     def extra_repr(self) -> str:

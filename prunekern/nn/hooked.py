@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _module
 
+from .compact_linear import CompactLinear
+
 # Hooks of every module there is: profilers of modules and FLOP counters set them.
 EVERYWHERE: tuple[dict[Any, Any], ...] = (
     _module._global_forward_hooks,
@@ -32,5 +34,15 @@ def is_hooked(*layers: nn.Module) -> bool:
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return True
         if "forward" in layer.__dict__ or "parametrizations" in layer._modules:
+            return True
+    return False
+
+
+def is_replaced(*layers: nn.Module) -> bool:
+    """Whether one of these is another module than a CompactLinear: a wrapper around one (PEFT's, torch.compile's), a
+    subclass, a layer still in training. Such a one is called as an `nn.Linear` is, with x alone.
+    """
+    for layer in layers:
+        if type(layer) is not CompactLinear:
             return True
     return False

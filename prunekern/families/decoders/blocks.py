@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ...nn import mlp_call
-from ...nn.hooked import is_hooked
-from ..packs_together import is_shrunk
+from ...nn.hooked import is_hooked, is_replaced
 from .attention import CompactCausalAttention, Turns
 from .norms import FastNorm
-from .step import Step, make_step, takes
+from .step import Step, has_own_mlp, make_step, takes
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -29,6 +28,7 @@ class CompactDecoderLayer(nn.Module):
     input_layernorm: FastNorm
     post_attention_layernorm: FastNorm
     activation: str
+    classes: tuple[type, type]  # of mlp and its activation, as they were made
     _step: Step | None = None
 
     def forward(
@@ -50,17 +50,22 @@ class CompactDecoderLayer(nn.Module):
         kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
         x = self.input_layernorm(hidden_states)
         attended: Tensor
-        if is_hooked(attention, attention.o_proj):
+        if type(attention).forward is not CompactCausalAttention.forward or _listens(attention):
             attended = hidden_states + attention(x, past_key_values=past_key_values, **kwargs)[0]
         else:
             context, _ = attention.attend(x, past_key_values=past_key_values, **kwargs)
             attended = attention.o_proj(context, residual=hidden_states)
         x = self.post_attention_layernorm(attended)
-        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        if is_hooked(mlp, gate, up, down, mlp.act_fn) or is_shrunk(gate, up, down):
-            added: Tensor = mlp(x)
-            return attended + added
-        return mlp_call(up, down, x, attended, self.activation, gate)
+        if has_own_mlp(self):
+            gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            if not (is_hooked(mlp, gate, up, down, mlp.act_fn) or is_replaced(gate, up, down)):
+                return mlp_call(up, down, x, attended, self.activation, gate)
+        added: Tensor = mlp(x)
+        return attended + added
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_step": None}
+
+
+def _listens(attention: CompactCausalAttention) -> bool:
+    return is_hooked(attention, attention.o_proj) or is_replaced(attention.o_proj)

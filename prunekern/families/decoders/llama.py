@@ -131,7 +131,7 @@ def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
         attention.__class__ = parts.attention
         attention.make_compact(linears, layout)
         mlp.gate_proj, mlp.up_proj, mlp.down_proj = compact_decoder_ffn(make, plan, block)
-        module.activation = activation
+        module.activation, module.classes = activation, (type(mlp), type(mlp.act_fn))
         module.__class__ = parts.compact_layer
     make_norms_fast(model)
 

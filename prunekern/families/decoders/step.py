@@ -37,7 +37,14 @@ _grad_enabled = torch.is_grad_enabled
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("up_proj", "gate_proj", "down_proj")
 
 
-class Block(Protocol):
+class HasMLP(Protocol):
+    """The decoder layer as far as its MLP."""
+
+    mlp: LlamaMLP  # or that of another family, of the same three layers
+    classes: tuple[type, type]  # of mlp and its activation
+
+
+class Block(HasMLP, Protocol):
     """The decoder layer that a step is made of."""
 
     self_attn: CompactCausalAttention
@@ -67,7 +74,8 @@ class Step:
         )  # fmt: skip
         # dict, key, value: submodules, parameters and what else must stay as it is; no one's own forward.
         same: list[object] = []
-        modules = [attention, ffn, norm, ffn_norm, *(m for part in _linears(attention, ffn) for m in part)]
+        modules = [attention, ffn, norm, ffn_norm, ffn.act_fn]
+        modules += [m for part in _linears(attention, ffn) for m in part]
         for children in (block._modules, attention._modules, ffn._modules):
             same += [x for name, m in children.items() for x in (children, name, m) if m in modules]
         for m in modules:
@@ -85,7 +93,7 @@ class Step:
         for linear in (o_proj, down):
             same += [linear._buffers, "out_index", linear.out_index]
         self._same, self._seen = tuple(same), tuple(seen)
-        self._hooks = (*EVERYWHERE, *(hooks for m in (*modules, ffn.act_fn) for hooks in hooks_of(m)))
+        self._hooks = (*EVERYWHERE, *(hooks for m in modules for hooks in hooks_of(m)))
 
     def is_fresh(self) -> bool:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
@@ -115,6 +123,8 @@ def takes(x: Tensor, mask: Tensor | None, past: Cache | None) -> bool:
 def make_step(block: Block) -> Step | None:
     """None where a block does not run on packed weights as a whole, or someone listens to a module of it."""
     attention, ffn, norm, ffn_norm = _parts(block)
+    if type(attention).forward is not CompactCausalAttention.forward or not has_own_mlp(block):
+        return None
     layout, (attends, ffns) = attention.layout, _linears(attention, ffn)
     linears = (*attends, *ffns)
     if attention.norms_heads or not layout.key_first[-1] or not layout.value_first[-1]:
@@ -144,6 +154,11 @@ def make_step(block: Block) -> Step | None:
     if together is None or len(packed) < 1 + len(ffns):
         return None
     return Step(block, together, packed[0], tuple(packed[1:]))
+
+
+def has_own_mlp(block: HasMLP) -> bool:
+    """Whether nobody put another module in the place of the MLP or of its activation, which are not called."""
+    return (type(block.mlp), type(block.mlp.act_fn)) == block.classes
 
 
 def _parts(block: Block) -> tuple[CompactCausalAttention, LlamaMLP, FastNorm, FastNorm]:

@@ -29,6 +29,11 @@ class _CompactAttention(CompactSelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: object = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if past_key_values is not None:
+            raise ValueError(
+                f"past_key_values must be None (got {type(past_key_values).__name__}): a compact encoder reads no keys "
+                "and values but its own, so that prefixes (PEFT's prefix tuning) cannot stand before them"
+            )
         return self.attend(hidden_states, attention_mask, **kwargs)
 
 
@@ -61,9 +66,10 @@ class _CompactLayer(nn.Module):
     output: _CompactResidual
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        first, output = self.intermediate, self.output
-        parts = (first.dense, first.intermediate_act_fn, output.dense, output.dropout)
-        out = run_ffn((first, output), *parts, attention_output)
+        first, output, out = self.intermediate, self.output, None
+        if type(first).forward is _CompactIntermediate.forward and type(output).forward is _CompactResidual.forward:
+            parts = (first.dense, first.intermediate_act_fn, output.dense, output.dropout)
+            out = run_ffn((first, output), *parts, attention_output)
         y: Tensor
         if out is None:
             y = super().feed_forward_chunk(attention_output)  # type: ignore[misc]  # of the layer this is mixed into

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.distilbert import modeling_distilbert as hf
 
 from ...nn import CompactLinear
-from ...nn.hooked import is_hooked
+from ...nn.hooked import is_hooked, is_replaced
 from ..family import Kept, StockConfig
 from ..linears import Activation, Make, activation_name
 from ..table import Table
@@ -41,15 +41,21 @@ class CompactDistilBertBlock(hf.TransformerBlock):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         attention, ffn = self.attention, self.ffn
-        if is_hooked(attention, attention.out_lin):
+        if type(attention) is not CompactDistilBertAttention or _listens(attention):
             attended = attention(hidden_states, attention_mask=attention_mask, **kwargs)[0] + hidden_states
         else:
             context, _ = attention.attend(hidden_states, attention_mask, **kwargs)
             attended = attention.out_lin(context, residual=hidden_states)
         attended = self.sa_layer_norm(attended)
-        out = run_ffn((ffn,), ffn.lin1, ffn.activation, ffn.lin2, ffn.dropout, attended)
+        out = None
+        if type(ffn) is hf.FFN:
+            out = run_ffn((ffn,), ffn.lin1, ffn.activation, ffn.lin2, ffn.dropout, attended)
         y: Tensor = self.output_layer_norm(ffn(attended) + attended if out is None else out)
         return y
+
+
+def _listens(attention: CompactDistilBertAttention) -> bool:
+    return is_hooked(attention, attention.out_lin) or is_replaced(attention.out_lin)
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[hf.TransformerBlock, EncoderBlock]]:
