@@ -12,6 +12,7 @@ from prunekern import _native
 from prunekern.ops import calls, checks
 from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
 from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, may_pack, quantize_weight
+from prunekern.ops.seen import is_unchanged
 
 from .buffers import nones_last
 from .packed import Packed
@@ -142,7 +143,10 @@ class CompactLinear(nn.Module):
             x, residual = self._under_autocast(x, residual)
         out_index, n_out = (buffers["out_index"], self.out_features) if scatter else (None, weight.shape[0])
         rest = (buffers["in_index"], out_index, n_out, activation, residual)
-        packed = self.packed() if packs(x, residual, weight, bias) and fits(x, weight, rest[0]) else None
+        packed = None
+        if (x.dtype is _f32 or x.dtype is _bf16) and _AVAILABLE and fuses(x, residual, weight, bias):
+            if weight.dtype is not _bf16 or fits(x, weight, rest[0]):
+                packed = self.packed()
         if packed is None:
             return compact_linear(x, weight, bias, *rest, scale)
         if _is_compiling():  # a graph packs nothing, and asks whether the weight changed when it runs
@@ -157,21 +161,19 @@ class CompactLinear(nn.Module):
 
         Under torch.compile the copy that is there, or None: the graph compares it with the weight when it runs.
         """
-        weight, packed = self._parameters.get("weight"), self._packed
-        if weight is None or "bias" not in self._parameters:
-            return None
+        packed, parameters = self._packed, self._parameters
         if _is_compiling():
-            return packed if packed is not None and packed.tensors[0] is weight else None
-        if packed is None or not packed.is_fresh():
-            packed = self._packed = Packed((self,)) if may_pack(weight) else None
+            return packed if packed is not None and packed.tensors[0] is parameters.get("weight") else None
+        if packed is None or not is_unchanged(packed.same, (), packed.seen):  # is_fresh(), without the call
+            is_plain = "weight" in parameters and "bias" in parameters  # else someone computes them
+            packed = self._packed = Packed((self,)) if is_plain and may_pack(self.weight) else None
         return packed
 
     def pack(self) -> CompactLinear:
         """Packs the weight now instead of at the first call; returns self. Does nothing where nothing packs.
 
-        Call it before torch.compile (a graph uses the packed weight that is there when it is traced), and after
-        changing a weight in place where torch does not count changes: through `weight.data` or `weight.numpy()`, or of
-        one made under inference_mode. Steps of optimisers count, fused ones too.
+        Call it before torch.compile: a graph uses the packed weight that is there when it is traced. Writes to the
+        weight are seen by themselves; `prunekern.ops.seen` says how, and what can be missed.
         """
         self._packed = Packed((self,)) if may_pack(self.weight) else None
         return self
@@ -251,7 +253,7 @@ def fuses(*tensors: Tensor | None) -> bool:
 
     The latter goes to other machines: it keeps the plain weights, layer by layer.
     """
-    return not (_is_exporting() or calls.needs_grad(*tensors) or calls.transformed())
+    return not (calls.needs_grad(*tensors) or calls.transformed() or _is_exporting())
 
 
 def fits(x: Tensor, weight: Tensor, in_index: Tensor | None) -> bool:

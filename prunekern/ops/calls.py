@@ -32,15 +32,18 @@ def unwatched() -> bool:
 
     Tracing with fake tensors is noticed by their type, where the core looks into them.
     """
-    return not _is_tracing() and not _dispatch_modes() and not transformed() and _jit_trace() is None
+    if _is_tracing() or _dispatch_modes() or _functorch_level() is not None or _jit_trace() is not None:
+        return False
+    return _forward_ad._current_level < 0
 
 
 def transformed() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp) or forward mode differentiation is at work: then the plain
     PyTorch of the references runs, which all of them know how to take apart.
     """
-    is_at_work = _functorch_level() is not None or _forward_ad._current_level >= 0
-    return is_at_work and not torch.compiler.is_compiling()  # tracers use the same machinery
+    if _functorch_level() is None and _forward_ad._current_level < 0:
+        return False
+    return not torch.compiler.is_compiling()  # tracers use the same machinery
 
 
 def short() -> bool:
