@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile
 from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -134,6 +134,15 @@ def test_other_tools_stay_usable():
     timed = benchmark.Timer("layer(x)", globals={"layer": layer, "x": x}).timeit(10)
     assert timed.mean > 0
     assert rows(lambda: None) == {}
+
+
+@native
+def test_execution_traces(tmp_path):
+    layer, x = CompactLinear(torch.randn(33, 17)).pack(), torch.randn(5, 17)
+    observer = ExecutionTraceObserver().register_callback(str(tmp_path / "trace.json"))
+    with profile(activities=[ProfilerActivity.CPU], execution_trace_observer=observer):
+        layer(x)
+    assert "prunekern::compact_linear" in (tmp_path / "trace.json").read_text()
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------
