@@ -8,7 +8,8 @@ LONGEST = (
     "kernels/test_interpreter.py", "pruning/test_compact_files.py", "training/test_trainer.py",
     "training/test_data_parallel.py", "structure/test_examples.py", "structure/test_build.py", "demo/test_run.py",
     "cli/test_commands.py", "pruning/test_peft_out.py", "demo/test_models.py", "exporting/test_onnx.py",
-    "ops/test_compact_linear_tracing.py",
+    "ops/test_compact_linear_tracing.py", "habits/test_export_alone.py", "habits/test_hooks.py",
+    "training/test_arguments.py", "cli/test_mistakes.py", "habits/test_process_wide.py",
 )  # fmt: skip
 
 

@@ -193,7 +193,12 @@ def test_what_nobody_thought_of_is_one_line_too(capsys, monkeypatch, refused, fi
 
 def started(*arguments, code=MAIN, **options):
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r})\n{code}", *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    # A shell's background job ignores Ctrl-C, and its children with it.
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c, **options)
+
+
+def _hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_full_disk(files, trained, tmp_path):
@@ -231,6 +236,7 @@ def test_ctrl_c(files, tmp_path):
             break
         time.sleep(0.1)
     time.sleep(2)
+    err = None
     for _ in range(6):  # Python drops one that arrives while a destructor runs
         process.send_signal(signal.SIGINT)
         try:
@@ -238,5 +244,7 @@ def test_ctrl_c(files, tmp_path):
             break
         except subprocess.TimeoutExpired:
             continue
+    process.kill()
+    assert err is not None, "still running"
     err = re.sub("Exception ignored in.*?KeyboardInterrupt: ?\n", "", err, flags=re.DOTALL)
     assert process.returncode == 130 and "Traceback" not in err, err
