@@ -1,6 +1,7 @@
 """How much does a training step of masked DoRA cost beside PEFT's LoRA and DoRA, and how little one of stage two?
 
     python -m bench.cpu.train_step            # DistilBERT-base shape, batch 8 x 64, rank 8, six linears, one thread
+    python -m bench.cpu.train_step --bf16     # everyone under bf16 autocast
 
 Answers first: the forward pass and gradients of the masked model (masks all on) must equal PEFT's DoRA. Then steps
 of forward, backward and Adam are interleaved in one process; minima are compared.
@@ -18,6 +19,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import prunekern as pk
 from bench.common import progress, report
+from prunekern.machine.bf16_trap import BF16_REASON, bf16_matmul_crashes
 from prunekern.machine.measure import interleaved
 
 TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
@@ -95,8 +97,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--out", default="train_step")
+    parser.add_argument("--bf16", action="store_true", help="forward passes under bf16 autocast")
+    parser.add_argument("--out", help="default: train_step, with --bf16 train_step_bf16")
     args = parser.parse_args()
+    if args.bf16 and bf16_matmul_crashes():
+        parser.error(f"--bf16: {BF16_REASON}")
+    name = args.out or ("train_step_bf16" if args.bf16 else "train_step")
     torch.set_num_threads(1)
     built = build(args.rank)
     ids = torch.randint(5, 30000, (args.batch, args.tokens))
@@ -108,7 +114,9 @@ def main() -> None:
 
     def step(name: str) -> None:
         model, after = built[name]
-        model(**batch).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = model(**batch).loss
+        loss.backward()
         optimisers[name].step()
         after()
         optimisers[name].zero_grad()
@@ -126,8 +134,9 @@ def main() -> None:
         for n, t in best.items()
     ]
     title = f"training step, DistilBERT-base shape, {args.batch} x {args.tokens}, rank {args.rank}, one thread"
+    title += ", bf16 autocast" if args.bf16 else ""
     report.table(title, rows)
-    report.write(args.out, rows=rows, largest_difference_to_peft_dora=worst, args=vars(args))
+    report.write(name, rows=rows, largest_difference_to_peft_dora=worst, args=vars(args))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ def gradients(ctx: Any, dy: Tensor, grads: list[Tensor | None]) -> tuple[Tensor 
     """
     x, x_lora, V, A, B, gain, z, p, bias = ctx.saved_tensors
     needs, s, (x_shape, x_dtype) = ctx.needs_input_grad, ctx.s, ctx.x_meta
-    in_fp32 = dy.device.type == "cpu" and dy.dtype != torch.float64 and ctx.add_low is None
-    dtype = torch.float32 if in_fp32 else dy.dtype
+    dtype = ctx.products if ctx.add_low is None else dy.dtype
     T = math.prod(dy.shape[:-1])
     dy = dy.reshape(T, dy.shape[-1])  # [T, N]
     low_needs_x = needs[7] if ctx.has_x_lora else needs[0]

@@ -1,11 +1,16 @@
 """dora_linear against the definition in float64 numpy: one weight for V, one for the low-rank branch."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 
 from prunekern.ops import dora_linear
 from prunekern.ops.dora_linear import dora_linear_reference
+from prunekern.ops.narrow import bf16_matmul_crashes
+
+op = importlib.import_module("prunekern.ops.dora_linear")  # the name in prunekern.ops is the function
 
 torch.set_num_threads(1)
 
@@ -102,7 +107,9 @@ def test_float64_matches_definition(T, N, K, r):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("x_lora", [False, True])
-def test_16_bit_on_cpu_is_computed_in_fp32(dtype, x_lora):
+def test_16_bit_on_cpu_is_computed_in_fp32(dtype, x_lora, monkeypatch):
+    """Where bf16 products are no faster, or would kill the process; fp16 everywhere."""
+    monkeypatch.setattr(op, "multiplies_bf16", lambda: False)
     T, N, K, r = 5, 129, 372, 8
     args = inputs(T, N, K, r, dtype, x_lora=x_lora)
     args = [a.requires_grad_(i != 1) for i, a in enumerate(args)]
@@ -119,6 +126,37 @@ def test_16_bit_on_cpu_is_computed_in_fp32(dtype, x_lora):
     z = x @ V.T + SCALE * low @ A.T @ B.T
     size = x.abs() @ V.abs().T + SCALE * low.abs() @ A.abs().T @ B.abs().T
     assert ((args[4].grad - z.sum(0)).abs() <= 2 * (K + r + T) ** 0.5 * 1.2e-7 * size.sum(0)).all()
+
+
+@pytest.mark.skipif(bf16_matmul_crashes(), reason="needs a CPU whose AMX oneDNN can use, or none")
+@pytest.mark.parametrize("T,N,K,r", [(5, 129, 372, 8), (1, 577, 1, 1), (64, 96, 129, 4)])
+@pytest.mark.parametrize("x_lora", [False, True])
+def test_bf16_on_cpu_multiplies_in_bf16(T, N, K, r, x_lora, monkeypatch):
+    """Each term passes at most three roundings to bf16 on its way (of p or dz, of a product, of a sum) and the last."""
+    monkeypatch.setattr(op, "multiplies_bf16", lambda: True)
+    args = inputs(T, N, K, r, torch.bfloat16, x_lora=x_lora)
+    args = [a.requires_grad_(i != 1) for i, a in enumerate(args)]
+    y = dora_linear(*args[:6], SCALE, *args[6:])
+    want, size = definition(*args)
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    assert y.dtype == torch.bfloat16 and y.grad_fn is not None
+    assert ((y.double() - want).abs() <= bound(size, K, r, torch.bfloat16, want) + 3 * unit * size).all()
+    dy = torch.randn(T, N, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    y.backward(dy)
+    exact = [a.detach().double().requires_grad_(i != 1) for i, a in enumerate(args)]
+    dora_linear_reference(*exact[:6], SCALE, *exact[6:]).backward(dy.double())
+    x, V, A, B, gain = (t.detach().double().abs() for t in args[:5])
+    low = x if not x_lora else args[6].detach().double().abs()
+    dz, p = dy.double().abs() * gain, low @ A.T
+    low_x = SCALE * dz @ B @ A
+    sizes = [
+        dz @ V + (0 if x_lora else low_x), None, SCALE * (dz @ B).T @ low, SCALE * dz.T @ p,
+        (dy.double().abs() * (x @ V.T + SCALE * p @ B.T)).sum(0), dy.double().abs().sum(0), low_x,
+    ]  # fmt: skip
+    for got, full, of in zip(args, exact, sizes, strict=False):
+        if of is not None:
+            assert got.grad.dtype == got.dtype
+            assert ((got.grad.double() - full.grad).abs() <= 4.1 * unit * of + 1e-30).all()
 
 
 def test_reference_beside_the_op_is_the_definition():
@@ -250,7 +288,8 @@ def test_opcheck(bias, x_lora):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_probe_gets_the_squares_of_dy_y_by_token(dtype, bias):
+def test_a_probe_gets_the_squares_of_dy_y_by_token(dtype, bias, monkeypatch):
+    monkeypatch.setattr(op, "multiplies_bf16", lambda: False)
     args = inputs(5, 33, 17, 4, x_lora=False)[:6]
     x, V, A, B, gain, b = (a.to(dtype) if i < 4 else a.to(max(dtype, torch.float32, key=lambda d: d.itemsize))
                            for i, a in enumerate(args))  # fmt: skip
@@ -286,8 +325,9 @@ def test_compile_fullgraph_forward_and_backward(backend):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
-def test_cpu_autocast_runs_in_16_bit_values_and_keeps_gain_fp32():
-    """bf16 holds 8 bits: a gain of 1 + 1/1024 would become 1. The products themselves stay in fp32 on CPU."""
+def test_cpu_autocast_runs_in_16_bit_values_and_keeps_gain_fp32(monkeypatch):
+    """bf16 holds 8 bits: a gain of 1 + 1/1024 would become 1. Here the products themselves stay in fp32."""
+    monkeypatch.setattr(op, "multiplies_bf16", lambda: False)
     x, V, A, B, _, bias = inputs(5, 33, 17, 4)
     gain = torch.full((33,), 1 + 1 / 1024)
     leaves = [t.requires_grad_(True) for t in (x, A, B, gain, bias)]

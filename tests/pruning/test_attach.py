@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import prunekern as pk
-from prunekern.machine import bf16_trap
+from prunekern.ops import narrow
 from prunekern.pruning import attach as attach_file
 from tests.helpers.tiny_models import (
     FAMILIES,
@@ -289,18 +289,19 @@ def test_no_autocast_no_question(monkeypatch):
 
 def test_the_question_is_answered_by_a_child_that_may_die(monkeypatch):
     """True exactly when the child is killed by a signal."""
-    monkeypatch.setattr(bf16_trap, "_announces_amx", lambda: False)
-    assert bf16_trap.bf16_matmul_crashes.__wrapped__() is False  # without asking
+    ask = narrow.bf16_matmul_crashes.__wrapped__
+    monkeypatch.setattr(narrow, "_cpu_flags", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr(narrow.subprocess, "run", lambda *_, **__: pytest.fail("asked without need"))
+    assert ask() is False
     monkeypatch.undo()
-    ask = bf16_trap.bf16_matmul_crashes.__wrapped__
     for code, answer in (("import os, signal; os.kill(os.getpid(), signal.SIGILL)", True), ("pass", False)):
         real = subprocess.run
 
         def run(command, code=code, real=real, **kwargs):
             return real([sys.executable, "-c", code], **kwargs)
 
-        monkeypatch.setattr(bf16_trap, "_announces_amx", lambda: True)
-        monkeypatch.setattr(bf16_trap.subprocess, "run", run)
+        monkeypatch.setattr(narrow, "_cpu_flags", lambda: frozenset({"amx_tile"}))
+        monkeypatch.setattr(narrow.subprocess, "run", run)
         assert ask() is answer
         monkeypatch.undo()
 
