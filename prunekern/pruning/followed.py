@@ -94,7 +94,8 @@ class FollowedSteps:
         model = self.model()
         own = set() if model is None else {id(p) for p in model.parameters() if p.requires_grad}
         living = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
-        return any(id(p) in own for o in living for group in o.param_groups for p in group["params"])
+        # One whose constructor failed may live on in a traceback, without groups.
+        return any(id(p) in own for o in living for group in getattr(o, "param_groups", ()) for p in group["params"])
 
     @torch.no_grad()
     def _norms(self) -> Tensor:

@@ -197,3 +197,12 @@ def test_a_pruner_that_is_gone_is_followed_no_more():
     del pruner
     model(**batch(), labels=LABELS).loss.backward()
     optimizer.step()
+
+
+def test_an_optimiser_whose_constructor_failed_is_passed_over():
+    model = build("distilbert")
+    pruner = pk.attach(model, pk.PruneConfig(rank=4, sparsity=0.3, warm_steps=5))
+    left_over = torch.optim.AdamW.__new__(torch.optim.AdamW)  # as a traceback keeps it alive
+    model.train()
+    model(**batch()).logits.sum().backward()
+    assert pruner.step() and not hasattr(left_over, "param_groups")
