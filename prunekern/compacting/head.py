@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from ..nn import CompactLinear
 from ..ops.packing import WEIGHTS
-from ..ops.seen import Seen, is_unchanged
+from ..ops.seen import Seen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ class Head(CompactLinear):
     bf16 or int8 is rounded from it anew. One whose weight is a floating-point one is a `LinearHead`.
     """
 
-    _rounded_from: _Rounded | None = None
+    _rounded_from: Rounded | None = None
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str, scatter: bool = True) -> Tensor:
         """As `CompactLinear.run`; of the embeddings as they are now, where the head is rounded from them."""
@@ -62,11 +62,11 @@ class Head(CompactLinear):
             self.set_weights(kind)
 
 
-class _Rounded:
+class Rounded:
     """The embeddings that a tied head in fewer bits is rounded from, and what was seen of them.
 
-    They are held weakly, as they are no part of the head. Deep copies know their own embeddings, pickles none: there a
-    head follows `tie_weights()` only.
+    They are held weakly, as they are no part of the head. Deep copies know their own embeddings, pickles none: there,
+    and in graphs of torch.compile, a head follows `tie_weights()` only.
     """
 
     def __init__(self, embeddings: nn.Module):
@@ -79,22 +79,21 @@ class _Rounded:
         assert embeddings is not None, "its embeddings are gone"
         weight = embeddings._parameters["weight"]
         assert weight is not None
-        self._seen = Seen(weight)
-        self._same = (embeddings._parameters, "weight", weight)
+        self._weight, self._seen = weight, Seen(weight)
 
     def changed(self) -> nn.Parameter | None:
         """The embeddings' weight where it was written to or replaced since it was seen, and then it is seen again."""
-        if is_unchanged(self._same, (), self._seen.entry):
-            return None
         embeddings = self.embeddings()
-        if embeddings is None or embeddings._parameters.get("weight") is None:
+        weight = None if embeddings is None else embeddings._parameters.get("weight")
+        # `holds`, as the embeddings may lie on a GPU, where `is_unchanged` knows nothing.
+        if weight is None or (weight is self._weight and self._seen.holds(weight)):
             return None
         self.look()
-        return embeddings._parameters["weight"]
+        return weight
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Rounded | None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rounded | None:
         embeddings = memo.get(id(self.embeddings()))
-        return None if embeddings is None else _Rounded(embeddings)
+        return None if embeddings is None else Rounded(embeddings)
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -138,7 +137,7 @@ def set_head_weights(model: PreTrainedModel, weights: str) -> None:
         model.set_output_embeddings(head)
     head.set_weights(weights)
     if is_tied(model) and isinstance(head, Head) and head.weight is not model.get_input_embeddings().weight:
-        head._rounded_from = _Rounded(model.get_input_embeddings())
+        head._rounded_from = Rounded(model.get_input_embeddings())
     if not isinstance(vars(model).get("resize_token_embeddings"), _Resizing):
         vars(model)["resize_token_embeddings"] = _Resizing(model)
 

@@ -67,7 +67,7 @@ def _answer(question: Callable[[Tensor], bool], mask: Tensor) -> bool:
     """question(mask), asked once of a mask that all blocks get; no where a graph cannot ask."""
     if torch.compiler.is_compiling():
         return False
-    # The fingerprint reads what the question reads, several times faster: 5 against 28 us at 8 x 128 x 128.
+    # The fingerprint reads what the question reads, ten times faster: 11 against 109 us at 8 x 128 x 128 (EPYC).
     version, values = version_of(mask), fingerprint(mask)
     same = _last.mask() is mask and _last.version == version and _last.values == values
     if not same or version < 0 or not values or _last.question is not question:

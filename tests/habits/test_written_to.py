@@ -14,6 +14,7 @@ from torch import nn
 
 import prunekern as pk
 from prunekern.compacting import checkpoint
+from prunekern.compacting.head import Rounded
 from prunekern.nn import CompactAttention, CompactLinear, CompactMLP
 from prunekern.ops import seen
 from prunekern.ops.compact_linear import compact_linear_reference
@@ -251,3 +252,12 @@ def test_another_scale_of_the_logits_counts(family):
     small.set_attn_implementation("eager")  # transformers' own attention
     torch.testing.assert_close(ragged, small(**inputs).logits, rtol=1e-4, atol=1e-4)
     assert (ragged - before).abs().max() > 1e-3
+
+
+def test_embeddings_without_memory_on_the_cpu_are_not_taken_for_changed():
+    """A GPU's have no fingerprint: the head would be rounded at every token."""
+    embeddings = nn.Embedding(7, 5, device="meta")
+    rounded = Rounded(embeddings)
+    assert rounded.changed() is None
+    embeddings.weight = nn.Parameter(torch.empty(7, 5, device="meta"))
+    assert rounded.changed() is embeddings.weight and rounded.changed() is None

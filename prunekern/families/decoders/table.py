@@ -74,9 +74,8 @@ def decoder_table(model: PreTrainedModel, blocks: Iterable[DecoderBlock], heads:
     groups: dict[str, Group] = {}
     d, half, shared = heads.dim, heads.dim // 2, heads.shared_by
     kv_head = torch.arange(heads.kv, device="cpu")
-    query_head = kv_head[:, None] * shared + torch.arange(
-        shared, device="cpu"
-    )  # [kv, shared]: those that read a key/value head
+    # [kv, shared]: those that read a key/value head
+    query_head = kv_head[:, None] * shared + torch.arange(shared, device="cpu")
     pair = torch.arange(half, device="cpu")[:, None] + torch.tensor([0, half], device="cpu")  # [half, 2]
     every = torch.arange(d, device="cpu")
     # Pair j of key/value head g, in k and in every query head that reads it.
