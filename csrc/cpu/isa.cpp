@@ -17,7 +17,7 @@ namespace {
 
 #ifdef PRUNEKERN_X86
 struct Cpu {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false;
 
   Cpu() {
     unsigned a, b, c, d;
@@ -31,6 +31,10 @@ struct Cpu {
     avx2 = ymm && fma && (b >> 5 & 1);
     const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     avx512 = avx2 && zmm && (b & wanted) == wanted;
+    avx512_vnni = avx512 && (c >> 11 & 1);
+    if (a == 0 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;  // has no second part
+    avx2_vnni = avx2 && (a >> 4 & 1);
+    avx512_bf16 = avx512_vnni && (a >> 5 & 1);
   }
 };
 #endif
@@ -52,8 +56,11 @@ bool is_supported(Isa isa) {
 #ifdef PRUNEKERN_X86
   static const Cpu cpu;
   if (isa == Isa::avx2) return cpu.avx2;
+  if (isa == Isa::avx2_vnni) return cpu.avx2_vnni;
   if (isa == Isa::avx512) return cpu.avx512;
-  if (isa == Isa::amx) return cpu.avx512 && amx_verdict().works;
+  if (isa == Isa::avx512_vnni) return cpu.avx512_vnni;
+  if (isa == Isa::avx512_bf16) return cpu.avx512_bf16;
+  if (isa == Isa::amx) return cpu.avx512_vnni && amx_verdict().works;
 #endif
   return isa == Isa::generic;
 }
@@ -68,8 +75,14 @@ const char* name(Isa isa) {
   switch (isa) {
     case Isa::avx2:
       return "avx2";
+    case Isa::avx2_vnni:
+      return "avx2_vnni";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_vnni:
+      return "avx512_vnni";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::amx:
       return "amx";
     default:
@@ -78,15 +91,19 @@ const char* name(Isa isa) {
 }
 
 Isa parse_isa(const std::string& text) {
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx})
+  std::string names;
+  for (int i = 0; i < kIsas; ++i) {
+    const Isa isa = static_cast<Isa>(i);
     if (text == name(isa)) return isa;
-  throw std::invalid_argument("PRUNEKERN_ISA must be generic, avx2, avx512 or amx (got " + text + ")");
+    names += (i == 0 ? "" : i + 1 == kIsas ? " or " : ", ") + std::string(name(isa));
+  }
+  throw std::invalid_argument("PRUNEKERN_ISA must be " + names + " (got " + text + ")");
 }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx})
-    if (is_supported(isa)) isas.push_back(isa);
+  for (int i = 0; i < kIsas; ++i)
+    if (is_supported(static_cast<Isa>(i))) isas.push_back(static_cast<Isa>(i));
   return isas;
 }
 

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx512.h"
-#include "kernels/epilogue.h"
+#include "kernels/finish.h"
 
 namespace prunekern {
 namespace {
@@ -37,31 +37,6 @@ alignas(64) const TileConfig kConfig = {
 
 // The tile intrinsics of gcc 12 do not say that they read memory.
 inline void barrier() { __asm__ volatile("" ::: "memory"); }
-
-constexpr int kAhead = 2;  // rows activated before one is written: its stores have landed by then
-
-template <class T, Activation act>
-void finish(Finish& one, std::int64_t rows) {
-  const EpilogueArgs& args = one.args;
-  const __m512 scale[2] = {Avx512::load(args.scale), Avx512::load(args.scale + 16)};
-  const __m512 bias[2] = {Avx512::load(args.bias), Avx512::load(args.bias + 16)};
-  for (; rows > 0 && one.written < args.rows; --rows) {
-    if (one.activated < args.rows) {
-      float* acc = args.acc + one.activated * kPanelWidth;
-      activate_row<Avx512, act>(acc, scale, bias);
-      if (one.by != nullptr) {
-        const float* by = one.by + one.activated * kPanelWidth;
-        for (int c = 0; c < kPanelWidth; c += 16)
-          Avx512::store(acc + c, Avx512::mul(Avx512::load(acc + c), Avx512::load(by + c)));
-      }
-      ++one.activated;
-    }
-    if (one.keep)
-      one.written = one.activated;
-    else if (one.activated - one.written > kAhead || one.activated == args.rows)
-      write_row<Avx512, T>(args, one.written++);
-  }
-}
 
 // What happens between the products: at every step of k some rows of the tiles before, some lines of the
 // weights to come, some rows of y.
@@ -222,19 +197,12 @@ void multiply(const ProductArgs& args) {
   args.row_tiles == 2 ? two_row_tiles(args) : one_row_tile(args);
 }
 
-template <class T>
-constexpr void fill_finishes(FinishFn (&table)[kActivations]) {
-  table[0] = finish<T, Activation::none>;
-  table[1] = finish<T, Activation::relu>;
-  table[2] = finish<T, Activation::gelu>;
-  table[3] = finish<T, Activation::gelu_tanh>;
-  table[4] = finish<T, Activation::silu>;
-}
-
 constexpr Product make_product() {
   Product row{};
   row.weights = WeightType::bf16;
+  row.arithmetic = Arithmetic::bf16;
   row.least_rows[0] = row.least_rows[1] = kMinRows;
+  row.most_rows = kAlways;
   row.tile_rows = kTileRows;
   row.row_tiles = 2;
   row.step_inputs = kTileInputs;
@@ -245,8 +213,8 @@ constexpr Product make_product() {
   row.prepare[0] = prepare<float>;
   row.prepare[1] = prepare<std::uint16_t>;
   row.multiply = multiply;
-  fill_finishes<float>(row.finish[0]);
-  fill_finishes<std::uint16_t>(row.finish[1]);
+  fill_finishes<Avx512, FloatSums<Avx512>, float>(row.finish[0]);
+  fill_finishes<Avx512, FloatSums<Avx512>, std::uint16_t>(row.finish[1]);
   row.place = place;
   row.between = Element::bf16;
   return row;

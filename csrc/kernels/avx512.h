@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ): the vector type of avx512.cpp and amx.cpp, which alone are compiled for it.
+// AVX-512 (F, BW, VL, DQ): the vector type of the files that are compiled for it.
 #pragma once
 
 #include <immintrin.h>
@@ -18,9 +18,13 @@ struct Avx512 {
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
   static F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store_part(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
-  static F load(const std::int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  // Input I of the four that each channel of an int8 panel has side by side.
+  template <int I>
+  static F load_one_of_four(const std::int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * I), 24));
   }
+  // Sums in int32.
+  static F load_sums(const float* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 
   // bf16: the upper half of a float.
   static F from_bf16(__m256i halves) {

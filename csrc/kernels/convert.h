@@ -19,11 +19,19 @@ void widen_bf16(const WidenArgs& args) {
     }
 }
 
+// Whole groups of four inputs: where k is no multiple of them, the zeros after it too.
 template <class V>
 void widen_int8(const WidenArgs& args) {
+  constexpr int kWidth = 2 * V::kWidth;
   const std::int8_t* from = static_cast<const std::int8_t*>(args.panel);
-  for (std::int64_t i = 0; i < args.k * 2 * V::kWidth; i += V::kWidth)
-    V::store(args.to + i, V::load(from + i));
+  float* to = args.to;
+  for (std::int64_t k = 0; k < args.k; k += 4, from += 4 * kWidth, to += 4 * kWidth)
+    for (int c = 0; c < kWidth; c += V::kWidth) {
+      V::store(to + c, V::template load_one_of_four<0>(from + 4 * c));
+      V::store(to + kWidth + c, V::template load_one_of_four<1>(from + 4 * c));
+      V::store(to + 2 * kWidth + c, V::template load_one_of_four<2>(from + 4 * c));
+      V::store(to + 3 * kWidth + c, V::template load_one_of_four<3>(from + 4 * c));
+    }
 }
 
 // T: float or std::uint16_t (bf16).

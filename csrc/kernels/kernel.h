@@ -43,8 +43,8 @@ struct StreamArgs {
   bool into_l1;
 };
 
-// A panel in fp32: [k, width] from what pack_weight made of it, for bf16 (pairs of k: from an even one on,
-// and where k is odd one row more is written) and for int8 (without the scale). The tile reads it from L1.
+// A panel in fp32: [k, width] from what pack_weight made of it, for bf16 and for int8 (without the scale),
+// from a multiple of four inputs on; up to three rows more than k are written. The tile reads it from L1.
 struct WidenArgs {
   const void* panel;
   std::int64_t k;

@@ -49,15 +49,17 @@ struct ProductArgs {
   std::int64_t y_step;
   const char* residual;  // or null
   std::int64_t residual_step;
-  std::int64_t rows, row_lines;
-  Finish* before;  // n_before of them
+  std::int64_t rows, row_lines;  // rows: of x; those that are missing from the row tiles need no sums
+  Finish* before;                // n_before of them
   std::int64_t n_before;
   FinishFn finish;
 };
 
 struct Product {
   WeightType weights;                   // what it multiplies
-  std::int64_t least_rows[kElements];   // from how many rows on, by Element of x; kNever
+  Arithmetic arithmetic;                // int8: x is rounded to int8, row by row
+  std::int64_t least_rows[kElements];   // from how many rows on it is faster, by Element of x; kNever
+  std::int64_t most_rows;               // up to how many
   std::int64_t tile_rows, row_tiles;    // rows of a row tile; row tiles of one product, at most kMaxRowTiles
   std::int64_t step_inputs;             // inputs of one step of k
   std::int64_t step_bytes, tail_bytes;  // of a row tile
@@ -75,10 +77,12 @@ struct Product {
   // row must be whole first (its scale follows from all of it): they are then kept in fp32.
   void (*place)(char* tile, std::int64_t k_steps, std::int64_t panel, EpilogueArgs& args);
   Element between;
+
+  PeakFn peak;  // its multiply-adds and nothing else, as in Kernels; or null
 };
 
-constexpr std::int64_t kNever = INT64_MAX;
-constexpr int kMaxRowTiles = 2;                 // of one product
-constexpr std::int64_t kMaxProductSums = 1024;  // row_tiles * tile_rows * width
+constexpr std::int64_t kNever = INT64_MAX, kAlways = INT64_MAX;  // of least_rows, of most_rows
+constexpr int kMaxRowTiles = 2;                                  // of one product
+constexpr std::int64_t kMaxProductSums = 1024;                   // row_tiles * tile_rows * width
 
 }  // namespace prunekern

@@ -9,20 +9,26 @@
 
 namespace prunekern {
 
-// Steps k and k + 1 of one vector of a bf16 panel: pairs of k lie side by side.
+// Input I of four, of one vector of a panel, c channels from its first; bf16: pairs of inputs lie side by
+// side.
 template <class V>
 struct Bf16Weights {
   using T = std::uint16_t;
-  static typename V::F even(const T* panel, int c) { return V::load_even(panel + 2 * c); }
-  static typename V::F odd(const T* panel, int c) { return V::load_odd(panel + 2 * c); }
+  template <int I>
+  static typename V::F get(const T* panel, int c) {
+    const T* pairs = panel + I / 2 * 4 * V::kWidth + 2 * c;
+    return I % 2 == 0 ? V::load_even(pairs) : V::load_odd(pairs);
+  }
 };
 
-// The same of an int8 panel.
+// int8: fours of them.
 template <class V>
 struct Int8Weights {
   using T = std::int8_t;
-  static typename V::F even(const T* panel, int c) { return V::load(panel + c); }
-  static typename V::F odd(const T* panel, int c) { return V::load(panel + 2 * V::kWidth + c); }
+  template <int I>
+  static typename V::F get(const T* panel, int c) {
+    return V::template load_one_of_four<I>(panel + 4 * c);
+  }
 };
 
 // acc [R, width] = a [R, k] times one panel. Weights are drawn into L2 from `ahead` bytes on, or, of one row,
@@ -32,8 +38,8 @@ void stream(const StreamArgs& args) {
   using F = typename V::F;
   using T = typename Weights::T;
   constexpr int kVector = V::kWidth, kLineBytes = 64, kChains = chains(2 * R);
-  constexpr int kPair = 2 * 2 * kVector;  // values of two steps
-  constexpr int kLines = (2 * kPair * static_cast<int>(sizeof(T)) + kLineBytes - 1) / kLineBytes;
+  constexpr int kFour = 4 * 2 * kVector;  // values of four steps
+  constexpr int kLines = (kFour * static_cast<int>(sizeof(T)) + kLineBytes - 1) / kLineBytes;
   const std::int64_t stride = args.a_stride;
   const float* a = args.a;
   const T* panel = static_cast<const T*>(args.panel);
@@ -63,24 +69,21 @@ void stream(const StreamArgs& args) {
         __builtin_prefetch(line, 0, 2);
     }
 #pragma GCC unroll 2
-    for (int i = 0; i < 4; i += 2)
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) {
-        step(i, c, Weights::even(panel + i / 2 * kPair, c * kVector));
-        step(i + 1, c, Weights::odd(panel + i / 2 * kPair, c * kVector));
-      }
-    a += 4;
-    panel += 2 * kPair;
-  }
-  for (; k >= 2; k -= 2, a += 2, panel += kPair)
-#pragma GCC unroll 2
     for (int c = 0; c < 2; ++c) {
-      step(0, c, Weights::even(panel, c * kVector));
-      step(1, c, Weights::odd(panel, c * kVector));
+      step(0, c, Weights::template get<0>(panel, c * kVector));
+      step(1, c, Weights::template get<1>(panel, c * kVector));
+      step(2, c, Weights::template get<2>(panel, c * kVector));
+      step(3, c, Weights::template get<3>(panel, c * kVector));
     }
-  if (k > 0)
+    a += 4;
+    panel += kFour;
+  }
 #pragma GCC unroll 2
-    for (int c = 0; c < 2; ++c) step(0, c, Weights::even(panel, c * kVector));
+  for (int c = 0; c < 2; ++c) {
+    if (k > 0) step(0, c, Weights::template get<0>(panel, c * kVector));
+    if (k > 1) step(1, c, Weights::template get<1>(panel, c * kVector));
+    if (k > 2) step(2, c, Weights::template get<2>(panel, c * kVector));
+  }
 
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r)

@@ -137,7 +137,7 @@ class Loops {
   }
 
   const float* widened(const char* from, std::int64_t k) {
-    float* to = workspace().weights.get<float>(round_up(k, 2) * width_);
+    float* to = workspace().weights.get<float>(round_up(k, 4) * width_);
     widen_({from, k, to});
     return to;
   }

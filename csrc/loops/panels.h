@@ -14,8 +14,9 @@ struct Layout {
   bool is_scaled;    // every channel has a scale
 };
 
-// By WeightType. bf16: what multiplies pairs reads 32 inputs at a time.
-constexpr Layout kLayouts[] = {{32, 1, 1, false}, {16, 2, 32, false}, {8, 1, 1, true}};
+// By WeightType. Products of 16 bits take inputs two by two, those of 8 bits four by four, and read 32 and 16
+// of them at every step.
+constexpr Layout kLayouts[] = {{32, 1, 1, false}, {16, 2, 32, false}, {8, 4, 16, true}};
 constexpr const Layout& layout(WeightType type) { return kLayouts[static_cast<int>(type)]; }
 
 // Inputs a panel has room for.

@@ -94,6 +94,7 @@ class Panels {
   void run_group(const Layer& layer, const Layer* gate, std::int64_t p, std::int64_t i) {
     const std::int64_t group = group_rows(product_), rows = std::min(group, x_.rows - i * group);
     args_.x = x_.tiles + i * product_.row_tiles * x_tile_bytes_;
+    args_.rows = rows;
     args_.row_tiles = rows == group ? product_.row_tiles : ceil_div(rows, product_.tile_rows);
     if (gate != nullptr) {
       set_finishes(*gate, p, i, rows, true);
@@ -103,7 +104,7 @@ class Panels {
     }
     set_finishes(layer, p, i, rows, false);
     use_panel(layer, p, i);
-    if (target_.windows != nullptr) announce(pipeline_.finishes()[0].args, rows);
+    if (target_.windows != nullptr) announce(pipeline_.finishes()[0].args);
     pipeline_.run(args_, finish_of(layer), gate != nullptr);
   }
 
@@ -169,10 +170,9 @@ class Panels {
   }
 
   // What the finish of this group of rows will touch. Row tiles need no such care: they are in L2 by design.
-  void announce(const EpilogueArgs& finish, std::int64_t rows) {
+  void announce(const EpilogueArgs& finish) {
     const Window &first = finish.windows[0], &last = finish.windows[finish.n_windows - 1];
     const std::int64_t begin = first.column * element_;
-    args_.rows = rows;
     args_.row_lines =
         std::min(ceil_div((last.column + last.width) * element_ - begin, kLine) + 1, kMaxRowLines);
     args_.y = static_cast<const char*>(finish.y) + begin;

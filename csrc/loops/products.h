@@ -9,13 +9,24 @@
 
 namespace prunekern {
 
-// The row for `m` rows of x: the last that takes them. Null: fp32 arithmetic, which every table has.
-inline const Product* product_for(const Kernels& kernels, WeightType type, Element element, std::int64_t m) {
-  const Product* found = nullptr;
-  for (const Product* one : kernels.products)
-    if (one != nullptr && one->weights == type && m >= one->least_rows[static_cast<int>(element)])
-      found = one;
-  return found;
+// Whether x may be rounded to int8 by row for a weight: its sums must fit int32.
+inline bool may_quantize(const Packed& weight) {
+  return weight.activations != Activations::floating && weight.k <= kMostInt8Inputs;
+}
+
+// The row for `m` rows of x: the last that takes them. Null: fp32 arithmetic, which every table has. Where
+// int8 is asked for it is used at any number of rows.
+inline const Product* product_for(const Kernels& kernels, const Packed& weight, Element element,
+                                  std::int64_t m) {
+  const Product *found = nullptr, *asked = nullptr;
+  for (const Product* one : kernels.products) {
+    if (one == nullptr || one->weights != weight.type) continue;
+    const bool quantizes = one->arithmetic == Arithmetic::int8;
+    if (quantizes && !may_quantize(weight)) continue;
+    if (quantizes && asked == nullptr && weight.activations == Activations::int8) asked = one;
+    if (m >= one->least_rows[static_cast<int>(element)] && m <= one->most_rows) found = one;
+  }
+  return found != nullptr ? found : asked;
 }
 
 // Rows of one product. Blocks of rows begin at a whole number of them.

@@ -11,6 +11,7 @@
 #include "loops/panels.h"
 #include "loops/products.h"
 #include "loops/threads.h"
+#include "ops/check_activations.h"
 #include "ops/check_index.h"
 
 namespace prunekern {
@@ -45,6 +46,7 @@ void check(const LinearCall& call) {
   require(call.x_stride >= 0 && call.residual_stride >= 0 && call.y_stride >= call.n_out, "bad row stride");
   require(!layout(call.weight.type).is_scaled || call.weight.scale != nullptr || call.weight.n == 0,
           std::string("an ") + name(call.weight.type) + " weight needs its scale (got none)");
+  check_activations("compact_linear", call.weight);
   require(call.threads >= 1, "threads must be at least 1 (got " + std::to_string(call.threads) + ")");
   if (call.in_index != nullptr)
     check_index("compact_linear", "in_index", call.in_index, call.weight.k, call.in_features);
@@ -65,7 +67,7 @@ void compact_linear(const Kernels& kernels, const LinearCall& call) {
   Reads& reads = kept_reads;
   if (call.in_index != nullptr) make_reads(kernels, call.in_index, call.weight.k, call.in_features, reads);
   const Linear linear{call, kernels, windows, reads};
-  const Product* product = product_for(kernels, call.weight.type, call.element, call.m);
+  const Product* product = product_for(kernels, call.weight, call.element, call.m);
 
   // Rows or panels, whichever leaves the fullest thread less to do; at a tie rows, which share nothing.
   const std::int64_t group = product == nullptr ? kernels.rows : group_rows(*product);

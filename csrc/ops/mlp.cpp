@@ -16,6 +16,7 @@
 #include "loops/scratch.h"
 #include "loops/threads.h"
 #include "ops/bf16.h"
+#include "ops/check_activations.h"
 #include "ops/check_index.h"
 #include "ops/linear.h"
 
@@ -130,6 +131,7 @@ void check(const MlpCall& call) {
     require(!layout(weight->type).is_scaled || weight->scale != nullptr || weight->data == nullptr ||
                 weight->n == 0,
             std::string("an ") + name(weight->type) + " weight needs its scale (got none)");
+    check_activations("compact_mlp", *weight);
   }
   require(call.in_index != nullptr || call.up.k == call.in_features || call.up.k == 0,
           "up reads " + std::to_string(call.up.k) + " inputs, x has " + std::to_string(call.in_features));
@@ -149,10 +151,9 @@ void check(const MlpCall& call) {
 // can stay as it wants them; or null.
 const Product* product_of_all(const Kernels& kernels, const MlpCall& call, std::int64_t m) {
   if (call.up.n == 0 || call.down.n == 0 || call.n_out == 0) return nullptr;
-  const Product* product = product_for(kernels, call.up.type, call.element, m);
+  const Product* product = product_for(kernels, call.up, call.element, m);
   for (const Packed* weight : {&call.gate, &call.down})
-    if (weight->data != nullptr && product_for(kernels, weight->type, call.element, m) != product)
-      return nullptr;
+    if (weight->data != nullptr && product_for(kernels, *weight, call.element, m) != product) return nullptr;
   return product;
 }
 

@@ -14,6 +14,40 @@ Activation parse_activation(const std::string& text) {
   throw std::invalid_argument("activation must be none, relu, gelu, gelu_tanh or silu (got " + text + ")");
 }
 
+const char* name(Activations activations) {
+  switch (activations) {
+    case Activations::floating:
+      return "float";
+    case Activations::int8:
+      return "int8";
+    default:
+      return "auto";
+  }
+}
+
+Activations parse_activations(const std::string& text) {
+  for (Activations one : {Activations::automatic, Activations::floating, Activations::int8})
+    if (text == name(one)) return one;
+  throw std::invalid_argument("activations must be auto, float or int8 (got " + text + ")");
+}
+
+const char* name(Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::bf16:
+      return "bf16";
+    case Arithmetic::int8:
+      return "int8";
+    default:
+      return "fp32";
+  }
+}
+
+Arithmetic parse_arithmetic(const std::string& text) {
+  for (Arithmetic one : {Arithmetic::fp32, Arithmetic::bf16, Arithmetic::int8})
+    if (text == name(one)) return one;
+  throw std::invalid_argument("arithmetic must be fp32, bf16 or int8 (got " + text + ")");
+}
+
 const char* name(WeightType type) {
   switch (type) {
     case WeightType::bf16:

@@ -16,24 +16,26 @@ bool read_residual(PyObject* object, const dlpack::Tensor& x, Element element, s
   return tensor.shape[x.ndim - 1] == n_out && rows(tensor, m, stride);
 }
 
-bool read_weight(PyObject* packed, PyObject* scale, PyObject* bias, std::int64_t n, std::int64_t k,
-                 Packed& weight) {
+bool read_weight(PyObject* packed, PyObject* scale, PyObject* bias, PyObject* activations, std::int64_t n,
+                 std::int64_t k, Packed& weight) {
   static const std::int64_t width = panel_width(active_isa());
   dlpack::Tensor tensor;
   if (n <= 0 || k <= 0 || !view(packed, tensor) || !is_contiguous(tensor)) return false;
   if (tensor.ndim < 3 || tensor.shape[0] != ceil_div(n, width) || tensor.shape[2] != width) return false;
-  if (tensor.ndim == 4 && is(tensor, dlpack::kBfloat, 16)) {
+  if (is(tensor, dlpack::kFloat, 32))
+    weight.type = WeightType::fp32;
+  else if (is(tensor, dlpack::kBfloat, 16))
     weight.type = WeightType::bf16;
-    if (tensor.shape[1] != padded_k(WeightType::bf16, k) / 2 || tensor.shape[3] != 2) return false;
-  } else {
-    if (tensor.ndim != 3 || tensor.shape[1] != k) return false;
-    if (is(tensor, dlpack::kFloat, 32))
-      weight.type = WeightType::fp32;
-    else if (is(tensor, dlpack::kInt, 8))
-      weight.type = WeightType::int8;
-    else
-      return false;
-  }
+  else if (is(tensor, dlpack::kInt, 8))
+    weight.type = WeightType::int8;
+  else
+    return false;
+  const std::int64_t together = layout(weight.type).side_by_side;
+  if (tensor.shape[1] != padded_k(weight.type, k) / together) return false;
+  if (together == 1 ? tensor.ndim != 3 : tensor.ndim != 4 || tensor.shape[3] != together) return false;
+  std::int64_t of_x;
+  if (!to_int(activations, of_x) || of_x < 0 || of_x > static_cast<int>(Activations::int8)) return false;
+  weight.activations = static_cast<Activations>(of_x);
   if (layout(weight.type).is_scaled != (scale != Py_None)) return false;
   if (scale != Py_None && !view_vector(scale, n, weight.scale)) return false;
   if (bias != Py_None && !view_vector(bias, n, weight.bias)) return false;

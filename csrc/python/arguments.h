@@ -18,9 +18,9 @@ bool read_firsts(PyObject* object, std::int64_t last, std::vector<std::int64_t>&
 bool read_residual(PyObject* object, const dlpack::Tensor& x, Element element, std::int64_t m,
                    std::int64_t n_out, const void*& data, std::int64_t& stride);
 
-// pack_weight's panels of a weight [n, k], its scale and bias (both fp32, or None).
-bool read_weight(PyObject* packed, PyObject* scale, PyObject* bias, std::int64_t n, std::int64_t k,
-                 Packed& weight);
+// pack_weight's panels of a weight [n, k], its scale and bias (both fp32, or None), and what becomes of x.
+bool read_weight(PyObject* packed, PyObject* scale, PyObject* bias, PyObject* activations, std::int64_t n,
+                 std::int64_t k, Packed& weight);
 
 bool to_int(PyObject* object, std::int64_t& value);
 bool to_float(PyObject* object, float& value);

@@ -15,9 +15,9 @@ enum Argument { kX, kCos, kSin, kKeys, kValues, kThreads, kLayer, kArgumentCount
 enum Part {
   kNorm,
   kEps,
-  kQkv,  // a weight is three: panels, bias, scale
-  kO = kQkv + 3,
-  kOutIndex = kO + 3,
+  kQkv,  // a weight is four: panels, bias, scale, activations
+  kO = kQkv + 4,
+  kOutIndex = kO + 4,
   kAngle,
   kKeyFirst,
   kValueFirst,
@@ -26,16 +26,16 @@ enum Part {
   kMlpNorm,
   kMlpEps,
   kUp,
-  kGate = kUp + 3,
-  kDown = kGate + 3,
-  kMlpOutIndex = kDown + 3,
+  kGate = kUp + 4,
+  kDown = kGate + 4,
+  kMlpOutIndex = kDown + 4,
   kHidden,
   kActivation,
   kParts
 };
 
 bool read_weight(PyObject* const* parts, std::int64_t n, std::int64_t k, Packed& weight) {
-  return eager::read_weight(parts[0], parts[2], parts[1], n, k, weight);
+  return eager::read_weight(parts[0], parts[2], parts[1], parts[3], n, k, weight);
 }
 
 // [batch, 1, keys, channels] in fp32 with contiguous channels: what a cache of transformers holds.

@@ -16,7 +16,7 @@ void linear(Address x, std::int64_t m, std::int64_t x_stride, std::int64_t in_fe
             std::int64_t n, std::int64_t k, Address y, std::int64_t y_stride, std::int64_t n_out,
             Address bias, Address in_index, Address out_index, const std::string& activation,
             Address residual, std::int64_t residual_stride, int threads, const std::string& weights,
-            Address scale, const std::string& element) {
+            Address scale, const std::string& element, const std::string& activations) {
   LinearCall call;
   call.m = m;
   call.in_features = in_features;
@@ -27,6 +27,7 @@ void linear(Address x, std::int64_t m, std::int64_t x_stride, std::int64_t in_fe
   call.weight.data = at<const void>(packed);
   call.weight.scale = at<const float>(scale);
   call.weight.bias = at<const float>(bias);
+  call.weight.activations = parse_activations(activations);
   call.element = parse_element(element);
   call.x = at<const void>(x);
   call.x_stride = x_stride;
@@ -55,6 +56,7 @@ struct EagerLinear {
     kResidual,
     kThreads,
     kScale,
+    kActivations,
     kArguments
   };
 
@@ -71,7 +73,8 @@ struct EagerLinear {
     std::int64_t k = linear.in_features, n = linear.n_out;
     return eager::read_index(args[kInIndex], linear.in_index, k) &&
            eager::read_index(args[kOutIndex], linear.out_index, n) &&
-           eager::read_weight(args[kPacked], args[kScale], args[kBias], n, k, linear.weight) &&
+           eager::read_weight(args[kPacked], args[kScale], args[kBias], args[kActivations], n, k,
+                              linear.weight) &&
            eager::read_residual(args[kResidual], x, linear.element, linear.m, linear.n_out, linear.residual,
                                 linear.residual_stride);
   }
@@ -94,11 +97,13 @@ void add_linear(py::module_& m) {
         arg("n"), arg("k"), arg("y"), arg("y_stride"), arg("n_out"), arg("bias") = 0, arg("in_index") = 0,
         arg("out_index") = 0, arg("activation") = "none", arg("residual") = 0, arg("residual_stride") = 0,
         arg("threads") = 1, arg("weights") = "fp32", arg("scale") = 0, arg("element") = "fp32",
+        arg("activations") = "auto",
         "LinearCall of prunekern/linear.h. element: what x, residual and y hold, fp32 or bf16.");
-  eager::add_call<EagerLinear>(
-      m,
-      "call(x, packed, bias, in_index, out_index, n_out, activation, residual, threads, scale) -> y, or None "
-      "where the checked path must run it. Knows no autograd, no dispatch modes: ask about those first.");
+  eager::add_call<EagerLinear>(m,
+                               "call(x, packed, bias, in_index, out_index, n_out, activation, residual, "
+                               "threads, scale, activations) -> y, or "
+                               "None where the checked path must run it. Knows no autograd, no dispatch "
+                               "modes: ask about those first.");
 }
 
 }  // namespace prunekern

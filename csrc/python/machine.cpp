@@ -35,8 +35,21 @@ void add_machine(py::module_& m) {
       },
       "(whether AMX works here, why or why not).");
   m.def(
-      "run_peak", [](std::int64_t steps) { return run_peak(active_isa(), steps); }, arg("steps"),
-      "Runs multiply-adds that touch no memory; returns their flops, to be divided by their time.");
+      "bf16_verdict",
+      [] {
+        const Bf16Verdict& verdict = bf16_verdict();
+        return py::make_tuple(verdict.pays, verdict.reason);
+      },
+      "(whether vectors of bf16 multiply faster here than fp32, what a short measurement said).");
+  m.def(
+      "run_peak",
+      [](std::int64_t steps, const std::string& arithmetic) {
+        return run_peak(active_isa(), steps, parse_arithmetic(arithmetic));
+      },
+      arg("steps"), arg("arithmetic") = "fp32",
+      "Runs multiply-adds that touch no memory; returns their flops, to be divided by their time. 0 where "
+      "the "
+      "instruction set has no such arithmetic of its own.");
   m.def(
       "run_read",
       [](Address memory, std::int64_t bytes) {

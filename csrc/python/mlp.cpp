@@ -18,7 +18,7 @@ namespace {
 
 using Layer = std::tuple<std::string, Address, Address, Address>;  // weights, packed, bias, scale
 
-Packed packed(const Layer& layer, std::int64_t n, std::int64_t k) {
+Packed packed(const Layer& layer, std::int64_t n, std::int64_t k, Activations activations) {
   Packed weight;
   weight.type = parse_type(std::get<0>(layer));
   weight.n = n;
@@ -26,6 +26,7 @@ Packed packed(const Layer& layer, std::int64_t n, std::int64_t k) {
   weight.data = at<const void>(std::get<1>(layer));
   weight.bias = at<const float>(std::get<2>(layer));
   weight.scale = at<const float>(std::get<3>(layer));
+  weight.activations = activations;
   return weight;
 }
 
@@ -33,14 +34,15 @@ void mlp(Address x, std::int64_t m, std::int64_t x_stride, std::int64_t in_featu
          const Layer& up, std::int64_t n_hidden, const Layer& down, std::int64_t n, Address y,
          std::int64_t y_stride, std::int64_t n_out, const std::optional<Layer>& gate, Address in_index,
          Address out_index, const std::string& activation, Address residual, std::int64_t residual_stride,
-         int threads, const std::string& element) {
+         int threads, const std::string& element, const std::string& activations) {
+  const Activations made_of = parse_activations(activations);
   MlpCall call;
   call.m = m;
   call.in_features = in_features;
   call.n_out = n_out;
-  call.up = packed(up, n_hidden, k);
-  call.down = packed(down, n, n_hidden);
-  if (gate) call.gate = packed(*gate, n_hidden, k);
+  call.up = packed(up, n_hidden, k, made_of);
+  call.down = packed(down, n, n_hidden, made_of);
+  if (gate) call.gate = packed(*gate, n_hidden, k, made_of);
   call.element = parse_element(element);
   call.x = at<const void>(x);
   call.x_stride = x_stride;
@@ -76,6 +78,7 @@ struct EagerMlp {
     kActivation,
     kResidual,
     kThreads,
+    kActivations,
     kArguments
   };
 
@@ -95,13 +98,17 @@ struct EagerMlp {
       return false;
     if (args[kGate] == Py_None) {
       if (args[kGateBias] != Py_None || args[kGateScale] != Py_None) return false;
-    } else if (!eager::read_weight(args[kGate], args[kGateScale], args[kGateBias], hidden, k, mlp.gate)) {
+    } else if (!read_weight(args, kGate, hidden, k, mlp.gate)) {
       return false;
     }
-    return eager::read_weight(args[kUp], args[kUpScale], args[kUpBias], hidden, k, mlp.up) &&
-           eager::read_weight(args[kDown], args[kDownScale], args[kDownBias], n, hidden, mlp.down) &&
+    return read_weight(args, kUp, hidden, k, mlp.up) && read_weight(args, kDown, n, hidden, mlp.down) &&
            eager::read_residual(args[kResidual], x, mlp.element, mlp.m, mlp.n_out, mlp.residual,
                                 mlp.residual_stride);
+  }
+  // of: kUp, kDown or kGate; biases and scales follow in that order.
+  static bool read_weight(PyObject* const* args, int of, std::int64_t n, std::int64_t k, Packed& weight) {
+    return eager::read_weight(args[of], args[kUpScale + of - kUp], args[kUpBias + of - kUp],
+                              args[kActivations], n, k, weight);
   }
   std::int64_t channels() const { return mlp.n_out; }
   void write_to(void* y) {
@@ -122,12 +129,13 @@ void add_mlp(py::module_& m) {
         arg("n_hidden"), arg("down"), arg("n"), arg("y"), arg("y_stride"), arg("n_out"),
         arg("gate") = py::none(), arg("in_index") = 0, arg("out_index") = 0, arg("activation") = "gelu",
         arg("residual") = 0, arg("residual_stride") = 0, arg("threads") = 1, arg("element") = "fp32",
+        arg("activations") = "auto",
         "MlpCall of prunekern/mlp.h. up, down, gate: (weights, packed, bias, scale), bias and scale 0 where "
         "there is none.");
   eager::add_call<EagerMlp>(
       m,
       "call_mlp(x, up, down, gate, 3 biases, 3 scales, in_index, out_index, n_hidden, n_out, activation, "
-      "residual, threads) -> y, or None: the same for compact_mlp.");
+      "residual, threads, activations) -> y, or None: the same for compact_mlp.");
 }
 
 }  // namespace prunekern

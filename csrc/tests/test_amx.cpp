@@ -98,7 +98,7 @@ double run(const Case& c, const std::vector<float>& weight, std::vector<float> x
   call.y = y.data();
   call.activation = c.activation;
   call.threads = c.threads;
-  CHECK(product_for(kernels(Isa::amx), WeightType::bf16, c.element, c.m) != nullptr,
+  CHECK(product_for(kernels(Isa::amx), call.weight, c.element, c.m) != nullptr,
         "these rows must go through tiles");
   compact_linear(Isa::amx, call);
   CHECK(!amx_in_use(), "tiles must be released after a call");

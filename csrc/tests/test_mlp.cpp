@@ -43,7 +43,8 @@ struct Layer {
             k,
             data,
             type == WeightType::int8 ? scale.data() : nullptr,
-            with_bias ? bias.data() : nullptr};
+            with_bias ? bias.data() : nullptr,
+            Activations::floating};  // test_int8 has the others
   }
 };
 
@@ -120,8 +121,9 @@ void run(Isa isa, const Case& c) {
   call.threads = c.threads;
   compact_mlp(isa, call);
 
-  // The rows between the layers: fp32, or bf16 where x is, or where AMX multiplies them.
-  const bool narrow = c.element == Element::bf16 || (isa == Isa::amx && c.type == WeightType::bf16);
+  // The rows between the layers: fp32, or bf16 where x is, or where they are multiplied so.
+  const bool pairs = isa == Isa::amx || (isa == Isa::avx512_bf16 && bf16_verdict().pays);
+  const bool narrow = c.element == Element::bf16 || (pairs && c.type == WeightType::bf16);
   const double between = narrow ? kEpsBf16 : 0.0, last = c.element == Element::bf16 ? kEpsBf16 : kEps;
   for (std::int64_t r = 0; r < c.m; ++r) {
     std::vector<Sum> inputs(c.in);

@@ -19,7 +19,10 @@ float value_at(WeightType type, const char* packed, std::int64_t width, std::int
     std::memcpy(&value, packed + ((panel * k + j) * width + c) * 4, 4);
     return value;
   }
-  if (type == WeightType::int8) return static_cast<signed char>(packed[(panel * k + j) * width + c]);
+  if (type == WeightType::int8) {
+    const std::int64_t fours = (k + 15) / 16 * 4;
+    return static_cast<signed char>(packed[((panel * fours + j / 4) * width + c) * 4 + j % 4]);
+  }
   const std::int64_t pairs = (k + 31) / 32 * 16;
   std::uint16_t half;
   std::memcpy(&half, packed + (((panel * pairs + j / 2) * width + c) * 2 + j % 2) * 2, 2);
@@ -35,7 +38,9 @@ float expected(WeightType type, float weight, float largest) {
 
 void check(Isa isa, WeightType type, std::int64_t n, std::int64_t k) {
   const std::int64_t width = panel_width(isa), panels = (n + width - 1) / width;
-  const std::int64_t rows = type == WeightType::bf16 ? (k + 31) / 32 * 32 : k;
+  const std::int64_t rows = type == WeightType::bf16   ? (k + 31) / 32 * 32
+                            : type == WeightType::int8 ? (k + 15) / 16 * 16
+                                                       : k;
   const std::int64_t bytes = type == WeightType::fp32 ? 4 : type == WeightType::bf16 ? 2 : 1;
   const std::int64_t size = packed_bytes(isa, type, n, k);
   CHECK(size == panels * rows * width * bytes, "%s %s", name(isa), name(type));

@@ -53,7 +53,7 @@ void multiply(const ProductArgs& args) {
       for (std::int64_t k = 0; k < args.k_steps * kStep; ++k) {
         const char* at = tile + (k / kStep * kTileRows + r % kTileRows) * kStep + k % kStep;
         const int x = static_cast<signed char>(*at);
-        if (x != 0) sum += x * panel[k * kWidth + n];  // the panel ends with k
+        sum += x * panel[(k / kStep * kWidth + n) * kStep + k % kStep];
       }
       std::memcpy(args.acc + r * kWidth + n, &sum, 4);
     }
@@ -83,8 +83,10 @@ void finish(Finish& one, std::int64_t) {
 Product make_product() {
   Product row{};
   row.weights = WeightType::int8;
+  row.arithmetic = Arithmetic::int8;
   row.least_rows[0] = 2;
   row.least_rows[1] = kNever;
+  row.most_rows = kAlways;
   row.tile_rows = kTileRows;
   row.row_tiles = 2;
   row.step_inputs = kStep;
@@ -180,10 +182,13 @@ int main() {
   const Product product = make_product();
   Kernels table = kernels(Isa::generic);
   table.products[0] = &product;
-  CHECK(product_for(table, WeightType::int8, Element::fp32, 2) == &product, "two rows go through it");
-  CHECK(product_for(table, WeightType::int8, Element::fp32, 1) == nullptr, "one row does not");
-  CHECK(product_for(table, WeightType::int8, Element::bf16, 9) == nullptr, "nor do rows in bf16");
-  CHECK(product_for(table, WeightType::bf16, Element::fp32, 9) == nullptr, "nor do other weights");
+  Packed int8, bf16;
+  int8.type = WeightType::int8;
+  bf16.type = WeightType::bf16;
+  CHECK(product_for(table, int8, Element::fp32, 2) == &product, "two rows go through it");
+  CHECK(product_for(table, int8, Element::fp32, 1) == nullptr, "one row does not");
+  CHECK(product_for(table, int8, Element::bf16, 9) == nullptr, "nor do rows in bf16");
+  CHECK(product_for(table, bf16, Element::fp32, 9) == nullptr, "nor do other weights");
 
   // x is rounded to 127 steps of the largest of its row, of about 40 values: an error of 0.29 steps, largest
   // 2.3 deviations, so 127 / 2.3 / 0.29 = 190 to one, 46 dB. Between the layers another such rounding.

@@ -16,6 +16,7 @@ from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
 from ..ops.packing import WEIGHTS
+from ..ops.quantized import ACTIVATIONS_OF_X
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
 from ..storage.shards import Shards
@@ -56,13 +57,15 @@ def save(
             (folder / card.FILE).write_text(card.model_card(model, command), encoding="utf-8")
 
 
-def load(path: str | os.PathLike[str], weights: str = "fp32") -> PreTrainedModel:
+def load(path: str | os.PathLike[str], weights: str = "fp32", activations: str = "auto") -> PreTrainedModel:
     """The compact model in the folder `path`, of the class that config.json names, in eval mode.
 
     weights: how block weights are held, fp32, bf16 (half the memory) or int8 (a quarter, one scale a channel), and the
     head of a causal language model, which is read at every token too; all else (embeddings, norms, biases, other
-    heads) is fp32, and so are activations. How near each comes to float64 is
-    in `prunekern.ops.compact_linear`. Weights are packed for this machine at once.
+    heads) is fp32. Weights are packed for this machine at once.
+    activations: what becomes of what they are multiplied with, where weights are int8: "float" leaves it, "int8" rounds
+    it to 8 bits row by row, and "auto" does so where that is faster with the kernels of this machine. How near each
+    comes to float64 is in `prunekern.ops.compact_linear`.
 
     FileNotFoundError where there is no such folder; ValueError for what is not a compact model, or is truncated,
     edited or foreign: the message names file and tensor.
@@ -71,7 +74,7 @@ def load(path: str | os.PathLike[str], weights: str = "fp32") -> PreTrainedModel
 
     from . import hf  # noqa: F401  (registers the format)
 
-    _known(weights, "load")
+    _known(weights, activations, "load")
     path = Path(path)
     config = read_config(path)
     section = config.get("quantization_config")
@@ -100,7 +103,7 @@ def load(path: str | os.PathLike[str], weights: str = "fp32") -> PreTrainedModel
         raise ValueError(f"{path}: tensor {name!r} is missing")
     for name in sorted(info["unexpected_keys"]):
         raise ValueError(f"{path}: tensor {name!r} is not of this model")
-    return set_weights(model, weights).requires_grad_(False).eval()
+    return set_weights(model, weights, activations).requires_grad_(False).eval()
 
 
 @contextmanager
@@ -115,13 +118,13 @@ def naming(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: transformers makes no model of it ({type(error).__name__}: {said})") from error
 
 
-def set_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:
+def set_weights(model: PreTrainedModel, weights: str, activations: str = "auto") -> PreTrainedModel:
     """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16 or int8 (see
     `load`), and pack them; returns the model. A head that is tied to the embeddings is rounded from them anew.
 
     ValueError for another kind, and for bf16 and int8 where the model is not compact.
     """
-    _known(weights, "set_weights")
+    _known(weights, activations, "set_weights")
     inner: PreTrainedModel = unwrapped(model, "set_weights")
     head = word_head(inner)
     layers = [module for module in inner.modules() if isinstance(module, CompactLinear) and module is not head]
@@ -129,15 +132,21 @@ def set_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:
         got = f"{type(inner).__name__} without plan"
         raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {got})")
     for layer in layers:
-        layer.set_weights(weights)
-    set_head_weights(inner, weights)
+        layer.set_weights(weights, activations)
+    set_head_weights(inner, weights, activations)
     pack_all(inner)
     return model
 
 
-def _known(weights: str, caller: str) -> None:
+def _known(weights: str, activations: str, caller: str) -> None:
     if weights not in WEIGHTS:
         raise ValueError(f"{caller}: weights must be one of {WEIGHTS} (got {weights!r})")
+    if activations not in ACTIVATIONS_OF_X:
+        raise ValueError(f"{caller}: activations must be one of {ACTIVATIONS_OF_X} (got {activations!r})")
+    if activations == "int8" and weights != "int8":
+        raise ValueError(
+            f"{caller}: activations must be auto or float with {weights} weights (got 'int8'): ask for weights='int8'"
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -41,9 +41,9 @@ class Head(CompactLinear):
                 self.weight = source
         return super().run(x, residual, activation, scatter)
 
-    def set_weights(self, kind: str) -> CompactLinear:
+    def set_weights(self, kind: str, activations: str | None = None) -> CompactLinear:
         """As `CompactLinear.set_weights`."""
-        super().set_weights(kind)
+        super().set_weights(kind, activations)
         self.__class__ = Head if self.scale is not None else LinearHead
         return self
 
@@ -123,8 +123,9 @@ def is_tied(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def set_head_weights(model: PreTrainedModel, weights: str) -> None:
-    """Hold the head as fp32, bf16 or int8 (see `prunekern.load`); nothing happens to a model without one.
+def set_head_weights(model: PreTrainedModel, weights: str, activations: str = "auto") -> None:
+    """Hold the head as fp32, bf16 or int8, and what it reads as `prunekern.load` says; nothing happens to a model
+    without one.
 
     A tied one in fp32 shares the embeddings' parameter; in fewer bits it is rounded from them, whatever it was before.
     """
@@ -135,7 +136,7 @@ def set_head_weights(model: PreTrainedModel, weights: str) -> None:
         source = model.get_input_embeddings() if is_tied(model) else model.get_output_embeddings()
         head = _sharing(source.weight, head)
         model.set_output_embeddings(head)
-    head.set_weights(weights)
+    head.set_weights(weights, activations)
     if is_tied(model) and isinstance(head, Head) and head.weight is not model.get_input_embeddings().weight:
         head._rounded_from = Rounded(model.get_input_embeddings())
     if not isinstance(vars(model).get("resize_token_embeddings"), _Resizing):
@@ -160,7 +161,7 @@ class _Resizing:
         head = word_head(model)
         if not isinstance(head, Head):
             return resize(model, *args, **kwargs)
-        kind = head.weights
+        kind, activations = head.weights, head.activations
         model.set_output_embeddings(_dense(model, head))
         try:
             embeddings = resize(model, *args, **kwargs)
@@ -168,7 +169,7 @@ class _Resizing:
             model.set_output_embeddings(head)
             raise
         if kind in WEIGHTS:
-            set_head_weights(model, kind)
+            set_head_weights(model, kind, activations)
         else:  # of a model in fp64 or fp16
             model.set_output_embeddings(_sharing(model.get_output_embeddings().weight, model.get_output_embeddings()))
         return embeddings

@@ -39,6 +39,7 @@ class PacksTogether(nn.Module):
             return ()
         weights = [layer.weight for layer in layers]
         alike = all(is_packable(w) and w.dtype is weights[0].dtype for w in weights)
+        alike = alike and all(layer.activations is layers[0].activations for layer in layers)
         return layers if alike and self.ragged.v_first[-1] > 0 and self._is_plain() else ()
 
     def _layers(self) -> Layers:

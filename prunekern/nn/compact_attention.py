@@ -84,7 +84,8 @@ class CompactAttention(nn.Module):
             return [_kept(layer, x) for layer in layers]
         keys, values = self.qk_first[-1], self.v_first[-1]
         sizes = (self.shared_by * keys, keys, values)
-        y = compact_linear(x, packed.weight, packed.bias, None, None, sum(sizes), "none", None, packed.scale)
+        y = compact_linear(x, packed.weight, packed.bias, None, None, sum(sizes), "none", None, packed.scale,
+                           packed.activations)  # fmt: skip
         return y.split_with_sizes(sizes, -1)
 
     def _check(self, layers: Layers) -> None:
@@ -102,6 +103,8 @@ class CompactAttention(nn.Module):
         weights = [layer._parameters["weight"] for layer in layers]
         dtype, width = weights[0].dtype, x.shape[-1]
         if x.dtype is not _f32 and x.dtype is not dtype:
+            return False
+        if any(layer.activations is not layers[0].activations for layer in layers):
             return False
         for layer, weight in zip(layers, weights, strict=True):
             if weight.dtype is not dtype or weight.shape[1] != width or not is_packable(weight):

@@ -12,6 +12,7 @@ from prunekern import _native
 from prunekern.ops import calls, checks
 from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
 from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, may_pack, quantize_weight
+from prunekern.ops.quantized import ACTIVATIONS_OF_X, OF_X
 from prunekern.ops.seen import is_unchanged
 
 from .buffers import nones_last
@@ -33,6 +34,8 @@ class CompactLinear(nn.Module):
         out_features: channels of y; needed with out_index.
         activation: none, relu, gelu (erf), gelu_tanh or silu.
         weights: fp32, bf16 or int8: the kind to hold the weight in, as `set_weights` does. None: as it comes.
+        activations: auto, float or int8: what becomes of x before it meets an int8 weight, as `compact_linear` says.
+            An attribute, which may be changed; int8 needs an int8 weight.
 
     The kind of the weight is its dtype. fp32 and bf16 are ordinary parameters. int8 holds `weight` [kept_out, kept_in]
     as an int8 parameter and one float32 `scale` a channel [kept_out], a buffer: a quarter of the memory. Whatever the
@@ -63,6 +66,7 @@ class CompactLinear(nn.Module):
         out_features: int | None = None,
         activation: str = "none",
         weights: str | None = None,
+        activations: str = "auto",
     ):
         super().__init__()
         checks.activation("CompactLinear", activation, ACTIVATIONS)
@@ -95,23 +99,34 @@ class CompactLinear(nn.Module):
         nones_last(self)
         self.out_features = out_features
         self.activation = activation
+        self.activations = "auto"
         self._packed: Packed | None = None
-        if weights is not None:
-            self.set_weights(weights)
+        self.set_weights(self.weights if weights is None else weights, activations)
 
     @property
     def weights(self) -> str:
         """The kind of the weight: fp32, bf16 or int8; for another dtype its name."""
         return KIND.get(self.weight.dtype, str(self.weight.dtype).removeprefix("torch."))
 
-    def set_weights(self, kind: str) -> CompactLinear:
+    def set_weights(self, kind: str, activations: str | None = None) -> CompactLinear:
         """Hold the weight as `kind`, fp32, bf16 or int8, from now on; returns self.
 
         A new parameter takes the place of the old one and does not require a gradient. What rounding lost does not
-        come back. ValueError for another kind, and for int8 where the weight holds infinities or NaN.
+        come back. activations: auto, float or int8; None: as they are, or auto where that cannot be. ValueError for
+        another kind, for int8 where the weight holds infinities or NaN, and for int8 activations with other weights.
         """
-        if kind not in WEIGHTS:
+        if kind not in WEIGHTS and kind != self.weights:
             raise ValueError(f"CompactLinear: weights must be one of {', '.join(WEIGHTS)} (got {kind!r})")
+        if activations is None:
+            activations = "auto" if self.activations == "int8" and kind != "int8" else self.activations
+        elif activations not in OF_X:
+            accepted = ", ".join(ACTIVATIONS_OF_X)
+            raise ValueError(f"CompactLinear: activations must be one of {accepted} (got {activations!r})")
+        elif activations == "int8" and kind != "int8":
+            raise ValueError(
+                f"CompactLinear: activations must be auto or float with {kind} weights (got 'int8'): hold them in int8"
+            )
+        self.activations = ACTIVATIONS_OF_X[OF_X[activations]]  # this very string: `Packed` compares by identity
         if kind == self.weights:
             return self
         weight, scale = self.plain_weight().detach(), None
@@ -145,16 +160,16 @@ class CompactLinear(nn.Module):
         rest = (buffers["in_index"], out_index, n_out, activation, residual)
         packed = None
         if (x.dtype is _f32 or x.dtype is _bf16) and _AVAILABLE and fuses(x, residual, weight, bias):
-            if weight.dtype is not _bf16 or fits(x, weight, rest[0]):
+            if weight.dtype is _f32 or fits(x, weight, rest[0]):
                 packed = self.packed()
         if packed is None:
-            return compact_linear(x, weight, bias, *rest, scale)
+            return compact_linear(x, weight, bias, *rest, scale, self.activations)
         if _is_compiling():  # a graph packs nothing, and asks whether the weight changed when it runs
             y: Tensor = torch.ops.prunekern._compact_linear_cached(
-                x, weight, packed.weight, packed.numbers[0], bias, *rest, scale
+                x, weight, packed.weight, packed.numbers[0], bias, *rest, scale, self.activations
             )
             return y
-        return compact_linear(x, packed.weight, packed.bias, *rest, packed.scale)
+        return compact_linear(x, packed.weight, packed.bias, *rest, packed.scale, packed.activations)
 
     def packed(self) -> Packed | None:
         """The packed copy of what the layer holds now, made where it must be; None where the weight does not pack.
@@ -185,7 +200,8 @@ class CompactLinear(nn.Module):
         if self.out_index is not None:
             text += f" of {self.out_features}"
         text += f", bias={self.bias is not None}, activation={self.activation}"
-        return text if self.weight.dtype == torch.float32 else f"{text}, weights={self.weights}"
+        text = text if self.weight.dtype == torch.float32 else f"{text}, weights={self.weights}"
+        return text if self.activations == "auto" else f"{text}, activations={self.activations}"
 
     def _under_autocast(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """autocast mixes 16-bit products and float32 residuals: bring both to what the layer computes in."""
@@ -257,8 +273,8 @@ def fuses(*tensors: Tensor | None) -> bool:
 
 
 def fits(x: Tensor, weight: Tensor, in_index: Tensor | None) -> bool:
-    """False where x is too wide or narrow for a bf16 weight: its panels, padded to 32 inputs, could not tell."""
-    return weight.dtype is not _bf16 or in_index is not None or x.shape[-1] == weight.shape[1]
+    """False where x is too wide or narrow for a weight of 8 or 16 bits: its panels pad inputs, and could not tell."""
+    return weight.dtype is _f32 or in_index is not None or x.shape[-1] == weight.shape[1]
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -21,6 +21,7 @@ class CompactMLP(nn.Module):
     Args:
         up, down, gate: CompactLinear without an activation of their own, or nn.Linear (its weights are shared).
         activation: none, relu, gelu (erf), gelu_tanh or silu.
+        activations: auto, float or int8, for all layers (see `CompactLinear`); None: as they have them.
 
     One kernel call (`prunekern.ops.compact_mlp`) where `mlp_call` says so, else one call a layer; layers with hooks, or
     another forward in place of theirs, and modules put in their places are called as modules.
@@ -36,6 +37,7 @@ class CompactMLP(nn.Module):
         down: CompactLinear | nn.Linear,
         gate: CompactLinear | nn.Linear | None = None,
         activation: str = "gelu",
+        activations: str | None = None,
     ):
         super().__init__()
         checks.activation("CompactMLP", activation, ACTIVATIONS)
@@ -43,6 +45,10 @@ class CompactMLP(nn.Module):
         self.down = _compact("down", down)
         self.register_module("gate", None if gate is None else _compact("gate", gate))
         self.activation = activation
+        if activations is not None:
+            for layer in (self.up, self.down, self.gate):
+                if layer is not None:
+                    layer.set_weights(layer.weights, activations)
         for name, layer in (("up", self.up), ("gate", self.gate)):
             if layer is not None and layer.out_features != self.up.out_features:
                 raise ValueError(
@@ -104,6 +110,8 @@ def _fuses(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
     dtype = weight.dtype
     if last.dtype is not dtype or up._buffers["out_index"] is not None or down._buffers["in_index"] is not None:
         return False
+    if any(layer.activations is not up.activations for layer in layers):
+        return False
     if down.activation != "none" or last.shape[1] != up.out_features or not fits(x, weight, inputs):
         return False
     if x.dtype is not _f32 and x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
@@ -136,13 +144,13 @@ def _fused(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
     if not _is_compiling():
         return compact_mlp(
             x, first.weight, last.weight, third.weight, first.bias, last.bias, third.bias, first.scale, last.scale,
-            third.scale, *rest,
+            third.scale, *rest, first.activations,
         )  # fmt: skip
     packed = (first, last, third)[: len(layers)]
     biases, scales = ([getattr(layer, name) for layer in layers] + [None] for name in ("bias", "scale"))
     y: Tensor = torch.ops.prunekern._compact_mlp_cached(
         x, [layer.weight for layer in layers], [p.weight for p in packed], [p.numbers[0] for p in packed],
-        *biases[:3], *scales[:3], *rest,
+        *biases[:3], *scales[:3], *rest, first.activations,
     )  # fmt: skip
     return y
 
@@ -157,7 +165,7 @@ def fused_plain(
     return compact_mlp(
         x, first["weight"], last["weight"], third["weight"], first["bias"], last["bias"], third["bias"], up_scale,
         down_scale, gate_scale, index, down._buffers["out_index"], up.out_features, down.out_features, activation,
-        residual,
+        residual, up.activations,
     )  # fmt: skip
 
 

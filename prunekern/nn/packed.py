@@ -16,24 +16,30 @@ class Packed:
     """The weights of one or several layers, packed as one: their output channels follow one another.
 
     layers: modules with parameters `weight` [N_i, K] and `bias` [N_i] or None, and a buffer `scale` [N_i] for int8
-    weights (CompactLinear); all of one K and dtype, on the CPU. Holds what the ops take:
+    weights and an attribute `activations` (CompactLinear); all of one K, dtype and `activations`, on the CPU. Holds
+    what the ops take:
 
         weight: panels of [sum N_i, K]
         bias:   float32 [sum N_i], or None where no layer has one
         scale:  float32 [sum N_i], or None unless int8
+        activations: what becomes of x
 
     `is_fresh()` says whether the layers still hold what was packed; `prunekern.ops.seen` says what it can miss. A
     compiled graph asks the same when it runs, by `numbers`: one for each layer's weight. ValueError for weights that do
     not go together.
     """
 
-    __slots__ = ("weight", "bias", "scale", "numbers", "same", "seen", "_seen")
+    __slots__ = ("weight", "bias", "scale", "activations", "numbers", "same", "seen", "_seen")
 
     def __init__(self, layers: Sequence[Any]):
         weights: list[Tensor] = [layer.weight for layer in layers]
         if not weights or not all(map(is_packable, weights)) or len({(w.dtype, w.shape[1]) for w in weights}) > 1:
             got = ", ".join(f"{list(w.shape)} {w.dtype} on {w.device}" for w in weights)
             raise ValueError(f"Packed: weights must share K and be all {', all '.join(KIND.values())} (got {got})")
+        self.activations: str = layers[0].activations
+        if any(layer.activations != self.activations for layer in layers):
+            got = ", ".join(repr(layer.activations) for layer in layers)
+            raise ValueError(f"Packed: activations must be the same of all layers (got {got})")
         self.bias = _joined_bias(layers)
         self.scale = _joined_scale(layers)
         owners: list[tuple[dict[str, Any], str]] = [
@@ -49,13 +55,17 @@ class Packed:
         self.numbers = tuple(seen.number for seen in self._seen[: len(layers)])
         self.weight = pack_weight(weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights]))
         # dict, key, value, and what was seen of the values, as `unchanged` takes them.
-        self.same = tuple(x for (owner, name), t in zip(owners, held, strict=True) for x in (owner, name, t))
+        same = [x for (owner, name), t in zip(owners, held, strict=True) for x in (owner, name, t)]
+        for layer in layers:
+            same += [layer.__dict__, "activations", self.activations]
+        self.same = tuple(same)
         self.seen = tuple(x for seen in self._seen for x in seen.entry)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The layers' own weights, then biases, then scales."""
-        tensors: tuple[Any, ...] = self.same[2::3]
+        held = self.same[2::3]
+        tensors: tuple[Any, ...] = held[: len(held) - len(self.numbers)]
         return tensors
 
     def is_fresh(self) -> bool:

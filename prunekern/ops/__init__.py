@@ -8,6 +8,7 @@ from .dora_gain import dora_gain, row_sqnorm
 from .dora_linear import dora_linear
 from .dora_merge import dora_merge
 from .packing import dequantize_weight, pack_weight, quantize_weight, unpack_weight
+from .quantized import quantize_rows
 from .rms_norm import rms_norm
 from .rotate_pairs import rotate_pairs
 
@@ -20,6 +21,7 @@ __all__ = [
     "dora_linear",
     "dora_merge",
     "pack_weight",
+    "quantize_rows",
     "quantize_weight",
     "rms_norm",
     "rotate_pairs",

@@ -16,6 +16,7 @@ from . import calls, checks
 from .compact_linear import ACTIVATIONS, NUMBER, check_indices, compact_linear, compact_linear_reference, lined_up
 from .flops import Shape, count, of_product
 from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed
+from .quantized import OF_X, check_activations
 from .registering import register
 from .seen import still_holds
 
@@ -42,12 +43,13 @@ def compact_mlp(
     n_out: int | None = None,
     activation: str = "gelu",
     residual: Tensor | None = None,
+    activations: str = "auto",
 ) -> Tensor:
     """y = scatter(down(act(up(gather(x))))) + residual, or with a gate scatter(down(act(gate(x)) * up(x))) + residual.
 
     Schema: `prunekern::compact_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? down_bias,
     Tensor? gate_bias, Tensor? up_scale, Tensor? down_scale, Tensor? gate_scale, Tensor? in_index, Tensor? out_index,
-    int n_hidden, int n_out, str activation, Tensor? residual) -> Tensor`.
+    int n_hidden, int n_out, str activation, Tensor? residual, str activations="auto") -> Tensor`.
 
     Args:
         x: [..., in], any strides; float32 or bfloat16 with packed weights. The rows between the layers have its dtype.
@@ -62,6 +64,7 @@ def compact_mlp(
         n_hidden: H; n_out: channels of y. May be left out with plain weights (n_out: and no out_index).
         activation: none, relu, gelu (erf), gelu_tanh or silu.
         residual: [..., n_out] in the dtype of x, or None.
+        activations: what becomes of x and of the rows between the layers, as in `compact_linear`.
 
     Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
     Raises ValueError or TypeError naming the argument.
@@ -70,6 +73,7 @@ def compact_mlp(
         y = _EAGER(
             x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
             n_hidden, n_out, NUMBER.get(activation, -1) if type(activation) is str else -1, residual, calls.threads(),
+            OF_X.get(activations, -1) if type(activations) is str else -1,
         )  # fmt: skip
         if y is not None:
             return y
@@ -85,7 +89,9 @@ def compact_mlp(
             )
         n_hidden, n_out = up.shape[0], down.shape[0] if n_out is None else n_out
     args = (x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
-            n_hidden, n_out, activation, residual)  # fmt: skip
+            n_hidden, n_out, activation, residual, activations)  # fmt: skip
+    weights = {name: w for name, w in _named(up, down, gate).items() if w is not None}
+    check_activations(OP, activations, x, weights, calls.needs_grad(x, *weights.values(), residual))
     if not packed and not is_packed(down):
         tensors = (x, up, down, gate, up_bias, down_bias, gate_bias, residual)
         if x.device.type == "cuda" and not calls.needs_grad(*tensors):
@@ -107,15 +113,15 @@ def _composed(
     x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
     gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
     in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
-    residual: Tensor | None,
+    residual: Tensor | None, activations: str = "auto",
 ) -> Tensor:  # fmt: skip
     """One `linear` a layer."""
     if gate is None:
-        hidden = linear(x, up, up_bias, in_index, None, n_hidden, activation, None, up_scale)  # [..., H]
+        hidden = linear(x, up, up_bias, in_index, None, n_hidden, activation, None, up_scale, activations)  # [..., H]
     else:
-        hidden = linear(x, gate, gate_bias, in_index, None, n_hidden, activation, None, gate_scale)
-        hidden = hidden * linear(x, up, up_bias, in_index, None, n_hidden, "none", None, up_scale)
-    return linear(hidden, down, down_bias, None, out_index, n_out, "none", residual, down_scale)
+        hidden = linear(x, gate, gate_bias, in_index, None, n_hidden, activation, None, gate_scale, activations)
+        hidden = hidden * linear(x, up, up_bias, in_index, None, n_hidden, "none", None, up_scale, activations)
+    return linear(hidden, down, down_bias, None, out_index, n_out, "none", residual, down_scale, activations)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -125,7 +131,7 @@ def _check_shapes(
     x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
     gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
     in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
-    residual: Tensor | None,
+    residual: Tensor | None, activations: str = "auto",
 ) -> None:  # fmt: skip
     """All that can be told without reading an index."""
     checks.activation(OP, activation, ACTIVATIONS)
@@ -133,6 +139,7 @@ def _check_shapes(
         raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
     checks.floating(OP, "x", x)
     weights, biases = _named(up, down, gate), _named(up_bias, down_bias, gate_bias, "_bias")
+    check_activations(OP, activations, x, {name: w for name, w in weights.items() if w is not None}, False)
     scales = _named(up_scale, down_scale, gate_scale, "_scale")
     checks.dtypes(OP, x, weights, biases, residual)
     others = {"in_index": in_index, "out_index": out_index, "residual": residual}
@@ -173,7 +180,7 @@ def _run_packed(
     x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
     gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
     in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
-    residual: Tensor | None,
+    residual: Tensor | None, activations: str = "auto",
 ) -> Tensor:  # fmt: skip
     if x.dtype not in ELEMENT:
         raise TypeError(f"{OP}: x must be float32 or bfloat16 with packed weights (got {x.dtype})")
@@ -206,7 +213,7 @@ def _run_packed(
         k=k, up=first, n_hidden=n_hidden, down=last, n=n, y=y.data_ptr(), y_stride=n_out, n_out=n_out, gate=third,
         in_index=calls.address(in_index), out_index=calls.address(out_index), activation=activation,
         residual=residual_address, residual_stride=residual_stride, threads=calls.threads(),
-        element=ELEMENT[x.dtype],
+        element=ELEMENT[x.dtype], activations=activations,
     )  # fmt: skip
     return y
 
@@ -237,7 +244,7 @@ def _run_triton(
     x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
     gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
     in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
-    residual: Tensor | None,
+    residual: Tensor | None, activations: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Gate and up in one launch, then down, for few rows; what many rows take, `kernels.compact_finish` says."""
     if gate is None or up.dtype != gate.dtype:
@@ -258,7 +265,7 @@ def _run_triton(
 _REST = (
     "Tensor? up_bias, Tensor? down_bias, Tensor? gate_bias, Tensor? up_scale, Tensor? down_scale, "
     "Tensor? gate_scale, Tensor? in_index, Tensor? out_index, int n_hidden, int n_out, str activation, "
-    "Tensor? residual) -> Tensor"
+    'Tensor? residual, str activations="auto") -> Tensor'
 )
 _SCHEMA = f"compact_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, {_REST}"
 # What compiled modules call, as in compact_linear.py: packed weights, and the plain ones they were made of. The lists

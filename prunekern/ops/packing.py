@@ -62,9 +62,10 @@ def pack_weight(weight: Tensor) -> Tensor:
     |----------|-----------------------------------------------------------------------------|
     | float32  | [ceil(N / w), K, w] float32                                                 |
     | bfloat16 | [ceil(N / w), 16 ceil(K / 32), w, 2] bfloat16: consecutive inputs in pairs  |
-    | int8     | [ceil(N / w), K, w] int8; `quantize_weight` gives such a weight and its scale |
+    | int8     | [ceil(N / w), 4 ceil(K / 16), w, 4] int8: in fours; see `quantize_weight`   |
 
-    w is 8, 16 or 32 by instruction set; what is missing from the last panel, and from the last 32 inputs, is zero.
+    w is 8, 16 or 32 by instruction set; what is missing from the last panel, and from the last 32 or 16 inputs, is
+    zero.
     The layout is not portable: save the plain weight. Raises RuntimeError where the C++ core is missing.
     """
     core = _native.core()
@@ -82,21 +83,23 @@ def pack_weight(weight: Tensor) -> Tensor:
         core.pack_weight(weight.data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.data_ptr())
         return packed
     panels, width = packed.shape[0], packed.shape[2]
-    pair = 2 if packed.dim() == 4 else 1
-    padded = weight.new_zeros(panels * width, packed.shape[1] * pair)
+    together = packed.shape[3]
+    padded = weight.new_zeros(panels * width, packed.shape[1] * together)
     padded[:n, :k] = weight
     steps = packed.shape[1]
-    packed.view(panels, steps, width, pair).copy_(padded.view(panels, width, steps, pair).transpose(1, 2))
+    packed.copy_(padded.view(panels, width, steps, together).transpose(1, 2))
     return packed
 
 
 def unpack_weight(packed: Tensor, n: int, k: int | None = None, scale: Tensor | None = None) -> Tensor:
-    """The plain weight [n, k] in float32 of `pack_weight`'s panels. k: needed for bfloat16, whose panels pad it."""
+    """The plain weight [n, k] in float32 of `pack_weight`'s panels. k: needed for bfloat16 and int8: panels pad it."""
     core = _native.core()
     checks.tensors("unpack_weight", {"packed": packed}, {"scale": scale})
     if k is None:
-        if packed.dtype == torch.bfloat16:
-            raise ValueError("unpack_weight: k is needed with bfloat16 panels (got None)")
+        if packed.dtype != torch.float32:
+            raise ValueError(
+                f"unpack_weight: k is needed with {KIND.get(packed.dtype, packed.dtype)} panels (got None)"
+            )
         k = packed.shape[1] if packed.dim() == 3 else 0
     check_panels("unpack_weight", "packed", packed, n, k)
     check_scale("unpack_weight", "scale", packed, n, scale)
@@ -111,6 +114,8 @@ def panel_shape(n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
     width = _native.core().panel_width()
     if dtype == torch.bfloat16:
         return -(-n // width), -(-k // 32) * 16, width, 2
+    if dtype == torch.int8:
+        return -(-n // width), -(-k // 16) * 4, width, 4
     return -(-n // width), k, width
 
 

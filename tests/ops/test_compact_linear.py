@@ -61,7 +61,10 @@ def test_every_instruction_set(isa):
 def test_unknown_instruction_set_is_refused():
     text = _child("from prunekern import _native; print(_native.available(), _native.why_not())", PRUNEKERN_ISA="sse9")
     if _native._C is not None:
-        assert text == "False no C++ kernels: PRUNEKERN_ISA must be generic, avx2, avx512 or amx (got sse9)"
+        assert text == (
+            "False no C++ kernels: PRUNEKERN_ISA must be generic, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16 or "
+            "amx (got sse9)"
+        )
         code = "import warnings; warnings.simplefilter('always'); import prunekern.ops"
         environment = {**os.environ, "PRUNEKERN_ISA": "sse9"}
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -118,9 +118,9 @@ def test_the_short_way_is_taken():
     if module._EAGER is None:
         pytest.skip("torch < 2.10 has no DLPack exchange ABI: every call is checked in Python")
     packed, x, bias, index = pack_weight(torch.randn(40, 12)), torch.randn(2, 3, 12), torch.randn(40), kept(40, 90)
-    ordinary = (packed, bias, None, index, 90, 2, torch.randn(2, 3, 90), 1, None)
+    ordinary = (packed, bias, None, index, 90, 2, torch.randn(2, 3, 90), 1, None, 0)
     for taken in (x, torch.randn(5, 12), torch.randn(12)[None], torch.randn(2, 3, 20)[..., 4:16], x[:, :1]):
-        rest = (*ordinary[:6], torch.randn(*taken.shape[:-1], 90), 1, None)
+        rest = (*ordinary[:6], torch.randn(*taken.shape[:-1], 90), 1, None, 0)
         assert module._EAGER(taken, *rest) is not None
     for left in (x.double(), x.to("meta"), x.mT.contiguous().mT, torch._neg_view(x), x[:0], x[..., :11], None, 3):
         assert module._EAGER(left, *ordinary) is None

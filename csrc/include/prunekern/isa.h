@@ -7,8 +7,13 @@
 
 namespace prunekern {
 
-// `amx` is avx512 with bf16 tiles: it differs from avx512 where weights are bf16, and nowhere else.
-enum class Isa { generic, avx2, avx512, amx };
+// fp32 arithmetic is that of generic, avx2 or avx512; what others add are products of 8 and 16 bits.
+//   avx2_vnni:   AVX-VNNI, int8 in vectors of 256 bits
+//   avx512_vnni: int8
+//   avx512_bf16: avx512_vnni, and bf16 where a short measurement finds it faster than fp32
+//   amx:         avx512_bf16, and bf16 in tiles
+enum class Isa { generic, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, amx };
+constexpr int kIsas = 7;
 
 const char* name(Isa isa);
 Isa parse_isa(const std::string& text);
@@ -28,9 +33,23 @@ const AmxVerdict& amx_verdict();
 // where the CPU cannot run it).
 Isa active_isa();
 
-// Runs multiply-adds that touch no memory and returns their number of flops: time it, and you have the peak
-// that compact_linear is to be measured against. 100,000 steps take a millisecond or less.
-std::int64_t run_peak(Isa isa, std::int64_t steps);
+// What is multiplied with what.
+enum class Arithmetic { fp32, bf16, int8 };
+const char* name(Arithmetic arithmetic);
+Arithmetic parse_arithmetic(const std::string& text);
+
+// Runs multiply-adds that touch no memory and returns their number of flops (two for each): time it, and you
+// have the peak that compact_linear is to be measured against. 100,000 steps take a millisecond or less. 0
+// where `isa` has no such arithmetic of its own.
+std::int64_t run_peak(Isa isa, std::int64_t steps, Arithmetic arithmetic = Arithmetic::fp32);
+
+// Whether vectors of bf16 (avx512_bf16) multiply faster here than those of fp32, measured once, in a
+// millisecond; and what came out: one line, for people.
+struct Bf16Verdict {
+  bool pays = false;
+  std::string reason;
+};
+const Bf16Verdict& bf16_verdict();
 
 // Reads `bytes` of memory once, the fastest way `isa` has, and returns a checksum (so that nobody drops it).
 std::uint64_t run_read(Isa isa, const void* memory, std::int64_t bytes);

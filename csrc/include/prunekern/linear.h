@@ -16,9 +16,20 @@ namespace prunekern {
 enum class Activation { none, relu, gelu, gelu_tanh, silu };
 Activation parse_activation(const std::string& text);
 
-// How a packed weight is stored. Sums are always fp32.
+// How a packed weight is stored.
 enum class WeightType { fp32, bf16, int8 };
 const char* name(WeightType type);
+
+// What becomes of x before it meets an int8 weight. `floating`: nothing, weights are widened to fp32. `int8`:
+// every row is rounded to int8, q = nearest even of x * (127 / largest |x| of the row), and the products are
+// summed in int32: exact, up to kMostInt8Inputs of them. A row that holds NaN or an infinity gives NaN
+// throughout; one with nothing above 1e-36 counts as zeros. `automatic`: int8 where that is faster with this
+// isa, else floating. Weights in fp32 and bf16 take `automatic` and `floating`, which are the same: x is
+// fp32, or rounded to bf16 where the isa multiplies bf16. Sums of those are fp32.
+enum class Activations { automatic, floating, int8 };
+const char* name(Activations activations);
+Activations parse_activations(const std::string& text);
+constexpr std::int64_t kMostInt8Inputs = 133143;  // 127 * 127 * k < 2^31
 
 // What x, residual and y are. bf16 is std::uint16_t in memory.
 enum class Element { fp32, bf16 };
@@ -30,7 +41,8 @@ std::int64_t panel_width(Isa isa);
 // p*w .. p*w + w - 1, what is missing is zero.
 //   fp32: [ceil(n / w), k, w]
 //   bf16: [ceil(n / w), ceil(k / 32) * 16, w, 2]: pairs of consecutive k, rounded to nearest even
-//   int8: [ceil(n / w), k, w]: value = q * scale[channel], scale = largest |weight| of the channel / 127
+//   int8: [ceil(n / w), ceil(k / 16) * 4, w, 4]: fours of consecutive k; value = q * scale[channel],
+//         scale = largest |weight| of the channel / 127
 // NaN and infinite weights: fp32 and bf16 keep them; an int8 channel that holds one gives NaN throughout.
 // `packed` must hold packed_bytes(...); fresh memory aligned to 2 MiB is laid on huge pages where Linux has
 // them. `scale` [n] is written for int8 and ignored otherwise.
@@ -49,6 +61,7 @@ struct Packed {
   const void* data = nullptr;    // from pack_weight(isa, type, ...)
   const float* scale = nullptr;  // [n], int8 only
   const float* bias = nullptr;   // [n] or null
+  Activations activations = Activations::automatic;
 };
 
 // y = scatter(act(gather(x) W^T + bias)) + residual.

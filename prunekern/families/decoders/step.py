@@ -20,6 +20,7 @@ from ...nn.packed import Packed
 from ...ops import calls
 from ...ops.compact_linear import NUMBER
 from ...ops.packing import is_packable
+from ...ops.quantized import OF_X
 from ...ops.seen import is_unchanged
 from .attention import CompactCausalAttention, Turns
 from .cache_room import find_room, take
@@ -55,6 +56,11 @@ class Block(HasMLP, Protocol):
     _modules: dict[str, nn.Module | None]
 
 
+def _parts_of(packed: Packed) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """A weight as the C++ call takes it."""
+    return packed.weight, packed.bias, packed.scale, OF_X[packed.activations]
+
+
 class Step:
     """The arguments of one block and what they were made of; see `make_step`."""
 
@@ -63,8 +69,8 @@ class Step:
     def __init__(self, block: Block, qkv: Packed, o: Packed, mlp: tuple[Packed, ...]):
         attention, ffn, norm, ffn_norm = _parts(block)
         at, (*_, o_proj), (up, _, down) = attention.layout, *_linears(attention, ffn)
-        weights = [w for p in (qkv, o) for w in (p.weight, p.bias, p.scale)]
-        ffn_weights = [w for p in mlp for w in (p.weight, p.bias, p.scale)]
+        weights = [part for p in (qkv, o) for part in _parts_of(p)]
+        ffn_weights = [part for p in mlp for part in _parts_of(p)]
         self._index = attention.layer_idx
         self._packed = (qkv, o, *mlp)  # they keep the memory whose addresses are compared
         self._layer = (
@@ -145,7 +151,7 @@ def make_step(block: Block) -> Step | None:
     q, k, v, o = attends
     up, gate, down = ffns
     for alike in ((q, k, v), ffns):
-        if len({layer.weight.dtype for layer in alike}) > 1:
+        if len({(layer.weight.dtype, layer.activations) for layer in alike}) > 1:
             return None
     if up.out_index is not None or gate.out_index is not None or down.weight.shape[1] != up.out_features:
         return None
