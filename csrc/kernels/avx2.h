@@ -116,6 +116,17 @@ struct Avx2 {
     const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
     return mul(mul(a, power(half)), power(_mm256_sub_epi32(whole, half)));
   }
+  // max(a, |b|) of the bits, a not negative; and the largest lane of those.
+  static F max_size_bits(F a, F b) {
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(abs(b))));
+  }
+  static std::uint32_t largest_bits(F a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    __m128i most = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1));
+    return static_cast<std::uint32_t>(_mm_cvtsi128_si32(most));
+  }
   static F mix(F a, F b) { return _mm256_xor_ps(a, b); }
   static F select_positive(F x, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));

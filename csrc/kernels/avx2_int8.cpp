@@ -35,13 +35,12 @@ struct Madd256 : Int8Groups<Madd256, 4, 8, 0> {
   static Sum start(const char*, int) { return zero(); }
   static Sum add(Sum a, Sum b) { return _mm256_add_epi32(a, b); }
   static void store(float* p, Sum a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
-  static void put(char* to, V::F q) {
-    // 16 bits each, in each half of 128 bits: 0 1 2 3 -> 0 2 1 3.
-    const __m256i whole = _mm256_cvtps_epi32(q);
-    const __m256i words = _mm256_packs_epi32(whole, whole);
-    const __m256i turned = _mm256_shufflelo_epi16(words, 0xd8);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(turned));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to + kBetween), _mm256_extracti128_si256(turned, 1));
+  static std::int32_t sum(Sum) { return 0; }  // needs none
+  static void put(char* to, V::F scaled, Sum&) {
+    // 16 bits each: in each half 0 1 2 3 -> 0 2 1 3.
+    const __m256i q = _mm256_cvtps_epi32(scaled);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8));
   }
 };
 

@@ -29,12 +29,16 @@ struct Vnni256 : Int8Groups<Vnni256, 6, 4, 128> {
   static Sum start(const char* tail, int r) { return _mm256_set1_epi32(start_of(tail, r)); }
   static Sum add(Sum a, Sum b) { return _mm256_add_epi32(a, b); }
   static void store(float* p, Sum a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
-  static void put(char* to, V::F q) {
-    const __m256i whole = _mm256_cvtps_epi32(q);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    const __m128i bytes = _mm_packs_epi16(words, words);
-    put_four(to, _mm_cvtsi128_si32(bytes));
-    put_four(to + kBetween, _mm_extract_epi32(bytes, 1));
+  static std::int32_t sum(Sum a) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  }
+  static void put(char* to, V::F scaled, Sum& total) {
+    const __m256i q = _mm256_cvtps_epi32(scaled);
+    total = _mm256_add_epi32(total, q);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
   }
 };
 

@@ -81,6 +81,12 @@ struct Avx512 {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F scale(F a, F n) { return _mm512_scalef_ps(a, n); }
+  // max(a, |b|) of the bits, a not negative; and the largest lane of those.
+  static F max_size_bits(F a, F b) {
+    return _mm512_castsi512_ps(
+        _mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(_mm512_abs_ps(b))));
+  }
+  static std::uint32_t largest_bits(F a) { return _mm512_reduce_max_epu32(_mm512_castps_si512(a)); }
   static F mix(F a, F b) { return _mm512_xor_ps(a, b); }
   static F select_positive(F x, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), no, yes);

@@ -41,28 +41,41 @@ struct Bf16Pairs {
 
   template <class T>
   static void prepare(const PrepareArgs& args) {
-    constexpr std::int64_t kInputs = kGroups * kGroupInputs, kStepBytes = kGroups * kRows * kGroupBytes;
-    const std::int64_t tile_bytes = (args.k + kInputs - 1) / kInputs * kStepBytes;
+    constexpr std::int64_t kInputs = kGroups * kGroupInputs, kRowBytes = kGroups * kGroupBytes;
+    const std::int64_t tile_bytes = (args.k + kInputs - 1) / kInputs * kRows * kRowBytes;
     for (std::int64_t r = 0; r < args.rows; ++r) {
       const T* x = static_cast<const T*>(args.x) + r * args.x_stride;
-      char* to = args.to + r / kRows * tile_bytes + r % kRows * kGroupBytes;
-      for (std::int64_t k = 0; k < args.k; k += kInputs, to += kStepBytes) {
-        alignas(64) int pairs[kGroups];
-        _mm512_store_si512(pairs, take(x + k, args.k - k));
-        for (int g = 0; g < kGroups; ++g) __builtin_memcpy(to + g * kRows * kGroupBytes, pairs + g, 4);
-      }
+      char* to = args.to + r / kRows * tile_bytes + r % kRows * kRowBytes;
+      for (std::int64_t k = 0; k < args.k; k += kInputs, to += kRows * kRowBytes)
+        _mm512_storeu_si512(to, take(x + k, args.k - k));
     }
   }
 };
 
-}  // namespace
+const Window kPlain[2] = {{0, 0, 16, 0xffff}, {16, 16, 16, 0xffff}};
+
+// A panel of 32 outputs is one step of the next layer.
+void place(char* tile, std::int64_t, std::int64_t panel, EpilogueArgs& args) {
+  args.windows = kPlain;
+  args.n_windows = 2;
+  args.y = tile + panel * Bf16Pairs::kRows * Bf16Pairs::kGroups * Bf16Pairs::kGroupBytes;
+  args.y_stride = Bf16Pairs::kGroups * Bf16Pairs::kGroupInputs;
+}
 
 // One row or two wait for weights either way, and there x stays fp32: of 768 x 3072 weights, one row is
 // multiplied at 49 GFLOP/s here and at 57 where weights are widened, three at 140 and 98 (EPYC).
 constexpr std::int64_t kLeastRows = 3;
 
-constexpr Product kAvx512Bf16 =
-    make_dot_product<Bf16Pairs, FloatSums<Avx512>, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>(
-        WeightType::bf16, Arithmetic::bf16, kLeastRows, kAlways);
+constexpr Product make_product() {
+  Product row = make_dot_product<Bf16Pairs, FloatSums<Avx512>, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>(
+      WeightType::bf16, Arithmetic::bf16, kLeastRows, kAlways);
+  row.place = place;
+  row.between = Element::bf16;
+  return row;
+}
+
+}  // namespace
+
+constexpr Product kAvx512Bf16 = make_product();
 
 }  // namespace prunekern

@@ -26,12 +26,11 @@ struct Vnni512 : Int8Groups<Vnni512, 14, 4, 128> {
   static Sum start(const char* tail, int r) { return _mm512_set1_epi32(start_of(tail, r)); }
   static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
   static void store(float* p, Sum a) { _mm512_storeu_si512(p, a); }
-  static void put(char* to, V::F q) {
-    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(q));
-    put_four(to, _mm_cvtsi128_si32(bytes));
-    put_four(to + kBetween, _mm_extract_epi32(bytes, 1));
-    put_four(to + 2 * kBetween, _mm_extract_epi32(bytes, 2));
-    put_four(to + 3 * kBetween, _mm_extract_epi32(bytes, 3));
+  static std::int32_t sum(Sum a) { return _mm512_reduce_add_epi32(a); }
+  static void put(char* to, V::F scaled, Sum& total) {
+    const __m512i q = _mm512_cvtps_epi32(scaled);
+    total = _mm512_add_epi32(total, q);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(q));
   }
 };
 

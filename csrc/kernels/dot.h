@@ -3,7 +3,7 @@
 //
 // The tile is that of tile.h: R rows of x by two vectors of channels, R x 2 sums in registers over the whole
 // of k. A step of k is `kGroups` groups of inputs, each one vector of weights for a vector of channels.
-//   row tile: [k_steps][kGroups][kRows] groups of kGroupBytes, then D::Tail
+//   row tile: [k_steps][kRows][kGroups] groups of kGroupBytes, then what D says of its rows
 //
 // AVX-512 VNNI, 14 rows: 28 vpdpbusd of a group want 2 vectors of weights and 14 broadcasts, 16 loads; at one
 // vpdpbusd (EPYC) or two (Xeon) a cycle the loads never bind. Weights come from L2 at 128 bytes per 28
@@ -48,21 +48,22 @@ void dot_tile(const ProductArgs& args) {
         residual += args.residual_step;
       }
     }
-    for (int four = 0; four < D::kGroups / 4; ++four) {
+    for (int four = 0; four < D::kGroups; four += 4) {
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
         const typename D::Weights weights[2] = {D::weights(panel + 2 * g * kVectorBytes),
                                                 D::weights(panel + (2 * g + 1) * kVectorBytes)};
 #pragma GCC unroll 14
         for (int r = 0; r < R; ++r) {
-          const typename D::X x = D::x(a + (g * D::kRows + r) * D::kGroupBytes);
+          const typename D::X x = D::x(a + (r * D::kGroups + g) * D::kGroupBytes);
 #pragma GCC unroll 2
           for (int c = 0; c < 2; ++c) acc[g % kChains][r][c] = D::dot(acc[g % kChains][r][c], weights[c], x);
         }
       }
-      a += 4 * D::kRows * D::kGroupBytes;
+      a += 4 * D::kGroupBytes;
       panel += 4 * 2 * kVectorBytes;
     }
+    a += (D::kRows - 1) * D::kGroups * D::kGroupBytes;
   }
 
 #pragma GCC unroll 14

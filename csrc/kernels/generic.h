@@ -138,6 +138,20 @@ struct Generic {
       return a.v[i] * __builtin_ldexpf(1.0f, half) * __builtin_ldexpf(1.0f, power - half);
     });
   }
+  static std::uint32_t size_bits(float a) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &a, 4);
+    return bits & 0x7fffffffu;
+  }
+  // max(a, |b|) of the bits, a not negative; and the largest lane of those.
+  static F max_size_bits(F a, F b) {
+    return each([&](int i) { return size_bits(a.v[i]) >= size_bits(b.v[i]) ? a.v[i] : abs(b).v[i]; });
+  }
+  static std::uint32_t largest_bits(F a) {
+    std::uint32_t most = 0;
+    for (int i = 0; i < 4; ++i) most = size_bits(a.v[i]) > most ? size_bits(a.v[i]) : most;
+    return most;
+  }
   static F mix(F a, F b) {  // of bits, for a checksum
     return each([&](int i) {
       std::uint32_t x, y;

@@ -41,7 +41,9 @@ struct GenericInt8 : Int8Groups<GenericInt8, 4, 8, 0> {
     return a;
   }
   static void store(float* p, Sum a) { __builtin_memcpy(p, a.v, 16); }
-  static void put(char* to, V::F q) {
+  static std::int32_t sum(const Sum&) { return 0; }  // needs none
+  static void put(char* to, V::F scaled, Sum&) {
+    const V::F q = V::round(scaled);
     std::int16_t words[4];
     for (int i = 0; i < 4; ++i) words[i] = static_cast<std::int16_t>(q.v[i]);
     __builtin_memcpy(to, words, 8);

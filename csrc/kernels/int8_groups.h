@@ -11,7 +11,6 @@ template <class D, int rows, int bytes, int offset>
 struct Int8Groups {
   static constexpr int kRows = rows, kGroups = 4, kGroupInputs = 4, kGroupBytes = bytes;
   static constexpr int kUnsignedOffset = -offset, kTailBytes = sizeof(RowTail<rows>);
-  static constexpr int kBetween = rows * bytes;  // from group to group of a row
   static constexpr bool kHasPeak =
       offset != 0;  // the others share work that a loop without memory would do once
 
@@ -20,7 +19,6 @@ struct Int8Groups {
     __builtin_memcpy(&value, p, 4);
     return value;
   }
-  static void put_four(char* to, int value) { __builtin_memcpy(to, &value, 4); }
   static std::int32_t start_of(const char* tail, int row) {
     return reinterpret_cast<const RowTail<rows>*>(tail)->start[row];
   }

@@ -12,53 +12,59 @@ struct RowTail {
   std::int32_t start[rows];
 };
 
-// One row: q = nearest even of x * (127 / largest), scale = largest / 127. Nothing above 1e-36: zeros, as 127
-// / largest is no fp32 number then. NaN or an infinity: scale NaN, which makes the whole row of y NaN. D::put
-// lays one vector of q out at `to`, groups of D::kGroupInputs a row tile's width apart. Returns the sum of q.
+// The largest |x| of a row; NaN where one is NaN or infinite. By the bits, whose order is that of sizes, with infinity
+// and NaN at the end. Four vectors at a time, as each waits for the one before.
+template <class V, class T>
+inline float largest_of(const T* x, std::int64_t k) {
+  using F = typename V::F;
+  constexpr int kVector = V::kWidth, kAtOnce = 4;
+  F most[kAtOnce];
+#pragma GCC unroll 4
+  for (int i = 0; i < kAtOnce; ++i) most[i] = V::set(0.0f);
+  std::int64_t at = 0;
+  for (; at + kAtOnce * kVector <= k; at += kAtOnce * kVector)
+#pragma GCC unroll 4
+    for (int i = 0; i < kAtOnce; ++i) most[i] = V::max_size_bits(most[i], V::load(x + at + i * kVector));
+  for (; at + kVector <= k; at += kVector) most[0] = V::max_size_bits(most[0], V::load(x + at));
+  if (at < k) most[1] = V::max_size_bits(most[1], V::load_part(x + at, static_cast<int>(k - at)));
+  const F all = V::max_size_bits(V::max_size_bits(most[0], most[1]), V::max_size_bits(most[2], most[3]));
+  const std::uint32_t bits = V::largest_bits(all);
+  float largest;
+  __builtin_memcpy(&largest, &bits, 4);
+  return bits < 0x7f800000u ? largest : __builtin_nanf("");
+}
+
+// One row: q = nearest even of x * (127 / largest), scale = largest / 127. Nothing above 1e-36: zeros, as 127 / largest
+// is no fp32 number then. NaN or an infinity: scale NaN, which makes the whole row of y NaN. D::put rounds one vector of
+// groups to where they belong and adds them to D's totals. Returns the sum of q.
 template <class D, class T>
 inline std::int32_t quantize_row(const T* x, std::int64_t k, char* to, float& scale) {
   using V = typename D::V;
   using F = typename V::F;
-  constexpr int kVector = V::kWidth;
-  constexpr std::int64_t kBytes =
-      D::kRows * D::kGroupBytes * (kVector / D::kGroupInputs);  // from vector to vector
-  const std::int64_t whole = k / kVector * kVector;
-  const F zero = V::set(0.0f);
-  const F rest = V::load_part(x + whole, static_cast<int>(k - whole));
-  F size = V::abs(rest), spoilt = V::mul(rest, zero);  // NaN where a value is not finite
-  for (std::int64_t i = 0; i < whole; i += kVector) {
-    const F value = V::load(x + i);
-    size = V::max(size, V::abs(value));
-    spoilt = V::madd(value, zero, spoilt);
-  }
-  float lanes[kVector], checks[kVector];
-  V::store(lanes, size);
-  V::store(checks, spoilt);
-  float largest = lanes[0], check = checks[0];
-  for (int i = 1; i < kVector; ++i) {
-    largest = lanes[i] > largest ? lanes[i] : largest;
-    check += checks[i];
-  }
-  const bool finite = check == check, some = finite && largest > 1e-36f;
-  scale = !finite ? __builtin_nanf("") : some ? largest / 127.0f : 0.0f;
-  const F inverse = V::set(some ? 127.0f / largest : 0.0f);
-  F total = zero;
-  for (std::int64_t i = 0; i < whole; i += kVector, to += kBytes) {
-    const F q = some ? V::round(V::mul(V::load(x + i), inverse)) : zero;
-    total = V::add(total, q);
-    D::put(to, q);
-  }
-  const std::int64_t padded = (k + D::kGroups * D::kGroupInputs - 1) / (D::kGroups * D::kGroupInputs) *
-                              (D::kGroups * D::kGroupInputs);
-  for (std::int64_t i = whole; i < padded; i += kVector, to += kBytes) {
-    const F q = some && i == whole ? V::round(V::mul(rest, inverse)) : zero;
-    total = V::add(total, q);
-    D::put(to, q);
-  }
-  V::store(lanes, total);
-  std::int32_t sum = 0;
-  for (int i = 0; i < kVector; ++i) sum += static_cast<std::int32_t>(lanes[i]);
-  return sum;
+  constexpr int kVector = V::kWidth, kInputs = D::kGroups * D::kGroupInputs;
+  constexpr std::int64_t kVectorBytes = D::kGroupBytes * (kVector / D::kGroupInputs);
+  constexpr std::int64_t kStepBytes = D::kRows * D::kGroups * D::kGroupBytes;
+  const float largest = largest_of<V>(x, k);
+  const bool is_finite = largest == largest, is_some = is_finite && largest > 1e-36f;
+  scale = is_some ? largest / 127.0f : is_finite ? 0.0f : largest;
+  const F inverse = V::set(is_some ? 127.0f / largest : 0.0f);
+  typename D::Sum total = D::zero();
+  std::int64_t at = 0;
+  if (is_some)
+    for (; at + kInputs <= k; at += kInputs, to += kStepBytes)
+#pragma GCC unroll 4
+      for (int i = 0; i < kInputs / kVector; ++i)
+        D::put(to + i * kVectorBytes, V::mul(V::load(x + at + i * kVector), inverse), total);
+  for (; at < k; at += kInputs, to += kStepBytes)
+    for (int i = 0; i < kInputs / kVector; ++i) {
+      const std::int64_t left = k - at - i * kVector;
+      F value = V::set(0.0f);
+      if (is_some && left > 0)
+        value = left >= kVector ? V::load(x + at + i * kVector)
+                                : V::load_part(x + at + i * kVector, static_cast<int>(left));
+      D::put(to + i * kVectorBytes, V::mul(value, inverse), total);
+    }
+  return D::sum(total);
 }
 
 template <class D, class T>
@@ -70,8 +76,8 @@ void quantize_rows(const PrepareArgs& args) {
     auto* tail = reinterpret_cast<RowTail<D::kRows>*>(tile + tiles_bytes);
     for (std::int64_t r = 0; r < kRows && first + r < args.rows; ++r) {
       const T* x = static_cast<const T*>(args.x) + (first + r) * args.x_stride;
-      const std::int32_t sum = quantize_row<D, T>(x, args.k, tile + r * D::kGroupBytes, tail->scale[r]);
-      tail->start[r] = D::kUnsignedOffset * sum;
+      char* to = tile + r * D::kGroups * D::kGroupBytes;
+      tail->start[r] = D::kUnsignedOffset * quantize_row<D, T>(x, args.k, to, tail->scale[r]);
     }
   }
 }
