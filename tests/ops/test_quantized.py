@@ -55,7 +55,8 @@ def test_packed_against_the_reference(activation, dtype):
             step = 2**-7 if dtype == torch.bfloat16 else 1e-6  # one step of y, where the sums round to either side
             for _ in range(2):  # the second call takes the short way
                 got = compact_linear(x, pack_weight(weight), *args)
-                torch.testing.assert_close(got, want, rtol=step, atol=step * float(want.abs().max()))
+                coarse = 6e-5 if activation == "gelu" else 0.0  # a short polynomial, as sums are coarse
+                torch.testing.assert_close(got, want, rtol=step, atol=step * float(want.abs().max()) + coarse)
             torch.testing.assert_close(compact_linear(x, weight, *args), want, rtol=0, atol=0)
 
 
