@@ -88,6 +88,9 @@ Kernels make_table(Isa isa) {
   int next = 0;
   for (const Row& row : kRows)
     if (row.isa == isa && is_wanted(row)) table.products[next++] = row.product;
+#ifdef PRUNEKERN_AVX512_BF16
+  if ((isa == Isa::avx512_bf16 || isa == Isa::amx) && bf16_verdict().pays) table.heads = &kAvx512Bf16Heads;
+#endif
   return table;
 }
 

@@ -15,11 +15,11 @@
 
 namespace prunekern {
 
-template <class D, int R>
+template <class D, int R, int C>
 void dot_tile(const ProductArgs& args) {
   using Sum = typename D::Sum;
   constexpr int kVector = D::V::kWidth, kVectorBytes = 4 * kVector, kLineBytes = 64;
-  constexpr int kChains = chains(2 * R);  // 1, 2 or 4
+  constexpr int kChains = chains(R * C);  // 1, 2 or 4
   static_assert(D::kGroups % 4 == 0, "groups are taken by four");
   const char* a = args.x;
   const char* panel = args.panel;
@@ -29,13 +29,13 @@ void dot_tile(const ProductArgs& args) {
   const char* residual = args.residual;
   int rows_left = args.row_lines > 0 ? R : 0;
 
-  Sum acc[kChains][R][2];
+  Sum acc[kChains][R][C];
 #pragma GCC unroll 4
   for (int s = 0; s < kChains; ++s)
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) acc[s][r][c] = s == 0 ? D::start(tail, r) : D::zero();
+      for (int c = 0; c < C; ++c) acc[s][r][c] = s == 0 ? D::start(tail, r) : D::zero();
 
   for (std::int64_t k = 0; k < args.k_steps; ++k) {
     for (std::int64_t i = 0; i < args.next_lines; ++i, next += kLineBytes) __builtin_prefetch(next, 0, 2);
@@ -51,13 +51,14 @@ void dot_tile(const ProductArgs& args) {
     for (int four = 0; four < D::kGroups; four += 4) {
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
-        const typename D::Weights weights[2] = {D::weights(panel + 2 * g * kVectorBytes),
-                                                D::weights(panel + (2 * g + 1) * kVectorBytes)};
+        typename D::Weights weights[C];
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) weights[c] = D::weights(panel + (2 * g + c) * kVectorBytes);
 #pragma GCC unroll 14
         for (int r = 0; r < R; ++r) {
           const typename D::X x = D::x(a + (r * D::kGroups + g) * D::kGroupBytes);
 #pragma GCC unroll 2
-          for (int c = 0; c < 2; ++c) acc[g % kChains][r][c] = D::dot(acc[g % kChains][r][c], weights[c], x);
+          for (int c = 0; c < C; ++c) acc[g % kChains][r][c] = D::dot(acc[g % kChains][r][c], weights[c], x);
         }
       }
       a += 4 * D::kGroupBytes;
@@ -70,9 +71,12 @@ void dot_tile(const ProductArgs& args) {
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int c = 0; c < 2; ++c) {
-      Sum sum = acc[0][r][c];
+      Sum sum = D::zero();  // of channels that nobody wants
+      if (c < C) {
+        sum = acc[0][r][c < C ? c : 0];
 #pragma GCC unroll 4
-      for (int s = 1; s < kChains; ++s) sum = D::add(sum, acc[s][r][c]);
+        for (int s = 1; s < kChains; ++s) sum = D::add(sum, acc[s][r][c < C ? c : 0]);
+      }
       D::store(args.acc + (2 * r + c) * kVector, sum);
     }
 }
@@ -81,13 +85,14 @@ void dot_tile(const ProductArgs& args) {
 template <class D, int... R>
 void dot_rows(const ProductArgs& args) {
   using TileOfRows = void (*)(const ProductArgs&);
-  static constexpr TileOfRows tiles[] = {nullptr, dot_tile<D, R>...};
+  static constexpr TileOfRows tiles[] = {nullptr, dot_tile<D, R, 2>...},
+                              halves[] = {nullptr, dot_tile<D, R, 1>...};
   static_assert(sizeof...(R) == D::kRows, "a tile for every number of rows");
   for (std::int64_t i = 0; i < args.n_before; ++i) {
     Finish& one = args.before[i];
     if (one.written < one.args.rows) args.finish(one, D::kRows + kAhead);
   }
-  tiles[args.rows < D::kRows ? args.rows : D::kRows](args);
+  (args.half ? halves : tiles)[args.rows < D::kRows ? args.rows : D::kRows](args);
 }
 
 // What the units can do: independent chains and no memory.

@@ -126,6 +126,7 @@ struct Kernels {
   PeakFn peak;                            // multiply-adds and nothing else; returns how many flops that was
   ReadFn read;                            // reads memory once, returns a checksum
   AttentionKernels attention;
+  const Product* heads;  // products of attention in bf16, as many rows as the tiles have; or null
 };
 
 extern const Kernels kGenericKernels;

@@ -49,6 +49,7 @@ struct ProductArgs {
   std::int64_t y_step;
   const char* residual;  // or null
   std::int64_t residual_step;
+  bool half;                     // only the first half of the panel's channels is wanted; may be ignored
   std::int64_t rows, row_lines;  // rows: of x; those that are missing from the row tiles need no sums
   Finish* before;                // n_before of them
   std::int64_t n_before;
@@ -77,6 +78,9 @@ struct Product {
   // row must be whole first (its scale follows from all of it): they are then kept in fp32.
   void (*place)(char* tile, std::int64_t k_steps, std::int64_t panel, EpilogueArgs& args);
   Element between;
+
+  // fp32 panels [panels][k, width] as this multiplies them, [panels] of k_steps * panel_step_bytes; or null.
+  void (*pair_up)(const float* from, std::int64_t panels, std::int64_t k, char* to);
 
   PeakFn peak;  // its multiply-adds and nothing else, as in Kernels; or null
 };

@@ -19,7 +19,7 @@ extern const Product kAvx512VnniInt8;
 extern const Product kAvx2VnniInt8;
 #endif
 #ifdef PRUNEKERN_AVX512_BF16
-extern const Product kAvx512Bf16;
+extern const Product kAvx512Bf16, kAvx512Bf16Heads;  // of layers; of attention
 #endif
 
 }  // namespace prunekern

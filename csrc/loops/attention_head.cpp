@@ -10,6 +10,8 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/product.h"
+#include "loops/products.h"
 #include "loops/scratch.h"
 
 namespace prunekern {
@@ -25,26 +27,41 @@ std::int64_t odd_lines(std::int64_t floats) { return round_up(floats, 32) + 16; 
 // Memory of one thread for one head, in floats.
 struct Workspace {
   float *keys, *values, *q, *scores, *p, *sums;
+  char *key_pairs, *value_pairs, *q_tile, *p_tile;  // of bf16 products
   std::int64_t q_stride, p_stride;
 
-  Workspace(const Kernels& kernel, std::int64_t n, std::int64_t qk, std::int64_t v, bool is_packed,
-            Scratch& scratch) {
+  Workspace(const Kernels& kernel, const Product* pairs, std::int64_t n, std::int64_t qk, std::int64_t v,
+            bool is_packed, Scratch& scratch) {
     const std::int64_t padded = round_up(n, kernel.width), block = std::min(padded, kKeyBlock);
     q_stride = odd_lines(qk);
     p_stride = odd_lines(block);
     const std::int64_t v_floats = round_up(v, kernel.width);
-    const std::int64_t sizes[] = {
-        is_packed ? padded * qk : 0, is_packed ? n * v_floats : 0,
-        kernel.rows * q_stride,      kernel.rows * block,
-        kernel.rows * p_stride,      kernel.rows * (is_packed ? kernel.width : v_floats)};
+    const std::int64_t sizes[] = {is_packed ? padded * qk : 0,
+                                  is_packed ? n * v_floats : 0,
+                                  kernel.rows * q_stride,
+                                  kernel.rows * block,
+                                  kernel.rows * p_stride,
+                                  kernel.rows * (is_packed ? kernel.width : v_floats),
+                                  pairs == nullptr ? 0 : padded / kernel.width * panel_floats(*pairs, qk),
+                                  pairs == nullptr ? 0 : v_floats / kernel.width * panel_floats(*pairs, n),
+                                  pairs == nullptr ? 0 : row_tile_bytes(*pairs, qk) / 4,
+                                  pairs == nullptr ? 0 : row_tile_bytes(*pairs, block) / 4};
     std::int64_t total = 0;
     for (std::int64_t size : sizes) total += round_up(size, kLine / 4);
     float* next = scratch.get<float>(total);
-    float** parts[] = {&keys, &values, &q, &scores, &p, &sums};
-    for (int i = 0; i < 6; ++i) {
+    float *of_keys, *of_values, *of_q, *of_p;
+    float** parts[] = {&keys, &values, &q, &scores, &p, &sums, &of_keys, &of_values, &of_q, &of_p};
+    for (int i = 0; i < 10; ++i) {
       *parts[i] = next;
       next += round_up(sizes[i], kLine / 4);
     }
+    key_pairs = reinterpret_cast<char*>(of_keys);
+    value_pairs = reinterpret_cast<char*>(of_values);
+    q_tile = reinterpret_cast<char*>(of_q);
+    p_tile = reinterpret_cast<char*>(of_p);
+  }
+  static std::int64_t panel_floats(const Product& pairs, std::int64_t k) {
+    return steps(pairs, k) * pairs.panel_step_bytes / 4;
   }
 };
 
@@ -108,6 +125,7 @@ struct Head {
   float* y;
   std::int64_t y_stride;
   const InPlace* in_place;  // null: packed, in the workspace
+  const Product* pairs;     // null: fp32
 
   // One tile of queries.
   void run(Range rows, const Workspace& work, Ahead& ahead) const {
@@ -127,6 +145,7 @@ struct Head {
       a = work.q;
       a_stride = work.q_stride;
     }
+    if (pairs != nullptr) prepare(a, a_stride, count, qk, work.q_tile);
     for (std::int64_t first = 0; first < n; first += kKeyBlock) {
       const std::int64_t keys = std::min(kKeyBlock, n - first);
       const bool last = first + keys == n;
@@ -134,6 +153,7 @@ struct Head {
       if (seen != nullptr) forbid(rows, {first, first + keys}, work.scores);
       kernel.attention.softmax(
           {work.scores, count, keys, last ? present : all, work.p, work.p_stride, max, sum, decay});
+      if (pairs != nullptr) prepare(work.p, work.p_stride, count, keys, work.p_tile);
       for (std::int64_t r = 0; r < count; ++r) after[r] = last ? 1.0f / sum[r] : 1.0f;
       for (std::int64_t c = 0; c < v; c += width) {
         const float* sums = weigh({first, first + keys}, c, rows, work, ahead);
@@ -152,7 +172,13 @@ struct Head {
     if (in_place != nullptr)
       return kernel.attention.score({a, a_stride, count, in_place->keys, in_place->k_row + keys.begin,
                                      keys.size(), qk, in_place->scale, work.scores});
-    for (std::int64_t p = 0; p * kernel.width < keys.size(); ++p) {
+    for (std::int64_t p = 0; pairs != nullptr && p * kernel.width < keys.size(); ++p) {
+      multiply(work.q_tile, qk, count,
+               work.key_pairs + (keys.begin / kernel.width + p) * steps(*pairs, qk) * pairs->panel_step_bytes,
+               keys.size() - p * kernel.width, work.scores + p * count * kernel.width);
+      ahead.step();
+    }
+    for (std::int64_t p = 0; pairs == nullptr && p * kernel.width < keys.size(); ++p) {
       TileArgs args{};
       args.a = a;
       args.a_stride = a_stride;
@@ -173,6 +199,15 @@ struct Head {
       return work.sums + c * rows.size();
     }
     const std::int64_t columns = std::min<std::int64_t>(kernel.width, v - c);
+    if (pairs != nullptr) {
+      // Blocks of keys begin at whole steps: kKeyBlock is a multiple of one.
+      const std::int64_t panel = c / kernel.width * steps(*pairs, keys_there) * pairs->panel_step_bytes;
+      multiply(work.p_tile, keys.size(), rows.size(),
+               work.value_pairs + panel + steps(*pairs, keys.begin) * pairs->panel_step_bytes, columns,
+               work.sums);
+      ahead.step();
+      return work.sums;
+    }
     TileArgs args{};
     args.a = work.p;
     args.a_stride = work.p_stride;
@@ -193,6 +228,29 @@ struct Head {
     for (std::int64_t r = 0; r < count; ++r)
       for (std::int64_t i = std::max(seen[rows.begin + r], keys.begin) - keys.begin; i < keys.size(); ++i)
         scores[(i / width * count + r) * width + i % width] = -std::numeric_limits<float>::infinity();
+  }
+
+  // Rows in bf16, and their product with one panel of `columns`.
+  void prepare(const float* x, std::int64_t stride, std::int64_t count, std::int64_t k, char* to) const {
+    PrepareArgs args{};
+    args.x = x;
+    args.x_stride = stride;
+    args.rows = count;
+    args.k = k;
+    args.to = to;
+    pairs->prepare[static_cast<int>(Element::fp32)](args);
+  }
+  void multiply(const char* x, std::int64_t k, std::int64_t count, const char* panel, std::int64_t columns,
+                float* acc) const {
+    ProductArgs args{};
+    args.x = x;
+    args.row_tiles = 1;
+    args.panel = panel;
+    args.k_steps = steps(*pairs, k);
+    args.acc = acc;
+    args.half = columns <= kernel.vector;
+    args.rows = count;
+    pairs->multiply(args);
   }
 
   const TileFn* tile(std::int64_t columns) const {
@@ -246,10 +304,16 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
                          call.scale * kLog2E};
   // A lone query sees all keys, in every head that shares them: the heads are the rows of its tile.
   const bool is_lone = call.queries == 1, is_packed = !is_lone || shared > kMaxLoneRows;
-  const Workspace work(kernel, n, qk, v, is_packed, scratch);
+  const Product* pairs =
+      call.arithmetic == Arithmetic::bf16 && is_packed && !is_lone ? kernel.heads : nullptr;
+  const Workspace work(kernel, pairs, n, qk, v, is_packed, scratch);
   if (is_packed) {
     kernel.attention.pack_keys({in_place.keys, in_place.k_row, n, qk, in_place.scale, work.keys});
     kernel.attention.pack_values({in_place.values, in_place.v_row, n, v, work.values});
+  }
+  if (pairs != nullptr) {
+    pairs->pair_up(work.keys, ceil_div(n, kernel.width), qk, work.key_pairs);
+    pairs->pair_up(work.values, ceil_div(v, kernel.width), n, work.value_pairs);
   }
   if (call.causal && !is_lone) count_seen(call, keys, seen);
   const Range queries = is_lone ? Range{0, shared} : item.queries;
@@ -269,7 +333,8 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
                    is_lone ? qk : call.q_stride,
                    y + i * v,
                    is_lone ? v : call.y_stride,
-                   is_packed ? nullptr : &in_place};
+                   is_packed ? nullptr : &in_place,
+                   pairs};
     for (std::int64_t t = 0; t < tiles; ++t) {
       const Range tile = share(queries.size(), t, tiles);
       one.run({queries.begin + tile.begin, queries.begin + tile.end}, work, ahead);

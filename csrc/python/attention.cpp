@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "python/addresses.h"
@@ -20,7 +21,8 @@ namespace {
 void attention(std::int64_t batch, std::int64_t queries, std::int64_t keys, const Firsts& qk_first,
                const Firsts& v_first, Address q, Strides q_strides, Address k, Strides k_strides, Address v,
                Strides v_strides, Address y, Strides y_strides, Address key_mask,
-               std::int64_t key_mask_stride, float scale, int threads, std::int64_t shared_by, bool causal) {
+               std::int64_t key_mask_stride, float scale, int threads, std::int64_t shared_by, bool causal,
+               const std::string& arithmetic) {
   if (qk_first.empty() || qk_first.size() != v_first.size())
     throw std::invalid_argument("compact_attention: qk_first and v_first must have heads + 1 entries");
   AttentionCall call;
@@ -43,6 +45,7 @@ void attention(std::int64_t batch, std::int64_t queries, std::int64_t keys, cons
   call.scale = scale;
   call.threads = threads;
   call.shared_by = shared_by;
+  call.arithmetic = parse_arithmetic(arithmetic);
   call.causal = causal;
   py::gil_scoped_release release;
   compact_attention(call);
@@ -73,6 +76,7 @@ struct EagerAttention {
     kSharedBy,
     kCausal,
     kThreads,
+    kArithmetic,
     kArguments
   };
 
@@ -100,6 +104,11 @@ struct EagerAttention {
     attention.heads = static_cast<std::int64_t>(qk_first.size()) - 1;
     attention.qk_first = qk_first.data();
     attention.v_first = v_first.data();
+    std::int64_t arithmetic;
+    if (!eager::to_int(args[kArithmetic], arithmetic) || arithmetic < 0 ||
+        arithmetic > static_cast<int>(Arithmetic::int8))
+      return false;
+    attention.arithmetic = static_cast<Arithmetic>(arithmetic);
     return read_mask(args[kMask], attention) && eager::to_float(args[kScale], attention.scale) &&
            eager::read_threads(args[kThreads], attention.threads);
   }
@@ -123,13 +132,13 @@ void add_attention(py::module_& m) {
   m.def("compact_attention", &attention, arg("batch"), arg("queries"), arg("keys"), arg("qk_first"),
         arg("v_first"), arg("q"), arg("q_strides"), arg("k"), arg("k_strides"), arg("v"), arg("v_strides"),
         arg("y"), arg("y_strides"), arg("key_mask"), arg("key_mask_stride"), arg("scale"), arg("threads"),
-        arg("shared_by"), arg("causal"),
+        arg("shared_by"), arg("causal"), arg("arithmetic") = "fp32",
         "AttentionCall of prunekern/attention.h; strides are (of a sequence, of a token), key_mask 0 where "
         "every "
         "key may be read.");
   eager::add_call<EagerAttention>(m,
                                   "call_attention(q, k, v, qk_first, v_first, key_mask, scale, shared_by, "
-                                  "causal, threads) -> y, or None: "
+                                  "causal, threads, arithmetic) -> y, or None: "
                                   "the same for compact_attention.");
 }
 

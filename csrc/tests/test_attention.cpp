@@ -22,7 +22,12 @@ struct Case {
   float scale = 0.3f;
   std::int64_t shared_by = 1;
   bool causal = false;
+  Arithmetic arithmetic = Arithmetic::fp32;
 };
+
+// Products of bf16, and fp32 arithmetic that no other set has tested.
+bool has_pairs(Isa isa) { return isa >= Isa::avx512_bf16 && bf16_verdict().pays; }
+bool is_a_copy(Isa isa) { return isa == Isa::avx2_vnni || isa > Isa::avx512; }
 
 std::vector<std::int64_t> firsts(const std::vector<std::int64_t>& widths) {
   std::vector<std::int64_t> first{0};
@@ -53,7 +58,7 @@ bool is_seen(const Case& c, std::int64_t b, std::int64_t query, std::int64_t key
   return is_allowed(c.mask, b, key, c.keys) && (!c.causal || key <= c.keys - c.queries + query);
 }
 
-void run(Isa isa, const Case& c) {
+void run_with(Isa isa, const Case& c) {
   const std::vector<std::int64_t> qk = firsts(c.qk), v = firsts(c.v);
   const std::int64_t heads = static_cast<std::int64_t>(c.qk.size());
   const std::int64_t shared = c.shared_by;
@@ -96,8 +101,11 @@ void run(Isa isa, const Case& c) {
   call.threads = c.threads;
   call.shared_by = shared;
   call.causal = c.causal;
+  call.arithmetic = c.arithmetic;
   compact_attention(isa, call);
 
+  // What bf16 rounds: q, scale k, powers, v, by half a step of 2^-8 each.
+  const double narrow = c.arithmetic == Arithmetic::bf16 && has_pairs(isa) ? 0x1.02p-8 : 0.0;
   const double eps = 0x1p-24;
   std::vector<double> logit(c.keys);
   for (std::int64_t b = 0; b < c.batch; ++b)
@@ -118,7 +126,7 @@ void run(Isa isa, const Case& c) {
             size += std::fabs(product);
           }
           largest = std::max(largest, logit[s]);
-          error = std::max(error, double(d + 4) * eps * size);  // of any logit of this row
+          error = std::max(error, (double(d + 4) * eps + narrow) * size);  // of any logit of this row
           ++allowed;
         }
         for (std::int64_t s = 0; s < c.keys; ++s)
@@ -133,7 +141,7 @@ void run(Isa isa, const Case& c) {
           }
           // Every weight is off by a factor of exp(+-2 error) (its own logit and the largest) and by that of
           // 2^x (2e-7), numerator and denominator alike; then one rounding for every key.
-          const double off = std::expm1(2 * error) + 4e-7 + double(allowed + 4) * eps;
+          const double off = std::expm1(2 * error) + 4e-7 + double(allowed + 4) * eps + narrow;
           const double got = y.at(b, t, y_at + i - v[h]), bound = 2 * off * size + 1e-30;
           CHECK(std::fabs(got - want) <= bound,
                 "%s b=%ld q=%ld k=%ld qk=%ld v=%ld mask %d shared by %ld causal %d: sequence %ld head %ld "
@@ -149,8 +157,14 @@ void run(Isa isa, const Case& c) {
         CHECK(y.data[b * y.batch_stride + at] == kPoison, "%s: wrote between the rows", name(isa));
 }
 
+void run(Isa isa, Case c) {
+  if (!is_a_copy(isa)) run_with(isa, c);
+  c.arithmetic = Arithmetic::bf16;
+  if (has_pairs(isa) || isa == Isa::generic) run_with(isa, c);
+}
+
 // Logits beyond fp32 and NaN stay in their own row; the rows beside them are as before.
-void run_strange_rows(Isa isa) {
+void run_strange_rows(Isa isa, Arithmetic arithmetic) {
   const std::int64_t tokens = 41, channels = 20, first[] = {0, channels};
   std::vector<float> q = random_floats(tokens * channels, 1), k = random_floats(tokens * channels, 2);
   std::vector<float> v = random_floats(tokens * channels, 3), good(tokens * channels), y(tokens * channels);
@@ -163,6 +177,7 @@ void run_strange_rows(Isa isa) {
   call.v = v.data();
   call.y = good.data();
   call.q_stride = call.k_stride = call.v_stride = call.y_stride = channels;
+  call.arithmetic = arithmetic;
   compact_attention(isa, call);
   const float infinity = std::numeric_limits<float>::infinity();
   for (std::int64_t i = 0; i < tokens * channels; ++i) k[i] = std::fabs(k[i]) + 0.1f;
@@ -255,7 +270,7 @@ int main() {
     run(isa, {2, 5, 0, {4, 3}, {4, 2}});  // no key at all: zeros
     run(isa, {1, 5, 5, {}, {}});
     run(isa, {1, 5, 5, {3, 4}, {0, 0}});
-    run_strange_rows(isa);
+    for (Arithmetic arithmetic : {Arithmetic::fp32, Arithmetic::bf16}) run_strange_rows(isa, arithmetic);
     run_strange_heads(isa);
     // Decoders: grouped queries, the last tokens of all, one token, several blocks of keys, padding on both
     // sides.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Layers = tuple[CompactLinear, CompactLinear, CompactLinear]
 _f32 = torch.float32
+_NARROW = (torch.bfloat16, torch.int8, torch.uint8)
 
 
 class CompactAttention(nn.Module):
@@ -67,12 +68,14 @@ class CompactAttention(nn.Module):
         if not isinstance(x, Tensor):
             checks.tensors("CompactAttention", {"x": x}, {})
         q, k, v = self.project(x, layers, fuses)
-        return self.attend(q, k, v, key_mask)
+        return self.attend(q, k, v, key_mask, arithmetic_of(layers))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Of queries, and of keys and values of these and earlier tokens."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, arithmetic: str = "fp32"
+    ) -> Tensor:
+        """Of queries, and of keys and values of these and earlier tokens. arithmetic: as in `compact_attention`."""
         return compact_attention(
-            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, self.causal
+            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, self.causal, arithmetic
         )  # fmt: skip
 
     def project(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Sequence[Tensor]:
@@ -151,6 +154,13 @@ class CompactAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack their own.
         return {**self.__dict__, "_packed": None, "_layers": None}
+
+
+def arithmetic_of(layers: Layers) -> str:
+    """bf16 where the projections lose as much already: weights in few bits, activations not asked for as they are."""
+    q = layers[0]
+    dtype = q._parameters["weight"].dtype if "weight" in q._parameters else None
+    return "bf16" if dtype in _NARROW and q.activations != "float" else "fp32"
 
 
 def _kept(layer: CompactLinear, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ _RUN: Callable[..., None] | None = _native.core().compact_attention if _native.a
 # op; None without the core or with torch < 2.10.
 _EAGER: Callable[..., Tensor | None] | None = _native.core().call_attention if calls.EAGER else None
 _f32 = torch.float32
+_ARITHMETIC = {"fp32": 0, "bf16": 1}  # the numbers the C++ core knows them by
 
 
 def compact_attention(
@@ -33,11 +34,12 @@ def compact_attention(
     scale: float = 1.0,
     shared_by: int = 1,
     causal: bool = False,
+    arithmetic: str = "fp32",
 ) -> Tensor:
     """y_h = softmax(scale q_h k_h^T) v_h for every sequence and head h, over the keys that key_mask allows.
 
     Schema: `prunekern::compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first,
-    Tensor? key_mask, float scale, int shared_by, bool causal) -> Tensor`.
+    Tensor? key_mask, float scale, int shared_by=1, bool causal=False, str arithmetic="fp32") -> Tensor`.
 
     Args:
         q: [batch, queries, shared_by C], any strides; float64 computes in float64, float32, bfloat16 and float16 in
@@ -53,21 +55,25 @@ def compact_attention(
         shared_by: query heads of each key/value head (grouped queries); in q and y they stand side by side, from
             shared_by qk_first[h] and shared_by v_first[h] on.
         causal: the queries are the last of the tokens that k and v hold: query i sees keys 0 to keys - queries + i.
+        arithmetic: "fp32", or "bf16": the C++ kernel may round q, k, v and attention weights to bfloat16 before it
+            multiplies them, and does so where the CPU is faster so and there is more than one query; sums and the
+            softmax stay float32.
 
     Returns y [batch, queries, shared_by D] in the dtype of q. On the CPU, in float32 (and in 16 bits, by way of it) and
     where no gradient is needed, the C++ kernel runs; anything else runs the PyTorch reference. Differentiable in q, k
     and v. Raises ValueError (shapes, devices) or TypeError (dtypes), naming the argument.
     """
     if _EAGER and calls.short() and not calls.needs_grad(q, k, v):
-        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads())
+        number = _ARITHMETIC.get(arithmetic, -1) if type(arithmetic) is str else -1
+        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads(), number)
         if y is not None:
             return y
     checks.tensors(OP, {"q": q, "k": k, "v": v}, {"key_mask": key_mask})
     if calls.transformed():
-        _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
+        _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic)
         return compact_attention_reference(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
     read: Tensor = torch.ops.prunekern.compact_attention(
-        q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal
+        q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic
     )  # fmt: skip
     return read
 
@@ -138,8 +144,10 @@ def _weights(q: Tensor, k: Tensor, may_read: Tensor | None, scale: float) -> Ten
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
-    scale: float, shared_by: int = 1, causal: bool = False,
+    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32",
 ) -> None:  # fmt: skip
+    if arithmetic not in _ARITHMETIC:
+        raise ValueError(f"{OP}: arithmetic must be fp32 or bf16 (got {arithmetic!r})")
     if not math.isfinite(scale):
         raise ValueError(f"{OP}: scale must be finite (got {scale})")
     checks.shape(OP, "q", q, (None, None, None))
@@ -178,7 +186,7 @@ def _check(
 
 def _run(
     run: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int],
-    key_mask: Tensor | None, scale: float, shared_by: int, causal: bool,
+    key_mask: Tensor | None, scale: float, shared_by: int, causal: bool, arithmetic: str,
 ) -> Tensor:  # fmt: skip
     """The C++ kernel on float32 tensors of the CPU."""
     q, k, v = (t if t.stride(2) == 1 and not t.is_neg() else t.resolve_neg().contiguous() for t in (q, k, v))
@@ -191,7 +199,7 @@ def _run(
     run(
         batch, queries, keys, qk_first, v_first, q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2],
         v.data_ptr(), v.stride()[:2], y.data_ptr(), (queries * width, width), mask_address, mask_stride, scale,
-        calls.threads(), shared_by, causal,
+        calls.threads(), shared_by, causal, arithmetic,
     )  # fmt: skip
     return y
 
@@ -200,33 +208,33 @@ def _run(
 
 _SCHEMA = (
     "compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first, Tensor? key_mask, float scale, "
-    "int shared_by=1, bool causal=False) -> Tensor"
+    'int shared_by=1, bool causal=False, str arithmetic="fp32") -> Tensor'
 )
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
-    scale: float, shared_by: int = 1, causal: bool = False,
+    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32",
 ) -> Tensor:  # fmt: skip
-    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
+    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic)
     rest = (qk_first, v_first, key_mask, scale, shared_by, causal)
     if not q.is_cpu or q.dtype == torch.float64 or _RUN is None:
         return compact_attention_reference(q, k, v, *rest)
     if q.dtype is _f32:
-        return _run(_RUN, q, k, v, *rest)
-    return _run(_RUN, q.float(), k.float(), v.float(), *rest).to(q.dtype)
+        return _run(_RUN, q, k, v, *rest, arithmetic)
+    return _run(_RUN, q.float(), k.float(), v.float(), *rest, arithmetic).to(q.dtype)
 
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
-    scale: float, shared_by: int = 1, causal: bool = False,
+    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32",
 ) -> Tensor:  # fmt: skip
-    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
+    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic)
     return q.new_empty(*q.shape[:-1], shared_by * v.shape[2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, ctx.qk_first, ctx.v_first, key_mask, ctx.scale, ctx.shared_by, ctx.causal = inputs
+    q, k, v, ctx.qk_first, ctx.v_first, key_mask, ctx.scale, ctx.shared_by, ctx.causal, _ = inputs
     ctx.save_for_backward(q, k, v, key_mask)
 
 
@@ -248,7 +256,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             d_k[..., b] += d_logits.transpose(1, 2) @ q[..., a]
             d_v[..., c] += p.transpose(1, 2) @ g
     grads = (t.to(dtype) for t, dtype in zip((d_q, d_k, d_v), dtypes, strict=True))
-    return (*grads, None, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None, None)
 
 
 def _flops(q: Shape, k: Shape, v: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:

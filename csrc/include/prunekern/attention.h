@@ -9,7 +9,7 @@ namespace prunekern {
 
 // For each sequence and head h: y_h = softmax(scale q_h k_h^T) v_h over the keys that key_mask allows.
 // A head without query/key channels averages its values over those keys; a sequence without any allowed key
-// gives zeros. All fp32.
+// gives zeros. q, k, v and y are fp32.
 //
 // Grouped queries: every key/value head h is read by `shared_by` query heads; in q and y these stand side by
 // side, at shared_by times where the key/value head stands.
@@ -30,6 +30,9 @@ struct AttentionCall {
   const bool* key_mask = nullptr;  // [batch, keys], true: may be read; null: all
   std::int64_t key_mask_stride = 0;
   float scale = 1.0f;
+  // bf16: q and k, powers and v are rounded to it and multiplied so, where the isa does that faster and there is more
+  // than one query; sums and the softmax stay fp32. Anything else: fp32.
+  Arithmetic arithmetic = Arithmetic::fp32;
   int threads = 1;
 };
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...nn import CompactAttention, pick_channels, place_channels
+from ...nn.compact_attention import arithmetic_of
 from ...ops import rotate_pairs
 from ..key_masks import causal_key_mask_of, for_each
 from ..linears import Projections
@@ -99,7 +100,7 @@ class CompactCausalAttention(PacksTogether):
         if key_mask is None and x.shape[1] > 1:
             # No mask for several tokens says that they are the first ones; a static cache holds empty slots after them.
             key, value = key[:, : x.shape[1]], value[:, : x.shape[1]]
-        return ragged.attend(query, key, value, key_mask)
+        return ragged.attend(query, key, value, key_mask, arithmetic_of(self._layers()))
 
     def _attend_padded(
         self, x: Tensor, position_embeddings: Turns, mask: Tensor | None, past: Cache | None, **kwargs: Any
