@@ -14,8 +14,10 @@ struct FloatSums {
   using F = typename V::F;
   FloatSums(const char*, std::int64_t) {}
   F get(const float* acc, F scale, F bias) const { return V::madd(V::load(acc), scale, bias); }
-  template <Activation act>
+  // y in bf16 is coarse, too.
+  template <class T, Activation act>
   static F activated(F x) {
+    if constexpr (act == Activation::gelu && sizeof(T) == 2) return coarse_gelu<V>(x);
     return activate<V, act>(x);
   }
 };
@@ -28,7 +30,7 @@ struct RowScaledSums {
   RowScaledSums(const char* tail, std::int64_t row)
       : scale(V::set(reinterpret_cast<const float*>(tail)[row])) {}
   F get(const float* acc, F by, F bias) const { return V::madd(V::load_sums(acc), V::mul(scale, by), bias); }
-  template <Activation act>
+  template <class T, Activation act>
   static F activated(F x) {
     if constexpr (act == Activation::gelu) return coarse_gelu<V>(x);
     return activate<V, act>(x);
@@ -62,7 +64,7 @@ void finish_plain(Finish& one, std::int64_t rows) {
     const Sums sums(one.tail, r);
 #pragma GCC unroll 2
     for (int c = 0; c < 2; ++c) {
-      typename V::F value = Sums::template activated<act>(sums.get(acc + c * kVector, scale[c], bias[c]));
+      typename V::F value = Sums::template activated<T, act>(sums.get(acc + c * kVector, scale[c], bias[c]));
       if (by != nullptr) value = V::mul(value, V::load(by + c * kVector));
       if (residual != nullptr) value = V::add(value, V::load(residual + column[c]));
       V::store(y + column[c], value);
@@ -90,7 +92,8 @@ void finish(Finish& one, std::int64_t rows) {
       const float* by = one.by == nullptr ? nullptr : one.by + one.activated * 2 * kVector;
       const Sums sums(one.tail, one.activated);
       for (int c = 0; c < 2; ++c) {
-        typename V::F value = Sums::template activated<act>(sums.get(acc + c * kVector, scale[c], bias[c]));
+        typename V::F value =
+            Sums::template activated<T, act>(sums.get(acc + c * kVector, scale[c], bias[c]));
         if (by != nullptr) value = V::mul(value, V::load(by + c * kVector));
         V::store(acc + c * kVector, value);
       }

@@ -72,8 +72,8 @@ struct Sum {
 };
 
 // One layer in float64 with a bound for what fp32 sums may be off, given inputs with bounds.
-std::vector<Sum> linear(const Layer& layer, bool with_bias, Activation activation,
-                        const std::vector<Sum>& x) {
+std::vector<Sum> linear(const Layer& layer, bool with_bias, Activation activation, const std::vector<Sum>& x,
+                        bool is_coarse = false) {
   std::vector<Sum> y(layer.n);
   for (std::int64_t i = 0; i < layer.n; ++i) {
     double sum = with_bias ? layer.bias[i] : 0.0, size = std::fabs(sum), error = 0.0;
@@ -87,6 +87,7 @@ std::vector<Sum> linear(const Layer& layer, bool with_bias, Activation activatio
     y[i].value = activate_reference(activation, sum);
     y[i].error =
         1.2 * ((static_cast<double>(layer.k) + 3) * kEps * size + error) + 1e-6 * std::fabs(y[i].value);
+    if (is_coarse && activation == Activation::gelu) y[i].error += 5.2e-5;
   }
   return y;
 }
@@ -124,14 +125,15 @@ void run(Isa isa, const Case& c) {
   // The rows between the layers: fp32, or bf16 where x is, or where they are multiplied so.
   const bool pairs = isa == Isa::amx || (isa == Isa::avx512_bf16 && bf16_verdict().pays);
   const bool narrow = c.element == Element::bf16 || (pairs && c.type == WeightType::bf16);
+  const bool is_coarse = pairs && c.type == WeightType::bf16;  // their gelu, where y is bf16
   const double between = narrow ? kEpsBf16 : 0.0, last = c.element == Element::bf16 ? kEpsBf16 : kEps;
   for (std::int64_t r = 0; r < c.m; ++r) {
     std::vector<Sum> inputs(c.in);
     for (std::int64_t j = 0; j < c.in; ++j)
       inputs[j].value = x[r * x_stride + (c.in_index ? in_index[j] : j)];
-    std::vector<Sum> hidden = linear(up, c.bias, c.gate ? Activation::none : c.activation, inputs);
+    std::vector<Sum> hidden = linear(up, c.bias, c.gate ? Activation::none : c.activation, inputs, is_coarse);
     if (c.gate) {
-      const std::vector<Sum> by = linear(gate, c.bias, c.activation, inputs);
+      const std::vector<Sum> by = linear(gate, c.bias, c.activation, inputs, is_coarse);
       for (std::int64_t j = 0; j < c.hidden; ++j) {
         const double a = hidden[j].value, b = by[j].value;
         const double a_error = hidden[j].error + between * std::fabs(a),
