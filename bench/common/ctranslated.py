@@ -29,10 +29,10 @@ def call(ctranslate2: ModuleType, model: nn.Module, ids: Tensor, mask: Tensor, t
         converter(ctranslate2, body, folder).convert(path, quantization="int8")
         encoder = ctranslate2.Encoder(path, device="cpu", intra_threads=threads, inter_threads=1, compute_type="int8")
     head = head_of(model)
-    rows = ctranslate2.StorageView.from_array(ids.to(torch.int32).numpy())
-    lengths = ctranslate2.StorageView.from_array(mask.sum(1).to(torch.int32).numpy())
+    given = ids.to(torch.int32).numpy(), mask.sum(1).to(torch.int32).numpy()
 
     def run() -> Tensor:
+        rows, lengths = (ctranslate2.StorageView.from_array(array) for array in given)  # no copies: `given` stays
         hidden = encoder.forward_batch(rows, lengths).last_hidden_state
         return head(torch.from_numpy(np.asarray(hidden)))
 
