@@ -17,9 +17,7 @@ from bench.common.sliced import SlicedBlock
 
 
 def call(ctranslate2: ModuleType, model: nn.Module, ids: Tensor, mask: Tensor, threads: int) -> Call:
-    """Gives the logits of `ids`, nothing of which is padding. Missing for a model it has no converter for."""
-    if not bool(mask.all()):
-        raise Missing("is given inputs without padding only")
+    """Gives the logits of `ids`, padded on the right if at all. Missing for a sliced model."""
     body = model.base_model
     if any(isinstance(module, SlicedBlock) for module in body.modules()):
         raise Missing("takes dense models only")
@@ -29,9 +27,9 @@ def call(ctranslate2: ModuleType, model: nn.Module, ids: Tensor, mask: Tensor, t
         converter(ctranslate2, body, folder).convert(path, quantization="int8")
         encoder = ctranslate2.Encoder(path, device="cpu", intra_threads=threads, inter_threads=1, compute_type="int8")
     head = head_of(model)
-    given = ids.to(torch.int32).numpy(), mask.sum(1).to(torch.int32).numpy()
 
     def run() -> Tensor:
+        given = ids.to(torch.int32).numpy(), mask.sum(1).to(torch.int32).numpy()
         rows, lengths = (ctranslate2.StorageView.from_array(array) for array in given)  # no copies: `given` stays
         hidden = encoder.forward_batch(rows, lengths).last_hidden_state
         return head(torch.from_numpy(np.asarray(hidden)))

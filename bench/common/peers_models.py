@@ -1,8 +1,9 @@
 """Who compact models are measured against: an encoder classifier in fp32 on the CPU, run by others.
 
 Each peer takes (model, input_ids [B, T], attention_mask [B, T], threads) and returns a function that runs the model on
-these inputs and gives its logits. Building happens outside the timed function, for exactly these shapes: every peer
-may prepare whatever it can. Options are the fastest of those tried (DistilBERT-base, 1 x 128, one thread):
+these inputs, on what the two tensors hold by then, and gives its logits. Building happens outside the timed function,
+for exactly these shapes: every peer may prepare whatever it can. Options are the fastest of those tried
+(DistilBERT-base, 1 x 128, one thread):
 
 - torch.compile without freezing is no faster than eager (96 ms against 79 frozen); max-autotune picks the same MKL
   kernels for fp32, the C++ wrapper gains nothing.

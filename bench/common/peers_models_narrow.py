@@ -137,7 +137,7 @@ def static_graph(model: nn.Module, inputs: list[tuple[Tensor, Tensor]], smooth: 
 
 
 def ctranslate(model: nn.Module, ids: Tensor, mask: Tensor, threads: int) -> Call:
-    """CTranslate2's encoder in int8, and the classifier's head in PyTorch. Inputs are not padded. Dense models only."""
+    """CTranslate2's encoder in int8, and the classifier's head in PyTorch. Dense models only."""
     from bench.common import ctranslated
 
     return ctranslated.call(needed("ctranslate2"), model, ids, mask, threads)
