@@ -74,9 +74,10 @@ sanitize: venv
 	$(call cpp_tests,build/asan,-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS="-fsanitize=address -fsanitize=undefined $(SANITIZE)")
 	$(call cpp_tests,build/tsan,-DCMAKE_CXX_FLAGS="-fsanitize=thread $(SANITIZE)" -DPRUNEKERN_STD_THREADS=ON)
 
+# Models beside all peers where `make peers-venv` was made before.
 bench: venv
 	$(BIN)/python -m bench.cpu.layers
-	$(BIN)/python -m bench.cpu.models
+	$(if $(wildcard $(PEERS_VENV)/.installed),$(PEERS_VENV),$(VENV))/bin/python -m bench.cpu.models
 	$(BIN)/python -m bench.cpu.growth
 	$(BIN)/python -m bench.cpu.train_step
 
