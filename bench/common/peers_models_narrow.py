@@ -24,8 +24,9 @@ from bench.common import peers_models
 from bench.common.answers import decibel
 from bench.common.peers_models import Call, Logits, quiet
 
-# Of the logits, of which there are two a text: right ones had 31 dB and more, a wrong channel leaves a few.
-LEAST_DECIBEL = 15.0
+# Of the logits, of which there are two a text: right ones had 31 dB and more after DistilBERT's 6 layers, 18 and more
+# after RoBERTa's 12; those of another model have none.
+LEAST_DECIBEL = 10.0
 SAMPLES = 8  # random inputs that ranges of activations are taken from; more of them change no time
 
 

@@ -1,7 +1,7 @@
 """Is a compact model faster than everything a user would run instead, in fp32, in bf16, in int8?
 
     make peers-venv                                # peers that are not in .venv: NNCF, CTranslate2, zentorch
-    .venv-peers/bin/python -m bench.cpu.models     # two models, two shapes, 25 % removed, one thread; ~30 minutes
+    .venv-peers/bin/python -m bench.cpu.models     # two models, two shapes, 25 % removed, one thread; ~40 minutes
     python -m bench.cpu.models --precision int8 --models DistilBERT-base --shapes 1x128
     python -m bench.cpu.models --quick             # a tiny model, every peer: does it run, are the answers right
 
