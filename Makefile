@@ -1,9 +1,12 @@
-# make demo | test | lint | docs | bench | bench-check | faults | sanitize | clean.
-# Everything is installed into .venv, from constraints.txt.
+# make demo | test | lint | docs | bench | bench-check | bench-baseline | peers-venv | llama-venv | faults | sanitize |
+# clean. Everything is installed into .venv, from constraints.txt; peers of benchmarks that others need not have into
+# venvs of their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS_VENV := .venv-peers
+LLAMA_VENV := .venv-llama
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -14,7 +17,7 @@ $(BIN)/cmake --build $(1)
 $(BIN)/ctest --test-dir $(1) --output-on-failure
 endef
 
-.PHONY: venv demo test lint docs bench bench-check faults sanitize clean
+.PHONY: venv peers-venv llama-venv demo test lint docs bench bench-check bench-baseline faults sanitize clean
 
 venv: $(STAMP)
 
@@ -23,6 +26,23 @@ $(STAMP): $(SOURCES) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "make: $(PYTHON) cannot make a virtual environment; install it (apt-get install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,bench,docs,dev]'
+	@touch $@
+
+# Peers of bench.cpu.models on top of what .venv holds: pip sees it, and leaves it as it is.
+peers-venv: $(PEERS_VENV)/.installed
+$(PEERS_VENV)/.installed: bench/peers.txt | $(STAMP)
+	$(BIN)/python -m venv $(PEERS_VENV)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > $$($(PEERS_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	$(PEERS_VENV)/bin/python -m pip install -q --disable-pip-version-check -r bench/peers.txt
+	@touch $@
+
+# llama.cpp, for bench.cpu.decode: built for this CPU, which takes about 8 minutes on two cores.
+llama-venv: $(LLAMA_VENV)/.installed
+$(LLAMA_VENV)/.installed: bench/llama.txt
+	@test -x $(LLAMA_VENV)/bin/python || $(PYTHON) -m venv $(LLAMA_VENV)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+	  $(LLAMA_VENV)/bin/python -m pip install -q --disable-pip-version-check -r bench/llama.txt
 	@touch $@
 
 demo: venv
@@ -54,9 +74,10 @@ sanitize: venv
 	$(call cpp_tests,build/asan,-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS="-fsanitize=address -fsanitize=undefined $(SANITIZE)")
 	$(call cpp_tests,build/tsan,-DCMAKE_CXX_FLAGS="-fsanitize=thread $(SANITIZE)" -DPRUNEKERN_STD_THREADS=ON)
 
+# Models beside all peers where `make peers-venv` was made before.
 bench: venv
 	$(BIN)/python -m bench.cpu.layers
-	$(BIN)/python -m bench.cpu.models
+	$(if $(wildcard $(PEERS_VENV)/.installed),$(PEERS_VENV),$(VENV))/bin/python -m bench.cpu.models
 	$(BIN)/python -m bench.cpu.growth
 	$(BIN)/python -m bench.cpu.train_step
 
@@ -65,9 +86,13 @@ bench-check: venv
 	@mkdir -p build
 	$(BIN)/python -m pytest -q bench/regression --benchmark-disable-gc --benchmark-json=build/bench-check.json
 
+# Writes bench/regression/baseline.json for this CPU's instruction set: on a quiet machine, after a change that is meant.
+bench-baseline: venv
+	$(BIN)/python -m pytest -q bench/regression --benchmark-disable-gc --new-baseline
+
 # Bad calls, damaged folders, kills, full disks, forks, threads; fails where anything crashed, was lost or wrong.
 faults: venv
 	$(BIN)/python -m bench.faults
 
 clean:
-	rm -rf build $(VENV) prunekern/_C*.so
+	rm -rf build $(VENV) $(PEERS_VENV) $(LLAMA_VENV) prunekern/_C*.so

@@ -35,7 +35,8 @@ def kept_shares(kept: dict[str, list[int]]) -> list[list[float]]:
 
 def bars_of(models: dict, shape: str) -> list[tuple[str, float, str]]:
     """(label, milliseconds, colour) from the top: dense peers, the best of the sliced ones, ours in fp32."""
-    rows = [r for r in models["rows"] if (r["model"], r["batch_x_tokens"]) == (MODEL, shape)]
+    of_shape = [r for r in models["rows"] if (r["model"], r["batch_x_tokens"]) == (MODEL, shape)]
+    rows = [r for r in of_shape if r.get("precision", "fp32") == "fp32"]
     (ours,) = (
         r["compact_ms"]
         for r in models["summary"]

@@ -19,6 +19,12 @@ MODELS = {
     "DistilBERT-base": lambda: DistilBertForSequenceClassification(DistilBertConfig()),
     "RoBERTa-base": lambda: RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=514)),
 }
+# For trying a script out.
+TINY = {
+    "DistilBERT tiny": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=30_000, dim=64, hidden_dim=96, n_layers=2, n_heads=4)
+    )
+}
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
@@ -29,7 +35,7 @@ SMOLLM2 = {
 def dense_model(name: str) -> nn.Module:
     """The model with random weights, biases too (a fresh model's are zero: removing the wrong one would not show)."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval().requires_grad_(False)
+    model = (MODELS | TINY)[name]().eval().requires_grad_(False)
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             parameter.normal_(0, 0.02)

@@ -1,13 +1,16 @@
-"""How fast is compact_linear, against everyone else who multiplies fp32 matrices on this CPU?
+"""How fast is compact_linear, against everyone else who multiplies matrices on this CPU, in fp32, bf16 and int8?
 
-    python -m bench.cpu.layers                 # shapes of BERT-base and LLaMA-7B blocks, whole and pruned: 10 minutes
+    python -m bench.cpu.layers                 # shapes of BERT-base and LLaMA-7B blocks, whole and pruned: 15 minutes
+    python -m bench.cpu.layers --precision int8 --name layers-int8    # of one arithmetic: 3 minutes
     python -m bench.cpu.layers --quick         # every table on small shapes: does it run, are the answers right
     python -m bench.cpu.layers --threads 2     # peers and ours on two threads
 
 First every peer's answer is compared with float64; then all peers take turns in one process, call by call (so each
 finds its weights where the others left them: not in L2), and the minimum over many turns counts. Further tables
 (bench/cpu/layer_tables.py): what gather, scatter and residual cost; one row on 1 GB of weights in fp32, bf16 and int8;
-the kinds of weights over rows; compact_mlp against separate calls; two threads against one.
+the kinds of weights over rows; compact_mlp against separate calls; two threads against one. In bf16 and int8
+(bench/cpu/layers_narrow.py) answers are held to decibels of the same weights in float64, and the peak is that of the
+arithmetic. Peers are told once with the rounding of x and once given a rounded x; ours rounds it itself.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import time
 
 import torch
 
-from bench.common import peers, progress, report
+from bench.common import peaks, peers, peers_narrow, progress, report, safe
 from bench.common.answers import check, geomean, randn
 from bench.common.turns import race
 from bench.cpu import layer_tables as tables
+from bench.cpu import layers_narrow as narrow
 from prunekern import info
 from prunekern.machine.measure import peak_gflops, read_bandwidth, run_peak
 
@@ -81,8 +85,8 @@ def overhead() -> dict[str, float]:
     return {name: round(s / 100 * 1e6, 2) for name, s in race(hundred, 0.05).items()}
 
 
-def picture(rows: list[dict], path) -> None:
-    """GFLOP/s of every peer over the rows, one panel per shape."""
+def picture(rows: list[dict], names: list[str], unit: str, path) -> None:
+    """1e9 operations a second of every peer over the rows, one panel per shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,7 +98,7 @@ def picture(rows: list[dict], path) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.8 * lines), sharey=True, squeeze=False)
     for axis, (n, k) in zip(axes.flat, shapes, strict=False):
         group = [row for row in rows if (row["N"], row["K"]) == (n, k)]
-        for name in peers.PEERS:
+        for name in names:
             axis.plot(
                 [str(row["rows"]) for row in group],
                 [row[name] for row in group],
@@ -107,7 +111,7 @@ def picture(rows: list[dict], path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
-        axis.set_ylabel("GFLOP/s")
+        axis.set_ylabel(unit)
     for axis in axes[-1]:
         axis.set_xlabel("rows")
     axes[0, 0].legend(fontsize="small")
@@ -127,7 +131,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=numbers, default=numbers(ROWS), help=f"default {ROWS}")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each peer at each shape")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="the first table only", choices=["", "dense"])
+    parser.add_argument("--precision", default="all", choices=["all", *peaks.ARITHMETICS], help="of the arithmetic")
+    parser.add_argument("--only", default="", help="of fp32 the first table only", choices=["", "dense"])
     parser.add_argument("--quick", action="store_true", help="small shapes, few turns: a test of the script")
     parser.add_argument("--name", default="layers", help="of the files in bench/results/")
     args = parser.parse_args()
@@ -136,9 +141,26 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def wide(args: argparse.Namespace, facts: dict, bandwidth: float) -> tuple[dict[str, list], dict[str, dict]]:
+    """(every table of fp32 by its name in the JSON, what must hold of them), shown."""
+    made = {"layers": dense(args, bandwidth)}
+    holds = summary(made["layers"])
+    title = f"fp32 linear layers, {args.threads} thread(s), {facts['isa']}: GFLOP/s, and ours over the peers"
+    report.table(title, made["layers"])
+    if not args.only:
+        for name, (title, rows, held) in tables.all_tables(args, facts).items():
+            if rows:
+                report.table(title, rows)
+            made[name] = rows
+            holds |= held
+    return made, holds
+
+
 @torch.no_grad()
 def main() -> None:
     args = parse()
+    precisions = peaks.ARITHMETICS if args.precision == "all" else (args.precision,)
+    isa_of_onednn = safe.without_amx_if_it_kills() if precisions != ("fp32",) else None
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     facts = info()
@@ -146,25 +168,27 @@ def main() -> None:
         raise SystemExit(facts["remedy"])
     start = time.perf_counter()
     bandwidth = read_bandwidth(2**24 if args.quick else 2**30)
-    rows = dense(args, bandwidth)
-    holds = summary(rows)
-    title = f"fp32 linear layers, {args.threads} thread(s), {facts['isa']}: GFLOP/s, and ours over the peers"
-    report.table(title, rows)
-    more = {}
-    if not args.only:
-        for name, (title, table, held) in tables.all_tables(args, facts).items():
-            if table:
-                report.table(title, table)
-            more[name] = table
+    made, holds = wide(args, facts, bandwidth) if "fp32" in precisions else ({}, {})
+    for precision in precisions:
+        if precision != "fp32":
+            title, made[precision], held = narrow.table(precision, args, bandwidth)
+            report.table(f"{title}; {args.threads} thread(s), {facts['isa']}", made[precision])
             holds |= held
     report.table("What must hold", [{"what": name, **entry} for name, entry in tables.aligned(holds).items()])
-    facts = {"isa": facts["isa"], "amx": facts["amx"], "peak GFLOP/s": round(peak_gflops(), 1)}
+    facts = {"isa": facts["isa"], "amx": facts["amx"], "oneDNN held to": isa_of_onednn}
+    facts |= {"peak GFLOP/s": round(peak_gflops(), 1)}
+    facts |= {f"peak {name} Gop/s": peaks.rounded_gops(name) for name in precisions if name != "fp32"}
     facts |= {"read GB/s": round(bandwidth, 1), "wrapper us": overhead()}
     for name, value in facts.items():
         print(f"{name}: {value}")
     print(f"{time.perf_counter() - start:.0f} s")
-    path = report.write(args.name, **facts, summary=holds, layers=rows, **more)
-    picture(rows, path.with_suffix(".png"))
+    path = report.write(args.name, **facts, summary=holds, **made)
+    for name in ("layers", *narrow.PRECISIONS):
+        if name == "layers" and made.get(name):
+            picture(made[name], list(peers.PEERS), "GFLOP/s", path.with_suffix(".png"))
+        elif made.get(name):
+            among = list(peers_narrow.PEERS[name])
+            picture(made[name], among, f"{name}, 1e9 operations/s", path.with_name(f"{path.stem}_{name}.png"))
 
 
 if __name__ == "__main__":

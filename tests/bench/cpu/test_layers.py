@@ -27,6 +27,10 @@ layers.main()
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "layers.json").read_text())
-    assert {"layers", "indices", "one row", "kinds", "mlp", "summary"} <= set(result)
+    assert {"layers", "indices", "one row", "kinds", "mlp", "bf16", "int8", "summary"} <= set(result)
     assert all(row["x best"] > 0 for row in result["layers"])
-    assert (tmp_path / "layers.png").stat().st_size > 1000
+    for precision, least in (("bf16", 45), ("int8", 33)):
+        assert all(min(row["dB"], row["all dB"]) >= least for row in result[precision])
+        assert any(name.startswith(f"{precision} x ") for name in result["summary"])
+    for name in ("layers", "layers_bf16", "layers_int8"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000

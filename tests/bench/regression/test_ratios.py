@@ -47,4 +47,9 @@ def test_the_committed_baseline_names_every_case():
     committed = json.loads(ratios.BASELINE.read_text())
     assert committed
     for isa, content in committed.items():
-        assert set(content["ratios"]) == set(test_speed.CASES), isa
+        assert set(content["ratios"]) | set(test_speed.FLOOR) == set(test_speed.CASES), isa
+
+
+def test_a_case_without_a_baseline_has_a_floor():
+    assert set(test_speed.FLOOR) < set(test_speed.CASES)
+    assert all(floor >= 1.0 for floor in test_speed.FLOOR.values())
