@@ -7,9 +7,6 @@
 namespace prunekern {
 namespace {
 
-// Bytes of weights drawn in ahead where a block is one group of rows: 16 KB was the best on Sapphire Rapids.
-constexpr std::int64_t kAhead = 16384;
-
 struct Ones {
   alignas(64) float values[kMaxWidth];
   constexpr Ones() : values() {
@@ -77,6 +74,7 @@ class Panels {
         groups_(ceil_div(x.rows, group_rows(product))),
         next_lines_(ceil_div(product.panel_step_bytes, kLine * groups_)),
         element_(element_bytes(target.element)),
+        ahead_(product_ahead(x.rows)),
         pipeline_(product, width) {
     args_.row_tile_bytes = x_tile_bytes_;
     args_.k_steps = k_steps_;
@@ -122,7 +120,7 @@ class Panels {
         is_last ? layer.panels + panels_.begin * layer.panel_bytes : args_.panel + layer.panel_bytes;
     args_.next_lines = next_lines_;
     if (groups_ == 1)
-      args_.next_weights = args_.panel + kAhead;
+      args_.next_weights = args_.panel + ahead_;
     else if (!is_last || again_)
       args_.next_weights = next + share(k_steps_, i, groups_).begin * product_.panel_step_bytes;
     else
@@ -186,7 +184,7 @@ class Panels {
   const Target& target_;
   const Range panels_;
   const bool again_;
-  const std::int64_t k_steps_, x_tile_bytes_, groups_, next_lines_, element_;
+  const std::int64_t k_steps_, x_tile_bytes_, groups_, next_lines_, element_, ahead_;
   ProductArgs args_{};
   Pipeline pipeline_;
 };
