@@ -92,11 +92,22 @@ struct EpilogueArgs {
   std::int64_t y_stride;
 };
 
+// y = weight * (x - mean) / sqrt(variance + eps) + bias, row by row; y may be x.
+struct LayerNormArgs {
+  const float* x;
+  std::int64_t x_stride;
+  std::int64_t rows, n;
+  const float *weight, *bias;  // [n]
+  float eps;
+  float* y;  // [rows, n]
+};
+
 using TileFn = void (*)(const TileArgs&);
 using StreamFn = void (*)(const StreamArgs&);
 using WidenFn = void (*)(const WidenArgs&);
 using TakeFn = void (*)(const TakeArgs&);
 using EpilogueFn = void (*)(const EpilogueArgs&);
+using LayerNormFn = void (*)(const LayerNormArgs&);
 using PeakFn = std::int64_t (*)(std::int64_t steps);
 using ReadFn = std::uint64_t (*)(const char* memory, std::int64_t bytes);
 
@@ -123,8 +134,9 @@ struct Kernels {
   TakeFn take[kElements];                             // by Element of x
   EpilogueFn epilogue[kElements][kActivations];       // by Element of y and the residual, and by Activation
   const Product* products[kMaxProducts];  // rows besides fp32 arithmetic, the better one later; or null
-  PeakFn peak;                            // multiply-adds and nothing else; returns how many flops that was
-  ReadFn read;                            // reads memory once, returns a checksum
+  LayerNormFn layer_norm;
+  PeakFn peak;  // multiply-adds and nothing else; returns how many flops that was
+  ReadFn read;  // reads memory once, returns a checksum
   AttentionKernels attention;
   const Product* heads;  // products of attention in bf16, as many rows as the tiles have; or null
 };

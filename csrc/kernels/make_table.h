@@ -3,6 +3,7 @@
 
 #include "kernels/convert.h"
 #include "kernels/epilogue.h"
+#include "kernels/layer_norm.h"
 #include "kernels/lone_query.h"
 #include "kernels/softmax.h"
 #include "kernels/speed.h"
@@ -44,6 +45,7 @@ constexpr Kernels make_kernels() {
   kernels.take[1] = take<V, std::uint16_t>;
   fill_epilogues<V, float>(kernels.epilogue[0]);
   fill_epilogues<V, std::uint16_t>(kernels.epilogue[1]);
+  kernels.layer_norm = layer_norm<V>;
   kernels.peak = peak<V>;
   kernels.read = read<V>;
   static_assert(sizeof...(R) <= V::kWidth, "softmax keeps one lane for each row");

@@ -1,4 +1,4 @@
-// prunekern._C: rms_norm.
+// prunekern._C: rms_norm and layer_norm.
 #include "prunekern/norm.h"
 
 #include <cstdint>
@@ -40,6 +40,36 @@ struct EagerNorm {
   NormCall norm;
 };
 
+void layer(std::int64_t rows, std::int64_t n, Address x, std::int64_t x_stride, Address weight, Address bias,
+           float eps, Address y, int threads) {
+  py::gil_scoped_release release;
+  layer_norm({rows, n, at<const float>(x), x_stride, at<const float>(weight), at<const float>(bias), eps,
+              at<float>(y), threads});
+}
+
+struct EagerLayerNorm {
+  static constexpr const char* kName = "call_layer_norm";
+  enum Argument { kX, kWeight, kBias, kEps, kThreads, kArguments };
+
+  bool read(PyObject* const* args) {
+    Element element;
+    if (!eager::view_input(args[kX], x, element) || element != Element::fp32) return false;
+    norm.rows = eager::count_rows(x);
+    norm.n = x.shape[x.ndim - 1];
+    if (norm.rows * norm.n == 0 || !eager::rows(x, norm.rows, norm.x_stride)) return false;
+    norm.x = static_cast<const float*>(x.data);
+    return eager::view_vector(args[kWeight], norm.n, norm.weight) &&
+           eager::view_vector(args[kBias], norm.n, norm.bias) && eager::to_float(args[kEps], norm.eps) &&
+           eager::read_threads(args[kThreads], norm.threads);
+  }
+  std::int64_t channels() const { return norm.n; }
+  void write_to(void* y) { norm.y = static_cast<float*>(y); }
+  void run() const { layer_norm(norm); }
+
+  dlpack::Tensor x;
+  LayerNormCall norm;
+};
+
 }  // namespace
 
 void add_norm(py::module_& m) {
@@ -47,6 +77,10 @@ void add_norm(py::module_& m) {
   m.def("rms_norm", &norm, arg("rows"), arg("n"), arg("x"), arg("x_stride"), arg("weight"), arg("eps"),
         arg("y"), arg("threads"), "NormCall of prunekern/norm.h.");
   eager::add_call<EagerNorm>(m, "call_norm(x, weight, eps, threads) -> y, or None: the same for rms_norm.");
+  m.def("layer_norm", &layer, arg("rows"), arg("n"), arg("x"), arg("x_stride"), arg("weight"), arg("bias"),
+        arg("eps"), arg("y"), arg("threads"), "LayerNormCall of prunekern/norm.h.");
+  eager::add_call<EagerLayerNorm>(
+      m, "call_layer_norm(x, weight, bias, eps, threads) -> y, or None: the same for layer_norm.");
 }
 
 }  // namespace prunekern

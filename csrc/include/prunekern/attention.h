@@ -30,8 +30,8 @@ struct AttentionCall {
   const bool* key_mask = nullptr;  // [batch, keys], true: may be read; null: all
   std::int64_t key_mask_stride = 0;
   float scale = 1.0f;
-  // bf16: q and k, powers and v are rounded to it and multiplied so, where the isa does that faster and there is more
-  // than one query; sums and the softmax stay fp32. Anything else: fp32.
+  // bf16: q and k, powers and v are rounded to it and multiplied so, where the isa does that faster and there
+  // is more than one query; sums and the softmax stay fp32. Anything else: fp32.
   Arithmetic arithmetic = Arithmetic::fp32;
   int threads = 1;
 };

@@ -15,6 +15,7 @@ from ..linears import Activation, Make, activation_name
 from ..table import Table
 from .blocks import CompactSelfAttention, add_residual, run_activated, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
+from .norms import make_layer_norms_fast
 from .table import EncoderBlock, encoder_table
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
         module.intermediate.__class__ = parts.intermediate
         module.output.__class__ = parts.output
         module.__class__ = parts.compact_layer
+    make_layer_norms_fast(model)
 
 
 def stock(config: PretrainedConfig) -> StockConfig:

@@ -80,9 +80,6 @@ def drops(dropout: nn.Module) -> bool:
 def add_residual(linear: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """dropout(linear(x)) + residual; the add is fused into the product of a CompactLinear where dropout is off and
     nobody listens.
-
-    The LayerNorm that follows is not: all of DistilBERT-base's take 0.40 of 53.9 ms at 1 x 128 and 3.6 of 428 ms at
-    8 x 128 (25 % removed, fp32, one thread), so that removing them wholly would gain 0.8 %.
     """
     y: Tensor
     if drops(dropout) or is_hooked(linear, dropout) or is_replaced(linear):

@@ -14,6 +14,7 @@ from ..linears import Activation, Make, activation_name
 from ..table import Table
 from .blocks import CompactSelfAttention, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
+from .norms import make_layer_norms_fast
 from .table import EncoderBlock, encoder_table
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
         ffn.lin1, ffn.lin2 = compact_encoder_ffn(make, plan, block)
         ffn.activation = Activation(activation)
         module.__class__ = CompactDistilBertBlock
+    make_layer_norms_fast(model)
 
 
 def stock(config: PretrainedConfig) -> StockConfig:
