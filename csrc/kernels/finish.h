@@ -16,6 +16,16 @@ struct FloatSums {
   F get(const float* acc, F scale, F bias) const { return V::madd(V::load(acc), scale, bias); }
 };
 
+// Sums in fp32 of x that is rounded by row.
+template <class V>
+struct RowScaledFloats {
+  using F = typename V::F;
+  RowScaledFloats(const char* tail, std::int64_t row)
+      : scale(V::set(reinterpret_cast<const float*>(tail)[row])) {}
+  F get(const float* acc, F by, F bias) const { return V::madd(V::load(acc), V::mul(scale, by), bias); }
+  F scale;
+};
+
 // Sums in int32 of x that is rounded by row: its tail begins with the scale of each row. The scales first:
 // their product leaves the range of fp32 only where y does, the sum times one of them before.
 template <class V>
@@ -51,6 +61,18 @@ void finish(Finish& one, std::int64_t rows) {
     else if (one.activated - one.written > kAhead || one.activated == args.rows)
       write_row<V, T>(args, one.written++);
   }
+}
+
+// Multiply of a Product D of one row tile: every finish before, then the tile for the rows that are there.
+// tiles: by rows, from 1.
+template <class D, int N>
+inline void run_rows(const MultiplyFn (&tiles)[N], const ProductArgs& args) {
+  static_assert(N == D::kRows + 1, "a tile for every number of rows");
+  for (std::int64_t i = 0; i < args.n_before; ++i) {
+    Finish& one = args.before[i];
+    if (one.written < one.args.rows) args.finish(one, D::kRows + kAhead);
+  }
+  tiles[args.rows < D::kRows ? args.rows : D::kRows](args);
 }
 
 template <class V, class Sums, class T>
