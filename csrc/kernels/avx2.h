@@ -43,8 +43,7 @@ struct Avx2 {
   // Lanes of eight codes of four bits: the one at this bit of each.
   template <int Shift>
   static F load_code(const char* p) {
-    const __m256i codes =
-        _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Shift);
+    const __m256i codes = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Shift);
     return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
   }
   static F load_half(const char* p) {

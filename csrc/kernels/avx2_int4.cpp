@@ -1,5 +1,5 @@
-// AVX2 without VNNI: int4. vpmaddubsw adds two products in 16 bits and saturates, but not here: a lane takes 16
-// products of a group, at most 15 * 127 each, and 16 * 15 * 127 = 30,480 fit.
+// AVX2 without VNNI: int4. vpmaddubsw adds two products in 16 bits and saturates, but not here: a lane takes
+// 16 products of a group, at most 15 * 127 each, and 16 * 15 * 127 = 30,480 fit.
 #include "kernels/int4_avx2.h"
 #include "kernels/products.h"
 

@@ -1,5 +1,5 @@
-// What int4 products of 256 bits have in common, whatever they multiply with: tiles of 3 rows by 2 vectors of 8
-// channels (6 integer and 6 fp32 sums, 2 vectors of codes, 1 broadcast, 1 mask: 16 of 16 registers).
+// What int4 products of 256 bits have in common, whatever they multiply with: tiles of 3 rows by 2 vectors of
+// 8 channels (6 integer and 6 fp32 sums, 2 vectors of codes, 1 broadcast, 1 mask: 16 of 16 registers).
 #pragma once
 
 #include "kernels/avx2.h"

@@ -1,5 +1,5 @@
-// What int4 products of AVX-512 have in common, whatever they multiply with: tiles of 6 rows by 2 vectors of 16
-// channels (12 integer and 12 fp32 sums, 2 vectors of codes, 1 broadcast, 1 mask: 28 of 32 registers).
+// What int4 products of AVX-512 have in common, whatever they multiply with: tiles of 6 rows by 2 vectors of
+// 16 channels (12 integer and 12 fp32 sums, 2 vectors of codes, 1 broadcast, 1 mask: 28 of 32 registers).
 #pragma once
 
 #include "kernels/avx512.h"

@@ -44,8 +44,8 @@ struct StreamArgs {
 };
 
 // A panel in fp32: [k, width] from what pack_weight made of it, for bf16, int8 (without the scale) and int4
-// (with its scales). It begins at, and is written up to, a multiple of Layout::side_by_side inputs, of four at
-// least. The tile reads it from L1.
+// (with its scales). It begins at, and is written up to, a multiple of Layout::side_by_side inputs, of four
+// at least. The tile reads it from L1.
 struct WidenArgs {
   const void* panel;
   std::int64_t k;

@@ -46,8 +46,10 @@ inline Rounding<V> rounding_of(const T* x, std::int64_t k, typename V::F rest) {
     check += checks[i];
   }
   const bool finite = check == check, some = finite && largest > 1e-36f;
-  return {!finite ? __builtin_nanf("") : some ? largest / 127.0f : 0.0f, some,
-          V::set(some ? 127.0f / largest : 0.0f)};
+  return {!finite ? __builtin_nanf("")
+          : some  ? largest / 127.0f
+                  : 0.0f,
+          some, V::set(some ? 127.0f / largest : 0.0f)};
 }
 
 // One row. D::put lays one vector of q out at `to`, groups of D::kGroupInputs a row tile's width apart.

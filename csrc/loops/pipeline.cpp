@@ -120,8 +120,10 @@ class Panels {
     const char* next =
         is_last ? layer.panels + panels_.begin * layer.panel_bytes : args_.panel + layer.panel_bytes;
     args_.next_lines = next_lines_;
-    if (groups_ == 1)
+    if (groups_ == 1 && !reads_by_itself(x_.rows))
       args_.next_weights = args_.panel + kAhead;
+    else if (groups_ == 1)
+      args_.next_lines = 0;
     else if (!is_last || again_)
       args_.next_weights = next + share(k_steps_, i, groups_).begin * product_.panel_step_bytes;
     else

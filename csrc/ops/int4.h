@@ -7,7 +7,8 @@ namespace prunekern {
 
 constexpr std::int64_t kInt4Group = 32;
 
-// weight: `count` of the group's inputs, `stride` apart; the others are zero. codes: q + 8. Returns the scale.
+// weight: `count` of the group's inputs, `stride` apart; the others are zero. codes: q + 8. Returns the
+// scale.
 std::uint16_t to_int4(const float* weight, std::int64_t stride, std::int64_t count,
                       std::uint8_t (&codes)[kInt4Group]);
 

@@ -1,4 +1,5 @@
-// Whole calls on rows that are rounded to int8, against float64 on the rounded numbers, for any kind of weight.
+// Whole calls on rows that are rounded to int8, against float64 on the rounded numbers, for any kind of
+// weight.
 #pragma once
 
 #include <algorithm>
@@ -211,8 +212,8 @@ void check_table(const Kernels& table, Isa isa) {
       for (std::int64_t k : {1, 31, 373}) {
         options += 11;  // runs through all 32, in every order
         run<W>(table, isa,
-            {m, n, k, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0, (options & 8) != 0,
-             (options & 16) != 0, static_cast<Activation>(options % 5), 1 + options % 3});
+               {m, n, k, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0, (options & 8) != 0,
+                (options & 16) != 0, static_cast<Activation>(options % 5), 1 + options % 3});
       }
   for (std::int64_t m : {1, 5, 43, 400})
     for (bool gated : {false, true}) check_mlp<W>(table, isa, m, gated);

@@ -1,6 +1,6 @@
-// int4 weights, every instruction set: what packing makes of them; the sums of int4 x int8 bit by bit against a
-// plain loop on the codes; whole calls against float64 on the rounded numbers, and in fp32 arithmetic on what
-// the codes stand for; weights and rows that cannot be rounded.
+// int4 weights, every instruction set: what packing makes of them; the sums of int4 x int8 bit by bit against
+// a plain loop on the codes; whole calls against float64 on the rounded numbers, and in fp32 arithmetic on
+// what the codes stand for; weights and rows that cannot be rounded.
 #include "kernels/product.h"
 #include "loops/products.h"
 #include "ops/half.h"
@@ -50,9 +50,7 @@ struct Weight {
     packed = {WeightType::int4, n, k, data, nullptr, bias.data(), Activations::int8};
     pack(isa);
   }
-  void pack(Isa isa) {
-    pack_weight(isa, WeightType::int4, plain.data(), k, 1, n, k, panels.data, nullptr);
-  }
+  void pack(Isa isa) { pack_weight(isa, WeightType::int4, plain.data(), k, 1, n, k, panels.data, nullptr); }
   // A rounding for each group, the row's scale and the bias.
   Sum sum(const std::vector<int>& x, std::int64_t channel) const {
     Sum all{0.0, 0.0, static_cast<int>(panels.groups) + 3};
@@ -111,8 +109,8 @@ void check_loss(Isa isa, std::int64_t n, std::int64_t k, double least_db) {
       }
       loss += lost;
       // Two of its five scales are near 1/7; fp16 and the fit move them by less than this.
-      CHECK(lost <= 1.3 * plain_lost + 1e-4 * largest * largest, "channel %ld group %ld: %g, %g with a plain scale",
-            long(channel), long(g), lost, plain_lost);
+      CHECK(lost <= 1.3 * plain_lost + 1e-4 * largest * largest,
+            "channel %ld group %ld: %g, %g with a plain scale", long(channel), long(g), lost, plain_lost);
     }
   const double db = 10 * std::log10(size / loss);
   CHECK(db > least_db, "%s: %ld x %ld: %g dB", name(isa), long(n), long(k), db);
@@ -157,8 +155,9 @@ void check_sums(const Product& product, Isa isa, std::int64_t k, bool extreme) {
       for (std::int64_t i = 0; i < width; ++i) {
         std::int64_t want = 0;
         for (std::int64_t j = 0; j < k; ++j) want += row.q[j] * weight.panels.q(i, j);
-        CHECK(acc[r * width + i] == static_cast<float>(want), "%s k=%ld rows=%ld row %ld channel %ld: %g, want %ld",
-              name(isa), long(k), long(rows), long(r), long(i), acc[r * width + i], long(want));
+        CHECK(acc[r * width + i] == static_cast<float>(want),
+              "%s k=%ld rows=%ld row %ld channel %ld: %g, want %ld", name(isa), long(k), long(rows), long(r),
+              long(i), acc[r * width + i], long(want));
       }
     }
     CHECK(tiles[prepared_bytes(product, rows, k)] == 0x5a, "wrote past the row tiles");
@@ -193,12 +192,13 @@ void check_floating(const Kernels& table, Isa isa, std::int64_t m, std::int64_t 
         size += std::fabs(double(x[r * k + j]) * back[i * k + j]);
       }
       const double bound = 1.2 * kEps * std::sqrt(double(k + 2)) * size;
-      CHECK(std::fabs(y[r * n + i] - sum) <= bound, "%s m=%ld n=%ld k=%ld: %g, want %g", name(isa), long(m), long(n),
-            long(k), y[r * n + i], sum);
+      CHECK(std::fabs(y[r * n + i] - sum) <= bound, "%s m=%ld n=%ld k=%ld: %g, want %g", name(isa), long(m),
+            long(n), long(k), y[r * n + i], sum);
     }
 }
 
-// Six channels of one group each: an infinity, a NaN, zeros, numbers that are too large, too small, just small.
+// Six channels of one group each: an infinity, a NaN, zeros, numbers that are too large, too small, just
+// small.
 void check_odd_weights(const Kernels& table, Isa isa) {
   const float infinity = std::numeric_limits<float>::infinity();
   const float odd[] = {-infinity, std::numeric_limits<float>::quiet_NaN(), 0.0f, 5e5f, 1e-7f, -1e-6f};
@@ -220,7 +220,8 @@ void check_odd_weights(const Kernels& table, Isa isa) {
     call.x = x.data();
     call.y = y.data();
     compact_linear(table, call);
-    for (std::int64_t i : {0, 1, 3}) CHECK(std::isnan(y[i]) && std::isnan(back[i * k + 32]), "%g: %g", odd[i], y[i]);
+    for (std::int64_t i : {0, 1, 3})
+      CHECK(std::isnan(y[i]) && std::isnan(back[i * k + 32]), "%g: %g", odd[i], y[i]);
     for (std::int64_t i : {2, 4}) CHECK(y[i] == 0.0f, "%g: %g", odd[i], y[i]);
     CHECK(std::fabs(y[5] / odd[5] - 1) < 0.05, "%g: %g", odd[5], y[5]);
   }

@@ -48,11 +48,12 @@ float expected(WeightType type, float weight, float largest) {
 void check(Isa isa, WeightType type, std::int64_t n, std::int64_t k) {
   const std::int64_t width = panel_width(isa), panels = (n + width - 1) / width;
   const std::int64_t rows = type == WeightType::bf16 || type == WeightType::int4 ? (k + 31) / 32 * 32
-                            : type == WeightType::int8 ? (k + 15) / 16 * 16
-                                                       : k;
+                            : type == WeightType::int8                           ? (k + 15) / 16 * 16
+                                                                                 : k;
   const std::int64_t bytes = type == WeightType::fp32 ? 4 : type == WeightType::bf16 ? 2 : 1;
   const std::int64_t size = packed_bytes(isa, type, n, k);
-  CHECK(size == (type == WeightType::int4 ? panels * rows * width / 32 * 18 : panels * rows * width * bytes), "%s %s", name(isa), name(type));
+  CHECK(size == (type == WeightType::int4 ? panels * rows * width / 32 * 18 : panels * rows * width * bytes),
+        "%s %s", name(isa), name(type));
   const std::vector<float> weight = random_floats(static_cast<std::size_t>(n * k), 1);
   std::vector<float> transposed(weight.size());
   for (std::int64_t i = 0; i < n; ++i)
@@ -75,9 +76,11 @@ void check(Isa isa, WeightType type, std::int64_t n, std::int64_t k) {
     for (std::int64_t j = 0; j < rows; ++j) {
       const bool real = channel < n && j < k;
       const float got = value_at(type, packed.data(), width, k, channel, j);
-      if (type == WeightType::int4) {  // what it becomes is for test_int4: here that it stands where it should
-        CHECK(real ? std::fabs(got - weight[channel * k + j]) <= 0.2f * largest && got == back[channel * k + j]
-                   : got == 0.0f,
+      if (type ==
+          WeightType::int4) {  // what it becomes is for test_int4: here that it stands where it should
+        CHECK(real
+                  ? std::fabs(got - weight[channel * k + j]) <= 0.2f * largest && got == back[channel * k + j]
+                  : got == 0.0f,
               "int4 channel %ld input %ld: %g", long(channel), long(j), got);
         continue;
       }
