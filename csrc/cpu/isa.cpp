@@ -22,13 +22,13 @@ struct Cpu {
   Cpu() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
-    const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1;
+    const bool fma = c >> 12 & 1, f16c = c >> 29 & 1, osxsave = c >> 27 & 1;
     if (!osxsave) return;
     unsigned low, high;  // XCR0: the registers the operating system saves; cpuid alone does not tell
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
-    avx2 = ymm && fma && (b >> 5 & 1);
+    avx2 = ymm && fma && f16c && (b >> 5 & 1);
     const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     avx512 = avx2 && zmm && (b & wanted) == wanted;
     avx512_vnni = avx512 && (c >> 11 & 1);

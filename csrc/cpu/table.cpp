@@ -19,17 +19,24 @@ struct Row {
 };
 constexpr Row kRows[] = {
     {Isa::generic, &kGenericInt8},
+    {Isa::generic, &kGenericInt4},
 #ifdef PRUNEKERN_X86
     {Isa::avx2, &kAvx2Int8},
+    {Isa::avx2, &kAvx2Int4},
     {Isa::avx512, &kAvx512Int8},
+    {Isa::avx512, &kAvx512Int4},
 #endif
 #ifdef PRUNEKERN_AVX2_VNNI
     {Isa::avx2_vnni, &kAvx2VnniInt8},
+    {Isa::avx2_vnni, &kAvx2VnniInt4},
 #endif
 #ifdef PRUNEKERN_AVX512_VNNI
     {Isa::avx512_vnni, &kAvx512VnniInt8},
+    {Isa::avx512_vnni, &kAvx512VnniInt4},
     {Isa::avx512_bf16, &kAvx512VnniInt8},
+    {Isa::avx512_bf16, &kAvx512VnniInt4},
     {Isa::amx, &kAvx512VnniInt8},
+    {Isa::amx, &kAvx512VnniInt4},
 #endif
 #ifdef PRUNEKERN_AVX512_BF16
     {Isa::avx512_bf16, &kAvx512Bf16},

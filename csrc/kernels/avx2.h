@@ -1,4 +1,4 @@
-// AVX2 + FMA: the vector type of the files that are compiled for it.
+// AVX2, FMA and F16C: the vector type of the files that are compiled for it.
 #pragma once
 
 #include <immintrin.h>
@@ -39,6 +39,15 @@ struct Avx2 {
   static F load_one_of_four(const std::int8_t* p) {
     const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(four, 24 - 8 * I), 24));
+  }
+  // Lanes of eight codes of four bits: the one at this bit of each.
+  template <int Shift>
+  static F load_code(const char* p) {
+    const __m256i codes = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Shift);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
+  }
+  static F load_half(const char* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   // Sums in int32.
   static F load_sums(const float* p) {

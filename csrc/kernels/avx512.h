@@ -23,6 +23,15 @@ struct Avx512 {
   static F load_one_of_four(const std::int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * I), 24));
   }
+  // Lanes of eight codes of four bits: the one at this bit of each.
+  template <int Shift>
+  static F load_code(const char* p) {
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(p), Shift);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15)));
+  }
+  static F load_half(const char* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   // Sums in int32.
   static F load_sums(const float* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 

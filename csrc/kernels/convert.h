@@ -34,6 +34,37 @@ void widen_int8(const WidenArgs& args) {
     }
 }
 
+// What is stored is code = q + 8, and every product with a scale is exact: 4 bits times 11.
+template <class V, int Shift>
+inline void widen_codes(const char* from, const typename V::F (&scale)[2], float* to) {
+  const typename V::F eight = V::set(8.0f);
+  V::store(to, V::mul(V::sub(V::template load_code<Shift>(from), eight), scale[0]));
+  V::store(to + V::kWidth,
+           V::mul(V::sub(V::template load_code<Shift>(from + 4 * V::kWidth), eight), scale[1]));
+}
+
+// Whole groups of 32 inputs, scales included.
+template <class V>
+void widen_int4(const WidenArgs& args) {
+  constexpr int kWidth = 2 * V::kWidth;
+  const char* from = static_cast<const char*>(args.panel);
+  float* to = args.to;
+  for (std::int64_t k = 0; k < args.k; k += 32, from += 2 * kWidth, to += 16 * kWidth) {
+    const char* scales = from + 16 * kWidth;
+    const typename V::F scale[2] = {V::load_half(scales), V::load_half(scales + 2 * V::kWidth)};
+    for (int four = 0; four < 4; ++four, from += 4 * kWidth, to += 4 * kWidth) {
+      widen_codes<V, 0>(from, scale, to);
+      widen_codes<V, 8>(from, scale, to + kWidth);
+      widen_codes<V, 16>(from, scale, to + 2 * kWidth);
+      widen_codes<V, 24>(from, scale, to + 3 * kWidth);
+      widen_codes<V, 4>(from, scale, to + 16 * kWidth);
+      widen_codes<V, 12>(from, scale, to + 17 * kWidth);
+      widen_codes<V, 20>(from, scale, to + 18 * kWidth);
+      widen_codes<V, 28>(from, scale, to + 19 * kWidth);
+    }
+  }
+}
+
 // T: float or std::uint16_t (bf16).
 template <class V, class T>
 void take(const TakeArgs& args) {

@@ -10,6 +10,7 @@
 // cycles.
 #pragma once
 
+#include "kernels/drawn.h"
 #include "kernels/finish.h"
 #include "kernels/tile.h"
 
@@ -18,16 +19,13 @@ namespace prunekern {
 template <class D, int R, int C>
 void dot_tile(const ProductArgs& args) {
   using Sum = typename D::Sum;
-  constexpr int kVector = D::V::kWidth, kVectorBytes = 4 * kVector, kLineBytes = 64;
+  constexpr int kVector = D::V::kWidth, kVectorBytes = 4 * kVector;
   constexpr int kChains = chains(R * C);  // 1, 2 or 4
   static_assert(D::kGroups % 4 == 0, "groups are taken by four");
   const char* a = args.x;
   const char* panel = args.panel;
   const char* tail = args.x + args.k_steps * D::kGroups * D::kRows * D::kGroupBytes;
-  const char* next = args.next_weights;
-  const char* y = args.y;
-  const char* residual = args.residual;
-  int rows_left = args.row_lines > 0 ? R : 0;
+  Drawn<D> drawn(args, R);
 
   Sum acc[kChains][R][C];
 #pragma GCC unroll 4
@@ -38,16 +36,7 @@ void dot_tile(const ProductArgs& args) {
       for (int c = 0; c < C; ++c) acc[s][r][c] = s == 0 ? D::start(tail, r) : D::zero();
 
   for (std::int64_t k = 0; k < args.k_steps; ++k) {
-    for (std::int64_t i = 0; i < args.next_lines; ++i, next += kLineBytes) __builtin_prefetch(next, 0, 2);
-    // A store that misses waits for its line, and the stores behind it wait too. One row at a time.
-    if (rows_left-- > 0) {
-      for (std::int64_t i = 0; i < args.row_lines; ++i) __builtin_prefetch(y + i * kLineBytes, 1, 3);
-      y += args.y_step;
-      if (residual != nullptr) {
-        for (std::int64_t i = 0; i < args.row_lines; ++i) __builtin_prefetch(residual + i * kLineBytes, 0, 3);
-        residual += args.residual_step;
-      }
-    }
+    drawn.step(args);
     for (int four = 0; four < D::kGroups; four += 4) {
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
@@ -84,15 +73,9 @@ void dot_tile(const ProductArgs& args) {
 // Multiply of a Product: rows that are there, and the finish of what came before.
 template <class D, int... R>
 void dot_rows(const ProductArgs& args) {
-  using TileOfRows = void (*)(const ProductArgs&);
-  static constexpr TileOfRows tiles[] = {nullptr, dot_tile<D, R, 2>...},
+  static constexpr MultiplyFn tiles[] = {nullptr, dot_tile<D, R, 2>...},
                               halves[] = {nullptr, dot_tile<D, R, 1>...};
-  static_assert(sizeof...(R) == D::kRows, "a tile for every number of rows");
-  for (std::int64_t i = 0; i < args.n_before; ++i) {
-    Finish& one = args.before[i];
-    if (one.written < one.args.rows) args.finish(one, D::kRows + kAhead);
-  }
-  (args.half ? halves : tiles)[args.rows < D::kRows ? args.rows : D::kRows](args);
+  run_rows<D>(args.half ? halves : tiles, args);
 }
 
 // What the units can do: independent chains and no memory.

@@ -39,6 +39,29 @@ struct Generic {
   static F load_one_of_four(const std::int8_t* p) {
     return each([&](int i) { return static_cast<float>(p[4 * i + I]); });
   }
+  // Lanes of eight codes of four bits: the one at this bit of each.
+  template <int Shift>
+  static F load_code(const char* p) {
+    return each([&](int i) { return static_cast<float>(p[4 * i + Shift / 8] >> Shift % 8 & 15); });
+  }
+  // fp16: numbers, NaN and infinities; 2^-24 is one step of those without an exponent.
+  static float from_half(std::uint16_t value) {
+    const std::uint32_t exponent = value >> 10 & 31, fraction = value & 1023;
+    const std::uint32_t sign = static_cast<std::uint32_t>(value & 0x8000) << 16;
+    float result = static_cast<float>(fraction) * 0x1p-24f;
+    std::uint32_t bits = ((exponent == 31 ? 255 : exponent + 112) << 23) | fraction << 13;
+    if (exponent == 0) __builtin_memcpy(&bits, &result, 4);
+    bits |= sign;
+    __builtin_memcpy(&result, &bits, 4);
+    return result;
+  }
+  static F load_half(const char* p) {
+    return each([&](int i) {
+      std::uint16_t half;
+      __builtin_memcpy(&half, p + 2 * i, 2);
+      return from_half(half);
+    });
+  }
   // Sums in int32.
   static F load_sums(const float* p) {
     return each([&](int i) {

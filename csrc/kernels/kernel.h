@@ -43,8 +43,9 @@ struct StreamArgs {
   bool into_l1;
 };
 
-// A panel in fp32: [k, width] from what pack_weight made of it, for bf16 and for int8 (without the scale),
-// from a multiple of four inputs on; up to three rows more than k are written. The tile reads it from L1.
+// A panel in fp32: [k, width] from what pack_weight made of it, for bf16, int8 (without the scale) and int4
+// (with its scales). It begins at, and is written up to, a multiple of Layout::side_by_side inputs, of four
+// at least. The tile reads it from L1.
 struct WidenArgs {
   const void* panel;
   std::int64_t k;
@@ -116,7 +117,7 @@ constexpr int kMaxStreamRows = 8;  // more would not leave registers for two ste
 constexpr int kMaxWidth = 32;
 constexpr int kActivations = 5;
 constexpr int kElements = 2;
-constexpr int kWeightTypes = 3;
+constexpr int kWeightTypes = 4;
 
 constexpr int kMaxProducts = 8;
 
@@ -130,7 +131,7 @@ struct Kernels {
   TileFn tile[kMaxRows + 1];       // by rows, from 1
   TileFn half_tile[kMaxRows + 1];  // the same for a panel with nothing in its second vector
   WidenFn widen[kWeightTypes];     // by WeightType; null for fp32, which the tile reads where it is
-  StreamFn stream[kWeightTypes][kMaxStreamRows + 1];  // by WeightType and rows, from 1; null for fp32
+  StreamFn stream[kWeightTypes][kMaxStreamRows + 1];  // by WeightType and rows, from 1; bf16 and int8 only
   TakeFn take[kElements];                             // by Element of x
   EpilogueFn epilogue[kElements][kActivations];       // by Element of y and the residual, and by Activation
   const Product* products[kMaxProducts];  // rows besides fp32 arithmetic, the better one later; or null

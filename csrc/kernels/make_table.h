@@ -41,6 +41,7 @@ constexpr Kernels make_kernels() {
   }
   kernels.widen[1] = widen_bf16<V>;
   kernels.widen[2] = widen_int8<V>;
+  kernels.widen[3] = widen_int4<V>;
   kernels.take[0] = take<V, float>;
   kernels.take[1] = take<V, std::uint16_t>;
   fill_epilogues<V, float>(kernels.epilogue[0]);

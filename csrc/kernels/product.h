@@ -56,6 +56,8 @@ struct ProductArgs {
   FinishFn finish;
 };
 
+using MultiplyFn = void (*)(const ProductArgs&);
+
 struct Product {
   WeightType weights;                   // what it multiplies
   Arithmetic arithmetic;                // int8: x is rounded to int8, row by row
@@ -70,7 +72,7 @@ struct Product {
   void (*begin)();
   void (*end)();
   void (*prepare[kElements])(const PrepareArgs&);  // by Element of x
-  void (*multiply)(const ProductArgs&);
+  MultiplyFn multiply;
   FinishFn finish[kElements][kActivations];  // by Element of y and the residual, and by Activation
 
   // Between the layers of an mlp: points args at where the next layer's row tile (at `tile`) takes the

@@ -34,9 +34,28 @@ inline float largest_of(const T* x, std::int64_t k) {
   return bits < 0x7f800000u ? largest : __builtin_nanf("");
 }
 
-// One row: q = nearest even of x * (127 / largest), scale = largest / 127. Nothing above 1e-36: zeros, as 127
-// / largest is no fp32 number then. NaN or an infinity: scale NaN, which makes the whole row of y NaN. D::put
-// rounds one vector of groups to where they belong and adds them to D's totals. Returns the sum of q.
+// How a row is rounded: q = nearest even of x * (127 / largest), scale = largest / 127. Nothing above 1e-36:
+// zeros, as 127 / largest is no fp32 number then. NaN or an infinity: scale NaN, which makes the whole row of
+// y NaN.
+template <class V>
+struct Rounding {
+  float scale;
+  bool is_some;  // else q is 0 throughout
+  typename V::F inverse;
+};
+
+template <class V, class T>
+inline Rounding<V> rounding_of(const T* x, std::int64_t k) {
+  const float largest = largest_of<V>(x, k);
+  const bool is_finite = largest == largest, is_some = is_finite && largest > 1e-36f;
+  return {is_some     ? largest / 127.0f
+          : is_finite ? 0.0f
+                      : largest,
+          is_some, V::set(is_some ? 127.0f / largest : 0.0f)};
+}
+
+// One row. D::put rounds one vector to where its groups belong and adds it to D's totals. Returns the sum of
+// q.
 template <class D, class T>
 inline std::int32_t quantize_row(const T* x, std::int64_t k, char* to, float& scale) {
   using V = typename D::V;
@@ -44,25 +63,23 @@ inline std::int32_t quantize_row(const T* x, std::int64_t k, char* to, float& sc
   constexpr int kVector = V::kWidth, kInputs = D::kGroups * D::kGroupInputs;
   constexpr std::int64_t kVectorBytes = D::kGroupBytes * (kVector / D::kGroupInputs);
   constexpr std::int64_t kStepBytes = D::kRows * D::kGroups * D::kGroupBytes;
-  const float largest = largest_of<V>(x, k);
-  const bool is_finite = largest == largest, is_some = is_finite && largest > 1e-36f;
-  scale = is_some ? largest / 127.0f : is_finite ? 0.0f : largest;
-  const F inverse = V::set(is_some ? 127.0f / largest : 0.0f);
+  const Rounding<V> rounding = rounding_of<V>(x, k);
+  scale = rounding.scale;
   typename D::Sum total = D::zero();
   std::int64_t at = 0;
-  if (is_some)
+  if (rounding.is_some)
     for (; at + kInputs <= k; at += kInputs, to += kStepBytes)
 #pragma GCC unroll 4
       for (int i = 0; i < kInputs / kVector; ++i)
-        D::put(to + i * kVectorBytes, V::mul(V::load(x + at + i * kVector), inverse), total);
+        D::put(to + i * kVectorBytes, V::mul(V::load(x + at + i * kVector), rounding.inverse), total);
   for (; at < k; at += kInputs, to += kStepBytes)
     for (int i = 0; i < kInputs / kVector; ++i) {
       const std::int64_t left = k - at - i * kVector;
       F value = V::set(0.0f);
-      if (is_some && left > 0)
+      if (rounding.is_some && left > 0)
         value = left >= kVector ? V::load(x + at + i * kVector)
                                 : V::load_part(x + at + i * kVector, static_cast<int>(left));
-      D::put(to + i * kVectorBytes, V::mul(value, inverse), total);
+      D::put(to + i * kVectorBytes, V::mul(value, rounding.inverse), total);
     }
   return D::sum(total);
 }

@@ -36,10 +36,11 @@ class Loops {
         windows_(linear.windows),
         input_(linear.input()),
         widen_(kernels_.widen[static_cast<int>(weight_.type)]),
+        streams_(kernels_.stream[static_cast<int>(weight_.type)]),
         epilogue_(kernels_.epilogue[static_cast<int>(call_.element)][static_cast<int>(call_.activation)]),
+        together_(std::max(layout(weight_.type).side_by_side, 4)),
         width_(kernels_.width),
         element_(element_bytes(call_.element)),
-        row_bytes_(input_bytes(weight_.type, width_)),
         panel_bytes_(panel_bytes(weight_.type, width_, weight_.k)) {}
 
   // Rows of one block. A chunk of their x stays in L2 while the weights of many panels stream past it.
@@ -48,7 +49,7 @@ class Loops {
     tiles_ = ceil_div(rows.size(), kernels_.rows);
     x_ = take_rows(input_, kernels_, rows, workspace().rows);
     const std::int64_t k = weight_.k;
-    if (widen_ != nullptr && rows.size() <= kStreamRows) {
+    if (streams_[1] != nullptr && rows.size() <= kStreamRows) {
       tiles_ = ceil_div(rows.size(), kernels_.stream_rows);
       sums_ = workspace().sums.get<float>(kernels_.rows * width_ + kernels_.vector);
       for (std::int64_t p = panels.begin; p < panels.end; ++p) stream_panel(p);
@@ -60,7 +61,7 @@ class Loops {
                               : widen_ != nullptr ? kWidenedBytes / (4 * width_)
                                                   : std::max<std::int64_t>(k, 1);
     const std::int64_t chunks = std::max<std::int64_t>(ceil_div(k, most), 1);
-    const std::int64_t depth = round_up(ceil_div(k, chunks), 4);
+    const std::int64_t depth = round_up(ceil_div(k, chunks), together_);
     const std::int64_t sums = rows.size() * width_;  // of a panel
     const std::int64_t group = chunks == 1 ? 1 : std::max<std::int64_t>(kSumsBytes / (4 * sums), 1);
     sums_ = workspace().sums.get<float>(group * sums + kernels_.vector);
@@ -80,7 +81,8 @@ class Loops {
   }
 
   const char* stored(std::int64_t panel, std::int64_t k) const {
-    return static_cast<const char*>(weight_.data) + panel * panel_bytes_ + k * row_bytes_;
+    return static_cast<const char*>(weight_.data) + panel * panel_bytes_ +
+           inputs_bytes(weight_.type, width_, k);
   }
 
  private:
@@ -96,6 +98,8 @@ class Loops {
     const TileFn* tiles = channels * 2 > width_ ? kernels_.tile : kernels_.half_tile;
     const bool is_last = chunk.end == weight_.k;
     const char* here = stored(p, chunk.begin);
+    const std::int64_t chunk_bytes = inputs_bytes(weight_.type, width_, chunk.size());
+    const std::int64_t step_bytes = inputs_bytes(weight_.type, width_, 4);
 
     TileArgs args{};
     args.panel = widen_ == nullptr ? reinterpret_cast<const float*>(here) : widened(here, chunk.size());
@@ -108,10 +112,10 @@ class Loops {
       args.acc = sums + tile.begin * width_;
       if (tiles_ == 1) {
         args.next_weights = here + stream_ahead(rows_.size() <= 2);
-        args.next_lines = ceil_div(4 * row_bytes_, kLine);
+        args.next_lines = ceil_div(step_bytes, kLine);
       } else if (next != nullptr) {
-        args.next_weights = next + share(chunk.size() * row_bytes_, t, tiles_).begin;
-        args.next_lines = ceil_div(4 * row_bytes_, kLine * tiles_);
+        args.next_weights = next + share(chunk_bytes, t, tiles_).begin;
+        args.next_lines = ceil_div(step_bytes, kLine * tiles_);
       }
       if (is_last) draw_outputs(p, tile, args);
       tiles[tile.size()](args);
@@ -131,13 +135,13 @@ class Loops {
     for (std::int64_t t = 0; t < tiles_; ++t) {
       const Range tile = share(rows_.size(), t, tiles_);
       args.a = x_.data + tile.begin * x_.stride;
-      kernels_.stream[static_cast<int>(weight_.type)][tile.size()](args);
+      streams_[tile.size()](args);
       finish(p, tile, sums_);
     }
   }
 
   const float* widened(const char* from, std::int64_t k) {
-    float* to = workspace().weights.get<float>(round_up(k, 4) * width_);
+    float* to = workspace().weights.get<float>(round_up(k, together_) * width_);
     widen_({from, k, to});
     return to;
   }
@@ -194,9 +198,11 @@ class Loops {
   const Windows& windows_;
   const Input input_;
   const WidenFn widen_;
+  const StreamFn* const streams_;  // by rows
   const EpilogueFn epilogue_;
+  const std::int64_t together_;  // inputs of a chunk come in multiples of this
   const std::int64_t width_, element_;
-  const std::int64_t row_bytes_, panel_bytes_;  // of packed weights
+  const std::int64_t panel_bytes_;  // of packed weights
 
   Range rows_{};  // of the block
   std::int64_t tiles_ = 0;

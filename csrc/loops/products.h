@@ -9,9 +9,10 @@
 
 namespace prunekern {
 
-// Whether x may be rounded to int8 by row for a weight: its sums must fit int32.
+// Whether x may be rounded to int8 by row for a weight: its sums must fit int32. Those of a group of int4 do.
 inline bool may_quantize(const Packed& weight) {
-  return weight.activations != Activations::floating && weight.k <= kMostInt8Inputs;
+  return weight.activations != Activations::floating &&
+         (weight.type == WeightType::int4 || weight.k <= kMostInt8Inputs);
 }
 
 // The row for `m` rows of x: the last that takes them. Null: fp32 arithmetic, which every table has. Where

@@ -54,6 +54,8 @@ const char* name(WeightType type) {
       return "bf16";
     case WeightType::int8:
       return "int8";
+    case WeightType::int4:
+      return "int4";
     default:
       return "fp32";
   }

@@ -7,6 +7,7 @@
 #include "loops/huge_pages.h"
 #include "loops/panels.h"
 #include "ops/bf16.h"
+#include "ops/int4.h"
 #include "prunekern/linear.h"
 
 namespace prunekern {
@@ -50,6 +51,8 @@ void pack_weight(Isa isa, WeightType type, const float* weight, std::int64_t row
                  std::int64_t column_stride, std::int64_t n, std::int64_t k, void* packed, float* scale) {
   const std::int64_t width = panel_width(isa), panel = width * padded_k(type, k);
   prefer_huge_pages(packed, packed_bytes(isa, type, n, k));
+  if (type == WeightType::int4)
+    return pack_int4(weight, row_stride, column_stride, n, k, width, static_cast<char*>(packed));
   for (std::int64_t first = 0; first < n; first += width) {
     const std::int64_t real = std::min(width, n - first), start = first / width * panel;
     if (type == WeightType::int8) {
@@ -78,6 +81,7 @@ void pack_weight(Isa isa, WeightType type, const float* weight, std::int64_t row
 void unpack_weight(Isa isa, WeightType type, const void* packed, const float* scale, std::int64_t n,
                    std::int64_t k, float* weight) {
   const std::int64_t width = panel_width(isa), panel = width * padded_k(type, k);
+  if (type == WeightType::int4) return unpack_int4(static_cast<const char*>(packed), n, k, width, weight);
   for (std::int64_t channel = 0; channel < n; ++channel) {
     const std::int64_t start = channel / width * panel;
     for (std::int64_t j = 0; j < k; ++j) {

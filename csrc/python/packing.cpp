@@ -13,9 +13,9 @@ namespace py = pybind11;
 namespace prunekern {
 
 WeightType parse_type(const std::string& text) {
-  for (WeightType type : {WeightType::fp32, WeightType::bf16, WeightType::int8})
+  for (WeightType type : {WeightType::fp32, WeightType::bf16, WeightType::int8, WeightType::int4})
     if (text == name(type)) return type;
-  throw std::invalid_argument("weights must be fp32, bf16 or int8 (got " + text + ")");
+  throw std::invalid_argument("weights must be fp32, bf16, int8 or int4 (got " + text + ")");
 }
 
 Element parse_element(const std::string& text) {

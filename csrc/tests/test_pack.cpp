@@ -2,6 +2,7 @@
 // and subnormal weights become.
 #include <algorithm>
 
+#include "ops/half.h"
 #include "tests/check.h"
 
 using namespace prunekern;
@@ -18,6 +19,14 @@ float value_at(WeightType type, const char* packed, std::int64_t width, std::int
     float value;
     std::memcpy(&value, packed + ((panel * k + j) * width + c) * 4, 4);
     return value;
+  }
+  if (type == WeightType::int4) {
+    const std::int64_t groups = (k + 31) / 32, i = j % 32;
+    const char* group = packed + (panel * groups + j / 32) * 18 * width;
+    const unsigned char both = group[(i % 16 / 4 * width + c) * 4 + i % 4];
+    std::uint16_t scale;
+    std::memcpy(&scale, group + 16 * width + 2 * c, 2);
+    return ((i < 16 ? both % 16 : both / 16) - 8) * from_half(scale);
   }
   if (type == WeightType::int8) {
     const std::int64_t fours = (k + 15) / 16 * 4;
@@ -38,12 +47,13 @@ float expected(WeightType type, float weight, float largest) {
 
 void check(Isa isa, WeightType type, std::int64_t n, std::int64_t k) {
   const std::int64_t width = panel_width(isa), panels = (n + width - 1) / width;
-  const std::int64_t rows = type == WeightType::bf16   ? (k + 31) / 32 * 32
-                            : type == WeightType::int8 ? (k + 15) / 16 * 16
-                                                       : k;
+  const std::int64_t rows = type == WeightType::bf16 || type == WeightType::int4 ? (k + 31) / 32 * 32
+                            : type == WeightType::int8                           ? (k + 15) / 16 * 16
+                                                                                 : k;
   const std::int64_t bytes = type == WeightType::fp32 ? 4 : type == WeightType::bf16 ? 2 : 1;
   const std::int64_t size = packed_bytes(isa, type, n, k);
-  CHECK(size == panels * rows * width * bytes, "%s %s", name(isa), name(type));
+  CHECK(size == (type == WeightType::int4 ? panels * rows * width / 32 * 18 : panels * rows * width * bytes),
+        "%s %s", name(isa), name(type));
   const std::vector<float> weight = random_floats(static_cast<std::size_t>(n * k), 1);
   std::vector<float> transposed(weight.size());
   for (std::int64_t i = 0; i < n; ++i)
@@ -66,6 +76,14 @@ void check(Isa isa, WeightType type, std::int64_t n, std::int64_t k) {
     for (std::int64_t j = 0; j < rows; ++j) {
       const bool real = channel < n && j < k;
       const float got = value_at(type, packed.data(), width, k, channel, j);
+      if (type ==
+          WeightType::int4) {  // what it becomes is for test_int4: here that it stands where it should
+        CHECK(real
+                  ? std::fabs(got - weight[channel * k + j]) <= 0.2f * largest && got == back[channel * k + j]
+                  : got == 0.0f,
+              "int4 channel %ld input %ld: %g", long(channel), long(j), got);
+        continue;
+      }
       const float want = real ? expected(type, weight[channel * k + j], largest) : 0.0f;
       CHECK(got == want, "%s %s channel %ld input %ld: %g, want %g", name(isa), name(type), long(channel),
             long(j), got, want);
@@ -111,7 +129,7 @@ void check_extremes(Isa isa) {
 
 int main() {
   for (Isa isa : supported_isas()) {
-    for (WeightType type : {WeightType::fp32, WeightType::bf16, WeightType::int8})
+    for (WeightType type : {WeightType::fp32, WeightType::bf16, WeightType::int8, WeightType::int4})
       for (std::int64_t n : {1, 7, 33, 577})
         for (std::int64_t k : {0, 1, 372}) check(isa, type, n, k);
     check_extremes(isa);
