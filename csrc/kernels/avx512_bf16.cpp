@@ -95,7 +95,8 @@ void place(char* tile, std::int64_t, std::int64_t panel, EpilogueArgs& args) {
 }
 
 // One row or two wait for weights either way, and there x stays fp32: of 768 x 3072 weights, one row is
-// multiplied at 49 GFLOP/s here and at 57 where weights are widened, three at 140 and 98 (EPYC).
+// multiplied at 49 GFLOP/s here and at 55 where weights are widened, two at 90 and 89, three at 118 and 96
+// (EPYC).
 constexpr std::int64_t kLeastRows = 3;
 
 constexpr Product make_layers() {
