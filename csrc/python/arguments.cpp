@@ -21,18 +21,25 @@ bool read_weight(PyObject* packed, PyObject* scale, PyObject* bias, PyObject* ac
   static const std::int64_t width = panel_width(active_isa());
   dlpack::Tensor tensor;
   if (n <= 0 || k <= 0 || !view(packed, tensor) || !is_contiguous(tensor)) return false;
-  if (tensor.ndim < 3 || tensor.shape[0] != ceil_div(n, width) || tensor.shape[2] != width) return false;
+  if (tensor.ndim < 3 || tensor.shape[0] != ceil_div(n, width)) return false;
   if (is(tensor, dlpack::kFloat, 32))
     weight.type = WeightType::fp32;
   else if (is(tensor, dlpack::kBfloat, 16))
     weight.type = WeightType::bf16;
   else if (is(tensor, dlpack::kInt, 8))
     weight.type = WeightType::int8;
+  else if (is(tensor, dlpack::kUint, 8))
+    weight.type = WeightType::int4;
   else
     return false;
   const std::int64_t together = layout(weight.type).side_by_side;
   if (tensor.shape[1] != padded_k(weight.type, k) / together) return false;
-  if (together == 1 ? tensor.ndim != 3 : tensor.ndim != 4 || tensor.shape[3] != together) return false;
+  if (weight.type == WeightType::int4) {  // whole groups, as bytes
+    if (tensor.ndim != 3 || tensor.shape[2] != inputs_bytes(weight.type, width, together)) return false;
+  } else {
+    if (tensor.shape[2] != width) return false;
+    if (together == 1 ? tensor.ndim != 3 : tensor.ndim != 4 || tensor.shape[3] != together) return false;
+  }
   std::int64_t of_x;
   if (!to_int(activations, of_x) || of_x < 0 || of_x > static_cast<int>(Activations::int8)) return false;
   weight.activations = static_cast<Activations>(of_x);

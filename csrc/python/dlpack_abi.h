@@ -8,7 +8,7 @@
 namespace prunekern::dlpack {
 
 constexpr std::int32_t kCpu = 1;
-constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
+constexpr std::uint8_t kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
 struct Tensor {
   void* data;

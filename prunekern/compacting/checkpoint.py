@@ -16,7 +16,7 @@ from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
 from ..ops.packing import WEIGHTS
-from ..ops.quantized import ACTIVATIONS_OF_X
+from ..ops.quantized import ACTIVATIONS_OF_X, TAKE_INT8
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
 from ..storage.shards import Shards
@@ -60,12 +60,12 @@ def save(
 def load(path: str | os.PathLike[str], weights: str = "fp32", activations: str = "auto") -> PreTrainedModel:
     """The compact model in the folder `path`, of the class that config.json names, in eval mode.
 
-    weights: how block weights are held, fp32, bf16 (half the memory) or int8 (a quarter, one scale a channel), and the
-    head of a causal language model, which is read at every token too; all else (embeddings, norms, biases, other
-    heads) is fp32. Weights are packed for this machine at once.
-    activations: what becomes of what they are multiplied with, where weights are int8: "float" leaves it, "int8" rounds
-    it to 8 bits row by row, and "auto" does so where that is faster with the kernels of this machine. How near each
-    comes to float64 is in `prunekern.ops.compact_linear`.
+    weights: how block weights are held, fp32, bf16 (half the memory), int8 (a quarter, one scale a channel) or int4 (a
+    seventh, one scale for 32 inputs of a channel), and the head of a causal language model, which is read at every
+    token too; all else (embeddings, norms, biases, other heads) is fp32. Weights are packed for this machine at once.
+    activations: what becomes of what they are multiplied with, where weights are int8 or int4: "float" leaves it,
+    "int8" rounds it to 8 bits row by row, and "auto" does so where that is faster with the kernels of this machine.
+    How near each comes to float64 is in `prunekern.ops.compact_linear`.
 
     FileNotFoundError where there is no such folder; ValueError for what is not a compact model, or is truncated,
     edited or foreign: the message names file and tensor.
@@ -119,10 +119,10 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def set_weights(model: PreTrainedModel, weights: str, activations: str = "auto") -> PreTrainedModel:
-    """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16 or int8 (see
-    `load`), and pack them; returns the model. A head that is tied to the embeddings is rounded from them anew.
+    """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16, int8 or int4
+    (see `load`), and pack them; returns the model. A head that is tied to the embeddings is rounded from them anew.
 
-    ValueError for another kind, and for bf16 and int8 where the model is not compact.
+    ValueError for another kind, and for all but fp32 where the model is not compact.
     """
     _known(weights, activations, "set_weights")
     inner: PreTrainedModel = unwrapped(model, "set_weights")
@@ -143,9 +143,10 @@ def _known(weights: str, activations: str, caller: str) -> None:
         raise ValueError(f"{caller}: weights must be one of {WEIGHTS} (got {weights!r})")
     if activations not in ACTIVATIONS_OF_X:
         raise ValueError(f"{caller}: activations must be one of {ACTIVATIONS_OF_X} (got {activations!r})")
-    if activations == "int8" and weights != "int8":
+    if activations == "int8" and weights not in TAKE_INT8:
         raise ValueError(
-            f"{caller}: activations must be auto or float with {weights} weights (got 'int8'): ask for weights='int8'"
+            f"{caller}: activations must be auto or float with {weights} weights (got 'int8'): ask for weights='int8' "
+            "or 'int4'"
         )
 
 

@@ -4,7 +4,8 @@ few bytes as the blocks are. They are never pruned.
 At one row, [49152, 576] in fp32, PyTorch's product reads 12 GB/s where ours reads 31; the packed copy costs the head's
 size in memory once more.
 
-Towards everyone else it is the `nn.Linear` it replaces, unless it is held in int8, where its weight alone says nothing.
+Towards everyone else it is the `nn.Linear` it replaces, unless it is held in int8 or int4, where its weight alone says
+nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 class Head(CompactLinear):
     """A head that stays in the bits it is held in: given the embeddings' weight again, as `tie_weights()` does, one in
-    bf16 or int8 is rounded from it anew. One whose weight is a floating-point one is a `LinearHead`.
+    bf16, int8 or int4 is rounded from it anew. One whose weight is a floating-point one is a `LinearHead`.
     """
 
     _rounded_from: Rounded | None = None
@@ -52,12 +53,12 @@ class Head(CompactLinear):
         @property
         def in_features(self) -> int:
             """Channels of x, as of an `nn.Linear`."""
-            return self.weight.shape[1]
+            return self.kept_in
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = self.weights if name == "weight" and "weight" in self._parameters else None
         super().__setattr__(name, value)
-        if kind in ("bf16", "int8") and value.is_floating_point():
+        if kind in ("bf16", "int8", "int4") and value.is_floating_point():
             self.scale = self._packed = None
             self.set_weights(kind)
 
@@ -124,7 +125,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def set_head_weights(model: PreTrainedModel, weights: str, activations: str = "auto") -> None:
-    """Hold the head as fp32, bf16 or int8, and what it reads as `prunekern.load` says; nothing happens to a model
+    """Hold the head as fp32, bf16, int8 or int4, and what it reads as `prunekern.load` says; nothing happens to a model
     without one.
 
     A tied one in fp32 shares the embeddings' parameter; in fewer bits it is rounded from them, whatever it was before.
@@ -145,7 +146,7 @@ def set_head_weights(model: PreTrainedModel, weights: str, activations: str = "a
 
 class _Resizing:
     """`model.resize_token_embeddings` where the head is ours: transformers would leave a plain, slow one in its place,
-    one in bf16 under activations in fp32, or stop half way at one in int8.
+    one in bf16 under activations in fp32, or stop half way at one in int8 or int4.
 
     The model is held weakly: with a circle, its memory would come back when Python next looks for circles.
     """

@@ -110,7 +110,7 @@ class CompactAttention(nn.Module):
         if any(layer.activations is not layers[0].activations for layer in layers):
             return False
         for layer, weight in zip(layers, weights, strict=True):
-            if weight.dtype is not dtype or weight.shape[1] != width or not is_packable(weight):
+            if weight.dtype is not dtype or layer.kept_in != width or not is_packable(weight):
                 return False
             if layer._buffers["in_index"] is not None or layer.activation != "none":
                 return False

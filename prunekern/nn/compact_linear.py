@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from prunekern import _native
 from prunekern.ops import calls, checks
 from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
+from prunekern.ops.int4 import dequantize_weight_int4, quantize_weight_int4
 from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, may_pack, quantize_weight
-from prunekern.ops.quantized import ACTIVATIONS_OF_X, OF_X
+from prunekern.ops.quantized import ACTIVATIONS_OF_X, OF_X, TAKE_INT8
 from prunekern.ops.seen import is_unchanged
 
 from .buffers import nones_last
@@ -33,14 +34,16 @@ class CompactLinear(nn.Module):
         out_index: int64 [kept_out], strictly ascending: the channels of y the weight makes. None: all.
         out_features: channels of y; needed with out_index.
         activation: none, relu, gelu (erf), gelu_tanh or silu.
-        weights: fp32, bf16 or int8: the kind to hold the weight in, as `set_weights` does. None: as it comes.
-        activations: auto, float or int8: what becomes of x before it meets an int8 weight, as `compact_linear` says.
-            An attribute, which may be changed; int8 needs an int8 weight.
+        weights: fp32, bf16, int8 or int4: the kind to hold the weight in, as `set_weights` does. None: as it comes.
+        activations: auto, float or int8: what becomes of x before it meets an int8 or int4 weight, as `compact_linear`
+            says. An attribute, which may be changed; int8 needs such a weight.
 
     The kind of the weight is its dtype. fp32 and bf16 are ordinary parameters. int8 holds `weight` [kept_out, kept_in]
-    as an int8 parameter and one float32 `scale` a channel [kept_out], a buffer: a quarter of the memory. Whatever the
-    kind, `state_dict()` holds a plain floating-point weight and the bias, nothing else, and `load_state_dict` takes
-    them. `.to(dtype)` changes the kind of floating-point weights and leaves int8 alone.
+    as an int8 parameter and one float32 `scale` a channel [kept_out], a buffer: a quarter of the memory. int4 holds
+    two inputs in a byte, `weight` [kept_out, 16 G] in uint8, and one float16 `scale` for 32 inputs of a channel
+    [kept_out, G], G = ceil(kept_in / 32): a seventh. Whatever the kind, `state_dict()` holds a plain floating-point
+    weight and the bias, nothing else, and `load_state_dict` takes them. `.to(dtype)` changes the kind of floating-point
+    weights and leaves int8 and int4 alone.
 
     On the CPU, for x in float32 or bfloat16 and where no gradient is needed, the C++ kernels run on a packed copy of
     the weight, made by `pack()` or at the first call and made again when the weight changed. Anything else runs the
@@ -101,44 +104,56 @@ class CompactLinear(nn.Module):
         self.activation = activation
         self.activations = "auto"
         self._packed: Packed | None = None
+        self._kept_in = kept_in
         self.set_weights(self.weights if weights is None else weights, activations)
 
     @property
     def weights(self) -> str:
-        """The kind of the weight: fp32, bf16 or int8; for another dtype its name."""
+        """The kind of the weight: fp32, bf16, int8 or int4; for another dtype its name."""
         return KIND.get(self.weight.dtype, str(self.weight.dtype).removeprefix("torch."))
 
+    @property
+    def kept_in(self) -> int:
+        """Channels the weight reads. The shape of an int4 weight does not tell."""
+        weight = self.weight
+        return self._kept_in if weight.dtype is torch.uint8 else weight.shape[1]
+
     def set_weights(self, kind: str, activations: str | None = None) -> CompactLinear:
-        """Hold the weight as `kind`, fp32, bf16 or int8, from now on; returns self.
+        """Hold the weight as `kind`, fp32, bf16, int8 or int4, from now on; returns self.
 
         A new parameter takes the place of the old one and does not require a gradient. What rounding lost does not
         come back. activations: auto, float or int8; None: as they are, or auto where that cannot be. ValueError for
-        another kind, for int8 where the weight holds infinities or NaN, and for int8 activations with other weights.
+        another kind, for int8 and int4 where the weight holds infinities or NaN, and for int8 activations with other
+        weights.
         """
         if kind not in WEIGHTS and kind != self.weights:
             raise ValueError(f"CompactLinear: weights must be one of {', '.join(WEIGHTS)} (got {kind!r})")
         if activations is None:
-            activations = "auto" if self.activations == "int8" and kind != "int8" else self.activations
+            activations = "auto" if self.activations == "int8" and kind not in TAKE_INT8 else self.activations
         elif activations not in OF_X:
             accepted = ", ".join(ACTIVATIONS_OF_X)
             raise ValueError(f"CompactLinear: activations must be one of {accepted} (got {activations!r})")
-        elif activations == "int8" and kind != "int8":
+        elif activations == "int8" and kind not in TAKE_INT8:
             raise ValueError(
-                f"CompactLinear: activations must be auto or float with {kind} weights (got 'int8'): hold them in int8"
+                f"CompactLinear: activations must be auto or float with {kind} weights (got 'int8'): hold them in int8 "
+                "or int4"
             )
         self.activations = ACTIVATIONS_OF_X[OF_X[activations]]  # this very string: `Packed` compares by identity
         if kind == self.weights:
             return self
         weight, scale = self.plain_weight().detach(), None
-        if kind == "int8":
-            weight, scale = quantize_weight(weight)
+        self._kept_in = weight.shape[1]
+        if kind in _QUANTIZE:
+            weight, scale = _QUANTIZE[kind](weight)
         self.register_parameter("weight", _frozen(weight.to(DTYPES[kind])))
         self.scale, self._packed = scale, None
         nones_last(self)
         return self
 
     def plain_weight(self) -> Tensor:
-        """[kept_out, kept_in] in floating point: the weight itself, or what its int8 values stand for."""
+        """[kept_out, kept_in] in floating point: the weight itself, or what its int8 or int4 values stand for."""
+        if self.scale is not None and self.weight.dtype == torch.uint8:
+            return dequantize_weight_int4(self.weight, self.scale, self._kept_in)
         return self.weight if self.scale is None else dequantize_weight(self.weight, self.scale)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -160,9 +175,14 @@ class CompactLinear(nn.Module):
         rest = (buffers["in_index"], out_index, n_out, activation, residual)
         packed = None
         if (x.dtype is _f32 or x.dtype is _bf16) and _AVAILABLE and fuses(x, residual, weight, bias):
-            if weight.dtype is _f32 or fits(x, weight, rest[0]):
+            if weight.dtype is _f32 or fits(x, self, weight):
                 packed = self.packed()
         if packed is None:
+            if weight.dtype is torch.uint8 and not fits(x, self, weight):  # the op cannot tell
+                got = x.shape[-1] if x.dim() else "a scalar"
+                raise ValueError(
+                    f"CompactLinear: x must have {self._kept_in} channels, the weight's inputs (got {got})"
+                )
             return compact_linear(x, weight, bias, *rest, scale, self.activations)
         if _is_compiling():  # a graph packs nothing, and asks whether the weight changed when it runs
             y: Tensor = torch.ops.prunekern._compact_linear_cached(
@@ -195,8 +215,8 @@ class CompactLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Kept channels, gather and scatter, activation."""
-        kept_out, kept_in = self.weight.shape
-        text = f"in={kept_in}{' gathered' if self.in_index is not None else ''}, out={kept_out}"
+        kept_out = self.weight.shape[0]
+        text = f"in={self.kept_in}{' gathered' if self.in_index is not None else ''}, out={kept_out}"
         if self.out_index is not None:
             text += f" of {self.out_features}"
         text += f", bias={self.bias is not None}, activation={self.activation}"
@@ -213,10 +233,8 @@ class CompactLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         scale, self._packed = self.scale, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
-        if (
-            scale is not None and self.scale is not None and self.scale.dtype != torch.float32
-        ):  # 16 bits would cost int8 its accuracy
-            self.scale = scale.to(self.scale.device)
+        if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)  # 16 bits would cost int8 its accuracy; int4's is fp16 by its kind
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -236,9 +254,13 @@ class CompactLinear(nn.Module):
     ) -> None:
         self._packed = None
         name, new = prefix + "weight", state_dict.get(prefix + "weight")
-        if self.scale is not None and new is not None and new.shape == self.weight.shape:
+        kind, shape = self.weights, (self.weight.shape[0], self.kept_in)
+        if kind == "int4" and new is not None and new.shape != shape:  # it could have the shape of the codes
+            errors.append(f"{name} must have shape {list(shape)} (got {list(new.shape)})")
+            return
+        if self.scale is not None and new is not None and new.shape == shape:
             try:
-                q, scale = quantize_weight(new)
+                q, scale = _QUANTIZE[kind](new)
             except (TypeError, ValueError) as error:
                 errors.append(f"{name}: {error}")
                 return
@@ -255,6 +277,7 @@ _AVAILABLE = _native.available()
 _is_compiling = torch.compiler.is_compiling
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
 _f32, _bf16 = torch.float32, torch.bfloat16
+_QUANTIZE = {"int8": quantize_weight, "int4": quantize_weight_int4}
 
 
 def packs(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
@@ -272,9 +295,13 @@ def fuses(*tensors: Tensor | None) -> bool:
     return not (calls.needs_grad(*tensors) or calls.transformed() or _is_exporting())
 
 
-def fits(x: Tensor, weight: Tensor, in_index: Tensor | None) -> bool:
-    """False where x is too wide or narrow for a weight of 8 or 16 bits: its panels pad inputs, and could not tell."""
-    return weight.dtype is _f32 or in_index is not None or x.shape[-1] == weight.shape[1]
+def fits(x: Tensor, layer: CompactLinear, weight: Tensor) -> bool:
+    """False where x is too wide or narrow for the layer's weight of 16 bits or less: its panels pad inputs, and could
+    not tell.
+    """
+    if weight.dtype is _f32 or layer._buffers["in_index"] is not None:
+        return True
+    return x.shape[-1:] == (layer._kept_in if weight.dtype is torch.uint8 else weight.shape[1],)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

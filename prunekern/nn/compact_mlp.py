@@ -112,7 +112,7 @@ def _fuses(layers: tuple[CompactLinear, ...], x: Tensor, residual: Tensor | None
         return False
     if any(layer.activations is not up.activations for layer in layers):
         return False
-    if down.activation != "none" or last.shape[1] != up.out_features or not fits(x, weight, inputs):
+    if down.activation != "none" or down.kept_in != up.out_features or not fits(x, up, weight):
         return False
     if x.dtype is not _f32 and x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
         return False  # the layers settle on a dtype themselves

@@ -15,13 +15,13 @@ from prunekern.ops.seen import ALL, FEW, Seen, is_unchanged
 class Packed:
     """The weights of one or several layers, packed as one: their output channels follow one another.
 
-    layers: modules with parameters `weight` [N_i, K] and `bias` [N_i] or None, and a buffer `scale` [N_i] for int8
-    weights and an attribute `activations` (CompactLinear); all of one K, dtype and `activations`, on the CPU. Holds
-    what the ops take:
+    layers: modules with parameters `weight` [N_i, K] and `bias` [N_i] or None, a buffer `scale` for int8 and int4
+    weights, and attributes `kept_in` (K) and `activations` (CompactLinear); all of one K, dtype and `activations`, on
+    the CPU. Holds what the ops take:
 
         weight: panels of [sum N_i, K]
         bias:   float32 [sum N_i], or None where no layer has one
-        scale:  float32 [sum N_i], or None unless int8
+        scale:  float32 [sum N_i], or None unless int8: panels of int4 hold theirs
         activations: what becomes of x
 
     `is_fresh()` says whether the layers still hold what was packed; `prunekern.ops.seen` says what it can miss. A
@@ -33,7 +33,7 @@ class Packed:
 
     def __init__(self, layers: Sequence[Any]):
         weights: list[Tensor] = [layer.weight for layer in layers]
-        if not weights or not all(map(is_packable, weights)) or len({(w.dtype, w.shape[1]) for w in weights}) > 1:
+        if not weights or not all(map(is_packable, weights)) or _differ(layers):
             got = ", ".join(f"{list(w.shape)} {w.dtype} on {w.device}" for w in weights)
             raise ValueError(f"Packed: weights must share K and be all {', all '.join(KIND.values())} (got {got})")
         self.activations: str = layers[0].activations
@@ -45,15 +45,15 @@ class Packed:
         owners: list[tuple[dict[str, Any], str]] = [
             (layer._parameters, name) for name in ("weight", "bias") for layer in layers
         ]
-        if self.scale is not None:
+        if layers[0].scale is not None:
             owners += [(layer._buffers, "scale") for layer in layers]
         held = [owner[name] for owner, name in owners]
         # What is used as it is, not copied, may change its values: only its identity counts.
         copied = [t for t in held if t is not None and t is not self.bias and t is not self.scale]
         # Before the packing: what another thread writes meanwhile is packed again.
-        self._seen = [Seen(t, FEW if i < len(layers) else ALL) for i, t in enumerate(copied)]
+        self._seen = [Seen(t, FEW if t.dim() > 1 else ALL) for t in copied]
         self.numbers = tuple(seen.number for seen in self._seen[: len(layers)])
-        self.weight = pack_weight(weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights]))
+        self.weight = _packed_as_one(layers)
         # dict, key, value, and what was seen of the values, as `unchanged` takes them.
         same = [x for (owner, name), t in zip(owners, held, strict=True) for x in (owner, name, t)]
         for layer in layers:
@@ -73,6 +73,18 @@ class Packed:
         return is_unchanged(self.same, (), self.seen)
 
 
+def _differ(layers: Sequence[Any]) -> bool:
+    return len({(layer.weight.dtype, layer.kept_in) for layer in layers}) > 1
+
+
+def _packed_as_one(layers: Sequence[Any]) -> Tensor:
+    weights: list[Tensor] = [layer.weight.detach() for layer in layers]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if weight.dtype != torch.uint8:
+        return pack_weight(weight)
+    return pack_weight(weight, torch.cat([layer.scale for layer in layers]))
+
+
 def _joined_bias(layers: Sequence[Any]) -> Tensor | None:
     biases: list[Tensor | None] = [layer.bias for layer in layers]
     if all(bias is None for bias in biases):
@@ -86,7 +98,7 @@ def _joined_bias(layers: Sequence[Any]) -> Tensor | None:
 
 def _joined_scale(layers: Sequence[Any]) -> Tensor | None:
     scale: Tensor | None = layers[0].scale
-    if scale is None:
+    if scale is None or layers[0].weight.dtype == torch.uint8:
         return None
     return scale if len(layers) == 1 else torch.cat([layer.scale for layer in layers])
 

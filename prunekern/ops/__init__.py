@@ -7,6 +7,7 @@ from .compact_mlp import compact_mlp
 from .dora_gain import dora_gain, row_sqnorm
 from .dora_linear import dora_linear
 from .dora_merge import dora_merge
+from .int4 import dequantize_weight_int4, quantize_weight_int4
 from .packing import dequantize_weight, pack_weight, quantize_weight, unpack_weight
 from .quantized import quantize_rows
 from .rms_norm import rms_norm
@@ -17,12 +18,14 @@ __all__ = [
     "compact_linear",
     "compact_mlp",
     "dequantize_weight",
+    "dequantize_weight_int4",
     "dora_gain",
     "dora_linear",
     "dora_merge",
     "pack_weight",
     "quantize_rows",
     "quantize_weight",
+    "quantize_weight_int4",
     "rms_norm",
     "rotate_pairs",
     "row_sqnorm",

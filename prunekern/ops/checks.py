@@ -56,10 +56,11 @@ def dtypes(
     """Raises TypeError unless all fit x; weights and biases by argument name, None where not given."""
     low = x.dtype in (torch.bfloat16, torch.float16)  # computed in float32 anyway
     for name, weight in weights.items():
-        if weight is None or weight.dtype in (x.dtype, torch.bfloat16, torch.int8):
+        if weight is None or weight.dtype in (x.dtype, torch.bfloat16, torch.int8, torch.uint8):
             continue
         if not (low and weight.dtype == torch.float32):
-            raise TypeError(f"{op}: {name} must be {x.dtype} like x, bfloat16 or int8 (got {weight.dtype})")
+            accepted = f"{x.dtype} like x, bfloat16, int8 or uint8 (int4)"
+            raise TypeError(f"{op}: {name} must be {accepted} (got {weight.dtype})")
     for name, bias in biases.items():
         if bias is not None and bias.dtype != x.dtype and not (low and bias.dtype == torch.float32):
             raise TypeError(f"{op}: {name} must be {x.dtype} like x{', or float32' if low else ''} (got {bias.dtype})")

@@ -15,7 +15,17 @@ from . import calls, checks
 from .activations import ACTIVATIONS, NUMBER, activate, activate_backward
 from .compact_linear_triton import GATHER_ROWS, PAD_ROWS, STEP, lined_up, run_triton, triton_op
 from .flops import Shape, linear_flops
-from .packing import ELEMENT, KIND, check_panels, check_scale, dequantize_weight, is_packed
+from .int4 import dequantize_weight_int4
+from .packing import (
+    ELEMENT,
+    KIND,
+    check_panels,
+    check_plain,
+    check_scale,
+    dequantize_weight,
+    is_packed,
+    scale_beside,
+)
 from .quantized import OF_X, check_activations, linear_of_rounded
 from .registering import register
 from .seen import still_holds
@@ -49,23 +59,25 @@ def compact_linear(
     Args:
         x: [..., in], any strides. With packed panels float32 or bfloat16.
         packed: the weight W of the kept channels, in one of two forms:
-            plain [N, K] (any device; differentiable unless int8): the dtype of x, bfloat16, or int8 with its scale;
-            where x has 16 bits float32 too. Computes in float64 for float64 x, else in float32; on a GPU products of
-            many rows in 16 bits are rounded to them before bias, activation and residual.
-            `pack_weight` of a float32, bfloat16 or int8 weight: the C++ kernels, on the CPU, for inference only.
+            plain [N, K] (any device; differentiable unless int8 or int4): the dtype of x, bfloat16, or int8 with its
+            scale; where x has 16 bits float32 too. int4 is uint8 [N, 16 ceil(K / 32)] with its scale, see
+            `quantize_weight_int4`; on a GPU PyTorch widens it at every call. Computes in float64 for float64 x, else in
+            float32; on a GPU products of many rows in 16 bits are rounded to them before bias, activation and residual.
+            `pack_weight` of a float32, bfloat16, int8 or int4 weight: the C++ kernels, on the CPU, for inference only.
         bias: [N] in the dtype of x or float32, or None.
         in_index: [K] int64, strictly ascending: the channels of x the weight reads. None: all of them (K = in).
         out_index: [N] int64, strictly ascending: the channels of y the weight makes. None: all (N = n_out).
         n_out: channels of y. May be left out with a plain weight and no out_index.
         activation: none, relu, gelu (erf), gelu_tanh or silu.
         residual: [..., n_out] in the dtype of x, or None; added after the activation.
-        scale: [N] float32, with int8 weights only: W = packed * scale; gets no gradient. See `quantize_weight`.
-        activations: what becomes of x before it meets an int8 weight. "float": nothing. "int8": its rows are rounded to
-            8 bits (`quantize_rows`), products summed exactly in int32: about 40 dB instead of 43 against the weight
-            before it was rounded (512 inputs, normal), gelu within 5.2e-5; NaN or an infinity makes its row NaN.
-            "auto": the faster of both with these kernels; plain weights are multiplied as with "float". Weights in
-            bfloat16 are multiplied with x rounded to bfloat16 where the CPU is faster so (53 dB instead of 56),
-            whatever this says.
+        scale: [N] float32, with int8 weights: W = packed * scale, see `quantize_weight`. [N, ceil(K / 32)] float16,
+            with plain int4 weights; their panels hold it. Gets no gradient.
+        activations: what becomes of x before it meets an int8 or int4 weight. "float": nothing. "int8": its rows are
+            rounded to 8 bits (`quantize_rows`), products summed exactly in int32: about 40 dB instead of 43 against the
+            weight before it was rounded to int8 (512 inputs, normal), 21.7 instead of 21.8 with int4, whose groups are
+            summed so; gelu within 5.2e-5; NaN or an infinity makes its row NaN. "auto": the faster of both with these kernels; plain
+            weights are multiplied as with "float". Weights in bfloat16 are multiplied with x rounded to bfloat16 where
+            the CPU is faster so (53 dB instead of 56), whatever this says.
 
     Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
     Raises ValueError (shapes, indices, devices, activation) or TypeError (dtypes), naming the argument.
@@ -118,7 +130,7 @@ def compact_linear_reference(
         if activations == "int8" and scale is not None:
             z = linear_of_rounded(z, weight, scale, bias).to(dtype)
         else:
-            z = F.linear(z, widened(weight, scale, dtype), None if bias is None else bias.to(dtype))
+            z = F.linear(z, widened(weight, scale, dtype, z.shape[-1]), None if bias is None else bias.to(dtype))
     y = activate(z, activation)  # [..., N]
     if out_index is not None:
         if n_out is None:
@@ -129,8 +141,10 @@ def compact_linear_reference(
     return y.to(x.dtype)
 
 
-def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A plain weight of any kind in the dtype that is computed in."""
+def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, k: int) -> Tensor:
+    """A plain weight of any kind, of k inputs, in the dtype that is computed in."""
+    if scale is not None and weight.dtype == torch.uint8:
+        return dequantize_weight_int4(weight, scale.detach(), k, dtype)
     return weight.to(dtype) if scale is None else dequantize_weight(weight, scale.detach(), dtype)
 
 
@@ -170,8 +184,7 @@ def _check_plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
     activation: str, residual: Tensor | None, scale: Tensor | None,
 ) -> None:  # fmt: skip
-    checks.shape(OP, "packed", weight, (None, None))
-    n, k = weight.shape
+    n, k = check_plain(OP, "packed", weight, _given(x, in_index))
     _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     check_indices(OP, in_index, x.shape[-1], out_index, n_out)
 
@@ -196,13 +209,18 @@ def _check_packed(
 
 
 def _sizes(x: Tensor, packed: Tensor, in_index: Tensor | None, out_index: Tensor | None, n_out: int) -> tuple[int, int]:
-    """Outputs and inputs of a packed weight. Panels of 8 and 16 bits pad inputs: there the caller's count stands."""
+    """Outputs and inputs of a packed weight. Panels of 16 bits and less pad inputs: there the caller's count stands."""
     n = n_out if out_index is None else out_index.numel()
-    if packed.dim() == 3:
+    if packed.dim() == 3 and packed.dtype == torch.float32:
         return n, packed.shape[1]
+    return n, _given(x, in_index)
+
+
+def _given(x: Tensor, in_index: Tensor | None) -> int:
+    """Inputs that a call gives to its weight."""
     if in_index is not None:
-        return n, in_index.numel()
-    return n, x.shape[-1] if x.dim() else 0
+        return in_index.numel()
+    return x.shape[-1] if x.dim() else 0
 
 
 # --- the C++ path -----------------------------------------------------------------------------------------------
@@ -253,13 +271,16 @@ def _forward(
     if is_packed(packed):
         return _run_packed(*args, activations)
     _check_plain(*args)
-    if kernels.usable(x, packed, bias, residual):
+    if packed.dtype != torch.uint8 and kernels.usable(x, packed, bias, residual):
         return run_triton(*args)
     return compact_linear_reference(*args, activations).contiguous()
 
 
 def _forward_cached(x: Tensor, weight: Tensor, packed: Tensor, seen: int, *rest: Any) -> Tensor:
-    return _forward(x, packed if still_holds(seen, weight) else weight, *rest)
+    used = packed if still_holds(seen, weight) else weight
+    args: list[Any] = [*rest]
+    args[6] = scale_beside(used, args[6])
+    return _forward(x, used, *args)
 
 
 def _fake(
@@ -267,7 +288,10 @@ def _fake(
     activation: str, residual: Tensor | None, scale: Tensor | None = None, activations: str = "auto",
 ) -> Tensor:  # fmt: skip
     check_activations(OP, activations, x, {"packed": packed}, False)
-    n, k = _sizes(x, packed, in_index, out_index, n_out) if is_packed(packed) else packed.shape
+    if is_packed(packed):
+        n, k = _sizes(x, packed, in_index, out_index, n_out)
+    else:
+        n, k = check_plain(OP, "packed", packed, _given(x, in_index))
     _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     return x.new_empty((*x.shape[:-1], n_out))
 
@@ -293,8 +317,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, in_index, out_index, scale = ctx.saved_tensors
     narrow = x.is_cuda and x.dtype == weight.dtype  # 16-bit products cost a GPU no accuracy: it sums in fp32
     dtype = x.dtype if narrow else checks.compute_dtype(x, weight)
-    wide = widened(weight, scale, dtype)
     read = x.to(dtype) if in_index is None else x.to(dtype).index_select(-1, in_index)  # [..., K]
+    wide = widened(weight, scale, dtype, read.shape[-1])
     d = grad.to(dtype)
     if out_index is not None:
         d = d.index_select(-1, out_index)  # [..., N]

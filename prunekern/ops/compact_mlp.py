@@ -15,7 +15,7 @@ from prunekern import _native, kernels
 from . import calls, checks
 from .compact_linear import ACTIVATIONS, NUMBER, check_indices, compact_linear, compact_linear_reference, lined_up
 from .flops import Shape, count, of_product
-from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed
+from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, plain_shape, scale_beside
 from .quantized import OF_X, check_activations
 from .registering import register
 from .seen import still_holds
@@ -56,9 +56,9 @@ def compact_mlp(
         up, gate: the weights of the kept channels [H, K], gate may be None; down: [N, H]. All plain, or all panels
             of `pack_weight`: see `compact_linear`, which says what dtypes go together and how near float64 they come.
             Plain ones are differentiable; packed ones run the C++ kernel, block by block of rows, the rows between
-            the layers in the L2 cache.
+            the layers in the L2 cache. int4: see `compact_linear` too.
         up_bias, gate_bias: [H], down_bias: [N], in the dtype of x or float32, or None.
-        up_scale, gate_scale: [H], down_scale: [N], float32, with int8 weights only.
+        up_scale, gate_scale: [H], down_scale: [N], float32, with int8 weights; of plain int4 weights theirs.
         in_index: [K] int64, strictly ascending: the channels of x that up and gate read. None: all.
         out_index: [N] int64, strictly ascending: the channels of y that down makes. None: all (N = n_out).
         n_hidden: H; n_out: channels of y. May be left out with plain weights (n_out: and no out_index).
@@ -155,7 +155,7 @@ def _check_shapes(
         if is_packed(weight) != is_packed(up):
             raise ValueError(f"{OP}: {name} must be {'packed' if is_packed(up) else 'plain'} like up")
         if not is_packed(weight):
-            checks.shape(OP, name, weight, shape)
+            checks.shape(OP, name, weight, plain_shape(*shape, weight.dtype))
         bias = biases[name + "_bias"]
         if bias is not None:
             checks.shape(OP, name + "_bias", bias, (shape[0],))
@@ -277,7 +277,9 @@ def _forward(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: An
     _check_shapes(x, up, down, gate, *rest)
     if is_packed(up):
         return _run_packed(x, up, down, gate, *rest)
-    if kernels.usable(x, up, down, gate, *rest[:3]):
+    if not any(w is not None and w.dtype == torch.uint8 for w in (up, down, gate)) and kernels.usable(
+        x, up, down, gate, *rest[:3]
+    ):
         return _run_triton(x, up, down, gate, *rest)
     return compact_mlp_reference(x, up, down, gate, *rest).contiguous()
 
@@ -285,8 +287,9 @@ def _forward(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: An
 def _forward_cached(
     x: Tensor, weights: list[Tensor], packed: list[Tensor], seen: list[int], *rest: Any
 ) -> Tensor:  # fmt: skip
-    fresh = all(map(still_holds, seen, weights))
-    return _forward(x, *_three(packed if fresh else weights), *rest)
+    used = _three(packed if all(map(still_holds, seen, weights)) else weights)
+    scales = [w if w is None else scale_beside(w, scale) for w, scale in zip(used, rest[3:6], strict=True)]
+    return _forward(x, *used, *rest[:3], *scales, *rest[6:])
 
 
 def _fake(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: Any) -> Tensor:

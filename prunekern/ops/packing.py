@@ -1,4 +1,4 @@
-"""Weights of compact layers in memory: their three kinds, and the panels that the C++ kernels read."""
+"""Weights of compact layers in memory: their four kinds, and the panels that the C++ kernels read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from prunekern import _native
 
 from . import calls, checks
+from .int4 import GROUP, groups_of
 from .seen import version_of as version_of
 from .watched import WatchedParameter
 
-# The kinds a weight is held in. The dtype tells which: of a plain weight [N, K] as of its panels.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+# The kinds a weight is held in. The dtype tells which: of a plain weight as of its panels. A plain weight is [N, K],
+# one of int4 [N, 16 ceil(K / 32)] with its scale: see `quantize_weight_int4`.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 WEIGHTS = tuple(DTYPES)
 KIND = {dtype: kind for kind, dtype in DTYPES.items()}
 _AVAILABLE = _native.available()
@@ -55,14 +57,18 @@ def dequantize_weight(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float
     return q.to(dtype).mul_(scale.to(dtype)[:, None])
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Lays weight [N, K] (CPU, any strides) out for this machine's kernels, in panels of w output channels.
+
+    scale: of int4 weights only, whose panels hold it; see `quantize_weight_int4`.
 
     | weight   | packed                                                                      |
     |----------|-----------------------------------------------------------------------------|
     | float32  | [ceil(N / w), K, w] float32                                                 |
     | bfloat16 | [ceil(N / w), 16 ceil(K / 32), w, 2] bfloat16: consecutive inputs in pairs  |
     | int8     | [ceil(N / w), 4 ceil(K / 16), w, 4] int8: in fours; see `quantize_weight`   |
+    | uint8    | [ceil(N / w), ceil(K / 32), 18 w] uint8: int4, a group of 32 inputs at a    |
+    |          | time, [4, w, 4] codes and w scales                                          |
 
     w is 8, 16 or 32 by instruction set; what is missing from the last panel, and from the last 32 or 16 inputs, is
     zero.
@@ -73,11 +79,14 @@ def pack_weight(weight: Tensor) -> Tensor:
     checks.shape("pack_weight", "weight", weight, (None, None))
     if weight.dtype not in KIND or weight.device.type != "cpu":
         raise TypeError(
-            f"pack_weight: weight must be float32, bfloat16 or int8 on cpu (got {weight.dtype} on {weight.device})"
+            f"pack_weight: weight must be float32, bfloat16, int8 or uint8 (int4) on cpu (got {weight.dtype} on "
+            f"{weight.device})"
         )
     weight = weight.detach().resolve_neg()
     n, k = weight.shape
     calls.has_memory("pack_weight: weight", weight)
+    if weight.dtype == torch.uint8:
+        return _pack_int4(weight, scale)
     packed = _empty_panels(panel_shape(n, k, weight.dtype), weight.dtype)
     if weight.dtype == torch.float32:
         core.pack_weight(weight.data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.data_ptr())
@@ -91,8 +100,29 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
+def _pack_int4(codes: Tensor, scale: Tensor | None) -> Tensor:
+    n, groups = codes.shape[0], codes.shape[1] * 2 // GROUP
+    check_scale("pack_weight", "scale", codes, n, scale)
+    assert scale is not None
+    packed = _empty_panels(panel_shape(n, groups * GROUP, torch.uint8), torch.uint8)  # [P, G, 18 w]
+    panels, width = packed.shape[0], packed.shape[2] // 18
+    if n < panels * width:
+        packed[-1].fill_(0x88)  # zeros
+    fours = codes.new_full((panels * width, codes.shape[1]), 0x88)
+    fours[:n] = codes
+    steps = scale.new_zeros(panels * width, groups)
+    steps[:n] = scale
+    in_fours = fours.view(panels, width, groups, 4, 4).permute(0, 2, 3, 1, 4)  # [P, G, 4, w, 4]
+    packed[:, :, : 16 * width] = in_fours.reshape(panels, groups, 16 * width)
+    by_group = steps.view(panels, width, groups).transpose(1, 2).contiguous()  # [P, G, w]
+    packed[:, :, 16 * width :] = by_group.view(torch.uint8)
+    return packed
+
+
 def unpack_weight(packed: Tensor, n: int, k: int | None = None, scale: Tensor | None = None) -> Tensor:
-    """The plain weight [n, k] in float32 of `pack_weight`'s panels. k: needed for bfloat16 and int8: panels pad it."""
+    """The plain weight [n, k] in float32 of `pack_weight`'s panels. k: needed unless they are float32: others
+    pad it. scale: of int8 panels.
+    """
     core = _native.core()
     checks.tensors("unpack_weight", {"packed": packed}, {"scale": scale})
     if k is None:
@@ -112,11 +142,36 @@ def unpack_weight(packed: Tensor, n: int, k: int | None = None, scale: Tensor | 
 def panel_shape(n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Shape of the panels of a weight [n, k] on this machine."""
     width = _native.core().panel_width()
+    if dtype == torch.uint8:
+        return -(-n // width), groups_of(k), 18 * width
     if dtype == torch.bfloat16:
         return -(-n // width), -(-k // 32) * 16, width, 2
     if dtype == torch.int8:
         return -(-n // width), -(-k // 16) * 4, width, 4
     return -(-n // width), k, width
+
+
+def plain_shape(n: int, k: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Shape of a plain weight [n, k] in memory."""
+    return (n, groups_of(k) * GROUP // 2) if dtype == torch.uint8 else (n, k)
+
+
+def check_plain(op: str, name: str, weight: Tensor, k: int) -> tuple[int, int]:
+    """(N, K) of a plain weight; k: the inputs it is given, which says what of an int4 one is no padding. ValueError
+    where that cannot be.
+    """
+    checks.shape(op, name, weight, (None, None))
+    if weight.dtype != torch.uint8:
+        return weight.shape[0], weight.shape[1]
+    if weight.shape[1] != plain_shape(0, k, weight.dtype)[1]:
+        most = weight.shape[1] * 2
+        raise ValueError(f"{op}: {name} reads {most - GROUP + 1} to {most} inputs, being int4 (got {k})")
+    return weight.shape[0], k
+
+
+def scale_beside(weight: Tensor, scale: Tensor | None) -> Tensor | None:
+    """What goes with a weight, plain or packed, of a layer with this scale: panels of int4 hold theirs."""
+    return None if weight.dtype == torch.uint8 and is_packed(weight) else scale
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -147,28 +202,34 @@ def check_panels(op: str, name: str, packed: Tensor, n: int, k: int) -> None:
         raise ValueError(f"{op}: {name} must be [N, K] or pack_weight's panels (got {list(packed.shape)})")
     if packed.dtype not in KIND or packed.device.type != "cpu" or not packed.is_contiguous():
         raise TypeError(
-            f"{op}: {name} must be contiguous float32, bfloat16 or int8 on cpu (got {packed.dtype} on "
+            f"{op}: {name} must be contiguous float32, bfloat16, int8 or uint8 (int4) on cpu (got {packed.dtype} on "
             f"{packed.device}, strides {packed.stride()})"
         )
-    if packed.shape[2] != width:
+    channels = packed.shape[2] // 18 if packed.dtype == torch.uint8 else packed.shape[2]
+    if channels != width:
         raise ValueError(
-            f"{op}: {name} has panels of {packed.shape[2]} channels, the {core.isa()} kernels read {width}: "
+            f"{op}: {name} has panels of {channels} channels, the {core.isa()} kernels read {width}: "
             "pack_weight the plain weight again on this machine"
         )
     checks.shape(op, name, packed, panel_shape(n, k, packed.dtype))
 
 
 def check_scale(op: str, name: str, weight: Tensor, n: int, scale: Tensor | None) -> None:
-    """Raises unless an int8 weight, plain or packed, comes with its scale [n] float32, and another comes without."""
-    if weight.dtype != torch.int8:
+    """Raises unless an int8 weight, plain or packed, comes with its scale [n] float32, a plain int4 one with its scale
+    [n, groups] float16, and another comes without.
+    """
+    is_int4 = weight.dtype == torch.uint8
+    if weight.dtype != torch.int8 and (not is_int4 or is_packed(weight)):
         if scale is not None:
-            raise ValueError(f"{op}: {name} goes with an int8 weight only (the weight is {weight.dtype})")
+            kind = "panels of int4, which hold it" if is_int4 else weight.dtype
+            raise ValueError(f"{op}: {name} goes with an int8 weight or a plain int4 one only (the weight is {kind})")
         return
     if scale is None:
-        raise ValueError(f"{op}: {name} is needed with an int8 weight (got None)")
-    checks.shape(op, name, scale, (n,))
-    if scale.dtype != torch.float32:
-        raise TypeError(f"{op}: {name} must be float32 (got {scale.dtype})")
+        raise ValueError(f"{op}: {name} is needed with an {KIND[weight.dtype]} weight (got None)")
+    checks.shape(op, name, scale, (n, weight.shape[1] * 2 // GROUP) if is_int4 else (n,))
+    dtype = torch.float16 if is_int4 else torch.float32
+    if scale.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype} (got {scale.dtype})")
     checks.same_device(op, "the weight", weight.device, **{name: scale})
 
 

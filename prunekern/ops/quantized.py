@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .int4 import dequantize_weight_int4
+
 # Position: the number the C++ core knows it by.
 ACTIVATIONS_OF_X = ("auto", "float", "int8")
 OF_X = {name: number for number, name in enumerate(ACTIVATIONS_OF_X)}
-MOST_INPUTS = 133_143  # 127 * 127 * K < 2^31
+MOST_INPUTS = 133_143  # of int8 weights: 127 * 127 * K < 2^31
+TAKE_INT8 = ("int8", "int4")  # kinds of weights that are multiplied with x in int8
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,13 +31,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_of_rounded(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times an int8 weight [N, K] with its scale [N], in int8 arithmetic -> [..., N] float32.
+    """x [..., K] times an int8 or int4 weight of N channels with its scale, in int8 arithmetic -> [..., N] float32.
 
-    In float64, which holds such sums exactly.
+    In float64, which holds the sums of int8 exactly.
     """
     q, by_row = quantize_rows(x)
-    sums = q.double() @ weight.double().t()  # [..., N]
-    y = sums.float() * (by_row * scale)
+    if weight.dtype == torch.uint8:
+        y = (q.double() @ dequantize_weight_int4(weight, scale, q.shape[-1], torch.float64).t()).float() * by_row
+    else:
+        sums = q.double() @ weight.double().t()  # [..., N]
+        y = sums.float() * (by_row * scale)
     return y if bias is None else y + bias.float()
 
 
@@ -54,10 +60,12 @@ def check_activations(op: str, activations: str, x: Tensor, weights: dict[str, T
             f"{op}: activations must be auto or float on {x.device.type} (got 'int8'): 8-bit arithmetic is of CPUs"
         )
     for name, weight in weights.items():
+        if weight.dtype == torch.uint8:
+            continue
         if weight.dtype != torch.int8:
             raise ValueError(
                 f"{op}: activations must be auto or float with a {weight.dtype} weight (got 'int8'): hold {name} in "
-                "int8, as quantize_weight does"
+                "int8 or int4, as quantize_weight does"
             )
         inputs = weight.shape[1] * (weight.shape[3] if weight.dim() == 4 else 1)
         if inputs > MOST_INPUTS + 15:  # panels pad to 16: the core knows exactly

@@ -33,7 +33,9 @@ FEW, LINES, ALL = 0, 1, 2  # csrc/include/prunekern/fingerprint.h
 _FINGERPRINT: Callable[..., int] | None = _native.core().fingerprint if _native.available() else None
 _PARTS = 8  # of an entry
 _PLAIN = (Tensor, torch.nn.Parameter, WatchedParameter)
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.int64)
+_DTYPES = (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.bool, torch.int64
+)  # fmt: skip
 _numbers = itertools.count(1)
 _by_number: weakref.WeakValueDictionary[int, Seen] = weakref.WeakValueDictionary()
 

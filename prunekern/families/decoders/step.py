@@ -153,7 +153,7 @@ def make_step(block: Block) -> Step | None:
     for alike in ((q, k, v), ffns):
         if len({(layer.weight.dtype, layer.activations) for layer in alike}) > 1:
             return None
-    if up.out_index is not None or gate.out_index is not None or down.weight.shape[1] != up.out_features:
+    if up.out_index is not None or gate.out_index is not None or down.kept_in != up.out_features:
         return None
     together = attention.ragged.packed_for(norm.weight, (q, k, v), True)
     packed = [p for p in (layer.packed() for layer in (o, *ffns)) if p is not None]
