@@ -22,6 +22,7 @@ _WHERE = {
     "compact_files": "pruning.compact_files",
     "save": "compacting.checkpoint",
     "load": "compacting.checkpoint",
+    "calibrate": "compacting.calibrate",
     "push_to_hub": "exporting.hub",
     "save_stock": "exporting.stock",
     "export_onnx": "exporting.onnx",

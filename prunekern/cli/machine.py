@@ -85,6 +85,7 @@ def info() -> None:
     with console.status("measuring"):
         facts = collect(measure=True)
     warnings, units = facts.pop("warnings"), {"fp32_peak": " GFLOP/s, one core", "read_bandwidth": " GB/s, one core"}
+    units |= dict.fromkeys(("bf16_peak", "int8_peak"), " G operations/s, one core")
     table = Table(show_header=False)
     for name, value in facts.items():
         if value is not None:

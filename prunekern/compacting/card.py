@@ -52,6 +52,7 @@ def model_card(model: PreTrainedModel, command: str | None = None) -> str:
     lines += [f"Made from `{base}` by prunekern {__version__}{f': `{command}`' if command else '.'}", ""]
     lines += ["| | compact | dense | share |", "|---|---|---|---|"]
     lines += [f"| {what} | {kept:,} | {dense:,} | {kept / max(dense, 1):.3f} |" for what, kept, dense in sizes]
+    lines += _held(model)
     lines += ["", "## What was kept", "", "| layer | rows | of | columns | of |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *_rows(plan), ""])
 
@@ -61,6 +62,21 @@ def _own_command() -> str | None:
     if program.name in ("prunekern", "prunekern.exe") or program.parts[-2:] == ("prunekern", "__main__.py"):
         return shlex.join(["prunekern", *sys.argv[1:]])
     return None
+
+
+def _held(model: PreTrainedModel) -> list[str]:
+    from .hf import choice_of  # transformers, which a card of a model in memory has at hand
+
+    held = choice_of(model)
+    if held is None:
+        return []
+    layers = dict(held.layers) if held.head == held.weights else {**held.layers, "the head": held.head}
+    text = f"Calibrated for `{held.weights}` weights, at least {held.least_db:g} dB in every layer: "
+    if not layers:
+        return ["", f"{text}all layers reach it."]
+    return ["", f"{text}these are held in more bits.", "", "| layer | held in |", "|---|---|"] + [
+        f"| `{name}` | {kind} |" for name, kind in layers.items()
+    ]
 
 
 def _rows(plan: Plan) -> list[str]:

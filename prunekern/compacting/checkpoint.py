@@ -62,7 +62,9 @@ def load(path: str | os.PathLike[str], weights: str = "fp32", activations: str =
 
     weights: how block weights are held, fp32, bf16 (half the memory), int8 (a quarter, one scale a channel) or int4 (a
     seventh, one scale for 32 inputs of a channel), and the head of a causal language model, which is read at every
-    token too; all else (embeddings, norms, biases, other heads) is fp32. Weights are packed for this machine at once.
+    token too; all else (embeddings, norms, biases, other heads) is fp32. Layers that `prunekern.calibrate` found to
+    lose too much are held in the kind that it chose, where that has more bits than what is asked for. Weights are
+    packed for this machine at once.
     activations: what becomes of what they are multiplied with, where weights are int8 or int4: "float" leaves it,
     "int8" rounds it to 8 bits row by row, and "auto" does so where that is faster with the kernels of this machine.
     How near each comes to float64 is in `prunekern.ops.compact_linear`.
@@ -74,7 +76,7 @@ def load(path: str | os.PathLike[str], weights: str = "fp32", activations: str =
 
     from . import hf  # noqa: F401  (registers the format)
 
-    _known(weights, activations, "load")
+    check_kinds(weights, activations, "load")
     path = Path(path)
     config = read_config(path)
     section = config.get("quantization_config")
@@ -120,34 +122,45 @@ def naming(file: Path) -> Iterator[None]:
 
 def set_weights(model: PreTrainedModel, weights: str, activations: str = "auto") -> PreTrainedModel:
     """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16, int8 or int4
-    (see `load`), and pack them; returns the model. A head that is tied to the embeddings is rounded from them anew.
+    (see `load`, which `prunekern.calibrate` has a say in), and pack them; returns the model. A head that is tied to the
+    embeddings is rounded from them anew.
 
     ValueError for another kind, and for all but fp32 where the model is not compact.
     """
-    _known(weights, activations, "set_weights")
+    from .hf import choice_of
+
+    check_kinds(weights, activations, "set_weights")
     inner: PreTrainedModel = unwrapped(model, "set_weights")
-    head = word_head(inner)
-    layers = [module for module in inner.modules() if isinstance(module, CompactLinear) and module is not head]
+    head, choice = word_head(inner), choice_of(inner)
+    layers = {name: m for name, m in inner.named_modules() if isinstance(m, CompactLinear) and m is not head}
     if not layers and weights != "fp32":
         got = f"{type(inner).__name__} without plan"
         raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {got})")
-    for layer in layers:
-        layer.set_weights(weights, activations)
-    set_head_weights(inner, weights, activations)
+    for name, layer in layers.items():
+        kind = weights if choice is None else choice.kind(name, weights)
+        layer.set_weights(kind, _going_with(kind, activations))
+    kind = weights if choice is None else choice.head_kind(weights)
+    set_head_weights(inner, kind, _going_with(kind, activations))
     pack_all(inner)
     return model
 
 
-def _known(weights: str, activations: str, caller: str) -> None:
+def check_kinds(weights: str, activations: str, caller: str) -> None:
+    """ValueError unless both are known, and go together."""
     if weights not in WEIGHTS:
         raise ValueError(f"{caller}: weights must be one of {WEIGHTS} (got {weights!r})")
     if activations not in ACTIVATIONS_OF_X:
         raise ValueError(f"{caller}: activations must be one of {ACTIVATIONS_OF_X} (got {activations!r})")
-    if activations == "int8" and weights not in TAKE_INT8:
+    if _going_with(weights, activations) != activations:
         raise ValueError(
             f"{caller}: activations must be auto or float with {weights} weights (got 'int8'): ask for weights='int8' "
             "or 'int4'"
         )
+
+
+def _going_with(weights: str, activations: str) -> str:
+    """Weights of 16 bits and more, of layers held in more bits than the rest say, are multiplied as is best."""
+    return "auto" if activations == "int8" and weights in ("fp32", "bf16") else activations
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import families
 from ..families.sizes import check_sizes
 from ..nn import CompactLinear
+from .held import Held
 from .plan import MOST_CHANNELS, Plan, check, dense_sizes
 from .tensors import check_tensors
 
@@ -23,39 +24,44 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 METHOD = "prunekern"
-FORMAT = 1
+FORMAT = 2  # the newest: 2 has `held`
 
 
 @register_quantization_config(METHOD)
 class PrunekernConfig(QuantizationConfigMixin):
-    """`quantization_config` of a compact model: format version and plan.
+    """`quantization_config` of a compact model: format version, plan and, where `calibrate` chose, which layers are
+    held in more bits.
 
-    It reads as a mapping too: transformers asks a config in the file, which is a dict, and one in a model's config the
-    same questions (`.get("quant_method")`).
+    The format that is written is the oldest that says it all, so that what is not calibrated goes on loading with older
+    versions. It reads as a mapping too: transformers asks a config in the file, which is a dict, and one in a model's
+    config the same questions (`.get("quant_method")`).
     """
 
     def __init__(
         self,
         plan: dict[str, Any] | None = None,
-        format: int = FORMAT,
+        format: int | None = None,
         prunekern_version: str | None = None,
         heads: int | None = None,
+        held: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.quant_method = METHOD
-        self.format = format
+        self.format = format if format is not None else 1 if held is None else 2
         self.prunekern_version = prunekern_version or _version()
         self.plan = plan
         self.heads = heads  # of the dense model: no tensor tells how many an encoder has. None: an older file
+        self.held = held
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        data = {
             "quant_method": self.quant_method,
             "format": self.format,
             "prunekern_version": self.prunekern_version,
             "heads": self.heads,
             "plan": copy.deepcopy(self.plan),  # whoever changes what he was given leaves the model's plan alone
         }
+        return data if self.held is None else data | {"held": copy.deepcopy(self.held)}
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of the dict that `to_dict` returns; so are `[]`, `in`, `len`, `keys`, `values` and `items`."""
@@ -86,7 +92,9 @@ class PrunekernConfig(QuantizationConfigMixin):
     __hash__ = None  # type: ignore[assignment]  # as of every config of transformers: it can be changed
 
     def parsed(self) -> Plan:
-        """The plan. ValueError when it is missing, malformed, or of a newer format."""
+        """The plan. ValueError when it is missing, malformed or of a newer format, and for a choice of another
+        plan.
+        """
         if type(self.format) is not int or not 1 <= self.format <= FORMAT:
             raise ValueError(
                 f"config.json: quantization_config format {self.format!r} was written by prunekern "
@@ -94,7 +102,13 @@ class PrunekernConfig(QuantizationConfigMixin):
             )
         if self.plan is None:
             raise ValueError("config.json: quantization_config has no plan")
-        return Plan.from_dict(self.plan)
+        plan = Plan.from_dict(self.plan)
+        self.choice(plan)
+        return plan
+
+    def choice(self, plan: Plan) -> Held | None:
+        """What `calibrate` chose; None where it did not. ValueError where it is malformed, or made for another plan."""
+        return None if self.held is None else Held.from_dict(self.held, plan)
 
 
 @register_quantizer(METHOD)
@@ -116,7 +130,8 @@ class PrunekernQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         # transformers builds on the meta device: indices are real all the same, only weights have no storage yet.
         with torch.device("cpu"):
-            plan = _named_for(model, self.quantization_config.parsed())
+            stored = self.quantization_config.parsed()
+            plan, held = _named_for(model, stored, self.quantization_config.choice(stored))
             heads = families.of(model).stock(model.config).heads
             if self.quantization_config.heads not in (None, heads):
                 raise ValueError(
@@ -125,7 +140,10 @@ class PrunekernQuantizer(HfQuantizer):
                 )
             # A new one: the old may be that of another model, whose config was handed to from_pretrained.
             self.quantization_config = PrunekernConfig(
-                plan.to_dict(), prunekern_version=self.quantization_config.prunekern_version, heads=heads
+                plan.to_dict(),
+                prunekern_version=self.quantization_config.prunekern_version,
+                heads=heads,
+                held=None if held is None else held.to_dict(),
             )
             check(plan, families.of(model).table(model))
             skeleton(model, plan)
@@ -175,15 +193,26 @@ def skeleton(model: PreTrainedModel, plan: Plan) -> None:
     families.of(model).rebuild(model, plan, make)
 
 
-def _named_for(model: PreTrainedModel, plan: Plan) -> Plan:
-    """`plan` by the layer names of `model`: a base model's lack the prefix that they have under a task head."""
+def _named_for(model: PreTrainedModel, plan: Plan, held: Held | None) -> tuple[Plan, Held | None]:
+    """Both by the layer names of `model`: a base model's lack the prefix that they have under a task head."""
     prefix: str = model.base_model_prefix + "."
     bare = model.base_model is model
 
     def rename(name: str) -> str:
         return name.removeprefix(prefix) if bare else name if name.startswith(prefix) else prefix + name
 
-    return Plan({rename(name): layer for name, layer in plan.layers.items()})
+    renamed = Plan({rename(name): layer for name, layer in plan.layers.items()})
+    return renamed, None if held is None else held.renamed(rename)
+
+
+def choice_of(model: PreTrainedModel) -> Held | None:
+    """What `calibrate` chose for a compact model; None where it did not, and for any other model."""
+    section: Any = getattr(model.config, "quantization_config", None)
+    if isinstance(section, dict) and section.get("quant_method") == METHOD:
+        section = PrunekernConfig.from_dict(section)
+    if not isinstance(section, PrunekernConfig) or section.held is None:
+        return None
+    return section.choice(section.parsed())
 
 
 def _version() -> str:

@@ -22,15 +22,19 @@ def info(measure: bool = False) -> dict[str, Any]:
 
     Returns a dict with `version`, `python`, `torch`, `triton` (None where absent), `platform`, `kernels` (whether
     the C++ kernels are there), `remedy` (one line on what is missing and how to get it, or None), `isa` (in use, or
-    None), `cpu_isas` (what this CPU can run, worst first), `amx` ("works", or why it is not used), `threads` (what an
-    op will use), `cores`, `openmp` (runtimes loaded in this process), `cuda`, `warnings` (a list of lines).
-    measure: also, in about a second, `fp32_peak` (of one core, GFLOP/s), `read_bandwidth` (of one core, GB/s), and
-    whether PyTorch's own bf16 products would kill the process here (some seconds more on CPUs with AMX): then
+    None), `cpu_isas` (what this CPU can run, worst first), `amx` ("works", or why it is not used), `arithmetic` (what
+    the instruction set in use multiplies with instructions of its own: fp32, bf16, int8), `bf16` (what decided whether
+    vectors of bf16 are multiplied, or widened to fp32), `threads` (what an op will use), `cores`, `openmp` (runtimes
+    loaded in this process), `cuda`, `warnings` (a list of lines).
+    measure: also, in a second or two, `fp32_peak` (of one core, GFLOP/s), `bf16_peak` and `int8_peak` (10^9 operations
+    a second; None where there is no such arithmetic, and of AMX), `read_bandwidth` (of one core, GB/s), and whether
+    PyTorch's own bf16 products would kill the process here (some seconds more on CPUs with AMX): then
     `warnings` names the variable that avoids it.
     """
     available = _native.available()
     runtimes = openmp_runtimes()
     warnings: list[str] = []
+    core = _native.core() if available else None
     facts: dict[str, Any] = {
         "version": __version__,
         "python": platform.python_version(),
@@ -39,9 +43,11 @@ def info(measure: bool = False) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "kernels": available,
         "remedy": _native.why_not(),
-        "isa": _native.core().isa() if available else None,
+        "isa": None if core is None else core.isa(),
         "cpu_isas": list(_native._C.supported_isas()) if _native._C is not None else [],
         "amx": _native._C.amx_verdict()[1] if _native._C is not None else None,
+        "arithmetic": [] if core is None else _arithmetic(core),
+        "bf16": None if core is None else core.bf16_verdict()[1],
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "openmp": runtimes,
@@ -57,10 +63,22 @@ def info(measure: bool = False) -> dict[str, Any]:
         warnings.append(f"Triton kernels are not used: {kernels.problem()}")
     if measure:
         if available:
-            facts["fp32_peak"], facts["read_bandwidth"] = round(peak_gflops(), 1), round(read_bandwidth(), 1)
+            for arithmetic in ("fp32", "bf16", "int8"):
+                facts[f"{arithmetic}_peak"] = round(peak_gflops(arithmetic=arithmetic), 1) or None
+            facts["read_bandwidth"] = round(read_bandwidth(), 1)
         if bf16_matmul_crashes():
             warnings.append(BF16_REASON)
     return facts
+
+
+def _arithmetic(core: Any) -> list[str]:
+    # AMX multiplies bf16 in tiles, whose peak is not run: setting them up is more than its loop.
+    has = {
+        "fp32": True,
+        "bf16": core.run_peak(1, "bf16") > 0 or core.isa() == "amx",
+        "int8": core.run_peak(1, "int8") > 0,
+    }
+    return [name for name, there in has.items() if there]
 
 
 def openmp_runtimes() -> list[str]:

@@ -63,13 +63,18 @@ def interleaved(
     return {name: of(some) for name, some in times.items()}
 
 
-def peak_gflops(repeats: int = 200) -> float:
-    """What the FMA units of one core do without touching memory, fp32, in GFLOP/s. RuntimeError without the core."""
+def peak_gflops(repeats: int = 200, arithmetic: str = "fp32") -> float:
+    """What one core does without touching memory, in 10^9 operations a second, a multiply-add being two: its FMA units
+    in fp32, or what it has for arithmetic bf16 or int8; 0 where the instruction set in use has nothing of its own for
+    that. RuntimeError without the core.
+    """
     core = _native.core()
     best, flops = float("inf"), 0
+    if core.run_peak(1, arithmetic) == 0:
+        return 0.0
     for _ in range(repeats):
         start = time.perf_counter()
-        flops = core.run_peak(100_000)
+        flops = core.run_peak(100_000, arithmetic)
         best = min(best, time.perf_counter() - start)
     return flops / best / 1e9
 

@@ -1,0 +1,95 @@
+"""Which layers are held in more bits than the rest: what `calibrate` chose, as it stands in a compact model's
+config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..ops.packing import WEIGHTS
+from ..ops.quantized import ACTIVATIONS_OF_X
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+_FIELDS = ("weights", "activations", "least_db", "layers", "head", "plan")
+
+
+def more_careful(one: str, other: str) -> str:
+    """Of two kinds of weights the one with more bits."""
+    return min(one, other, key=WEIGHTS.index)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What was asked for, and the layers that lost too much in it.
+
+    weights, activations, least_db: as `calibrate` was given them. layers: by name in the plan, the kind that a layer is
+    held in where that is not `weights`; head: of the head of a causal language model. plan: `digest` of the plan of the
+    model that was measured.
+    """
+
+    weights: str
+    activations: str
+    least_db: float
+    layers: Mapping[str, str]
+    head: str
+    plan: str
+
+    def kind(self, name: str, asked: str) -> str:
+        """What the layer `name` is held in where `asked` is asked for: the more careful of that and what stands here.
+
+        So a file calibrated for int8 is all fp32 where fp32 is asked for.
+        """
+        return more_careful(asked, self.layers.get(name, asked))
+
+    def head_kind(self, asked: str) -> str:
+        """As `kind`, of the head."""
+        return asked if self.head == self.weights else more_careful(asked, self.head)
+
+    def renamed(self, rename: Callable[[str], str]) -> Held:
+        """The same for a model whose layers are called otherwise."""
+        layers = {rename(name): kind for name, kind in self.layers.items()}
+        return Held(self.weights, self.activations, self.least_db, layers, self.head, self.plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {name: getattr(self, name) for name in _FIELDS} | {"layers": dict(self.layers)}
+
+    @classmethod
+    def from_dict(cls, data: Any, plan: Plan) -> Held:
+        """The inverse of `to_dict`. ValueError names what is wrong with it, or the layer that `plan` does not have."""
+        if not isinstance(data, Mapping) or set(data) != set(_FIELDS) or not isinstance(data["layers"], Mapping):
+            got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"held: must be a mapping with {', '.join(_FIELDS)} (got {got})")
+        kinds = {"weights": data["weights"], "head": data["head"]}
+        kinds |= {f"layer {name!r}": kind for name, kind in data["layers"].items()}
+        for what, kind in kinds.items():
+            if kind not in WEIGHTS:
+                raise ValueError(f"held: {what} must be one of {', '.join(WEIGHTS)} (got {kind!r})")
+        if data["activations"] not in ACTIVATIONS_OF_X:
+            accepted = ", ".join(ACTIVATIONS_OF_X)
+            raise ValueError(f"held: activations must be one of {accepted} (got {data['activations']!r})")
+        least = data["least_db"]
+        if isinstance(least, bool) or not isinstance(least, (int, float)) or not math.isfinite(least):
+            raise ValueError(f"held: least_db must be a finite number (got {least!r})")
+        for name in data["layers"]:
+            if name not in plan.layers:
+                raise ValueError(f"held: layer {name!r} is not in the plan; the choice is that of another model")
+        if data["plan"] != digest(plan):
+            raise ValueError(
+                f"held: plan must be {digest(plan)!r}, the digest of the plan beside it (got {data['plan']!r}): other "
+                "channels were kept where the choice was made; calibrate this model"
+            )
+        return cls(**{name: data[name] for name in _FIELDS} | {"layers": dict(data["layers"])})
+
+
+def digest(plan: Plan) -> str:
+    """Tells plans apart: 16 hexadecimal digits of what is kept of every layer, whatever prefix the names have."""
+    layers: dict[str, Any] = plan.to_dict()["layers"]
+    text = json.dumps([layers[name] for name in sorted(layers)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
