@@ -16,7 +16,7 @@ from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
 from ..ops.packing import WEIGHTS
-from ..ops.quantized import ACTIVATIONS_OF_X, TAKE_INT8
+from ..ops.quantized import ACTIVATIONS_OF_X
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
 from ..storage.shards import Shards
