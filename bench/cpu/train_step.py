@@ -3,8 +3,9 @@
     python -m bench.cpu.train_step            # DistilBERT-base shape, batch 8 x 64, rank 8, six linears, one thread
     python -m bench.cpu.train_step --bf16     # everyone under bf16 autocast
 
-Answers first: the forward pass and gradients of the masked model (masks all on) must equal PEFT's DoRA. Then steps
-of forward, backward and Adam are interleaved in one process; minima are compared.
+Answers first: the forward pass and gradients of the masked model (masks all on) must equal PEFT's DoRA; under autocast
+its gradients must come as near to those of fp32 as PEFT's do. Then steps of forward, backward and Adam are interleaved
+in one process; minima are compared.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import prunekern as pk
@@ -64,24 +66,30 @@ def build(rank: int) -> dict:
     return built
 
 
+def pairs(built: dict) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    """(ours, PEFT's) of every trained part of the DoRA layers."""
+    modules = dict(built["PEFT DoRA"][0].base_model.model.named_modules())
+    found = []
+    for name, layer in built["masked DoRA, stage one"][0].named_modules():
+        if isinstance(layer, pk.nn.MaskedDoRALinear):
+            other = modules[name]
+            found += [
+                (layer.A, other.lora_A.default.weight),
+                (layer.B, other.lora_B.default.weight),
+                (layer.magnitude, other.lora_magnitude_vector.default.weight),
+            ]
+    return found
+
+
 def check(built: dict, batch: dict) -> float:
     """Largest relative difference of logits and adapter gradients to PEFT's DoRA, masks all on."""
     ours, peft = built["masked DoRA, stage one"][0], built["PEFT DoRA"][0]
     for model in (ours, peft):
         model(**batch).loss.backward()
-    layers = {n: m for n, m in ours.named_modules() if isinstance(m, pk.nn.MaskedDoRALinear)}
-    modules = dict(peft.base_model.model.named_modules())
     worst = 0.0
-    for name, layer in layers.items():
-        other = modules[name]
-        pairs = (
-            (layer.A, other.lora_A.default.weight),
-            (layer.B, other.lora_B.default.weight),
-            (layer.magnitude, other.lora_magnitude_vector.default.weight),
-        )
-        for a, b in pairs:
-            if b.grad.abs().max() > 0:
-                worst = max(worst, ((a.grad - b.grad).abs().max() / b.grad.abs().max()).item())
+    for a, b in pairs(built):
+        if b.grad.abs().max() > 0:
+            worst = max(worst, ((a.grad - b.grad).abs().max() / b.grad.abs().max()).item())
     with torch.no_grad():
         a, b = ours(**batch).logits, peft(**batch).logits
     worst = max(worst, ((a - b).abs().max() / b.abs().max()).item())
@@ -89,6 +97,26 @@ def check(built: dict, batch: dict) -> float:
         model.zero_grad()
     assert worst < 1e-3, f"masked DoRA differs from PEFT's DoRA: {worst}"
     return worst
+
+
+def check_bf16(built: dict, batch: dict) -> dict[str, float]:
+    """By method, how far the gradients of adapters under bf16 autocast are from those of fp32, in dB."""
+    grads: dict[str, list[Tensor]] = {}
+    for name in ("masked DoRA, stage one", "PEFT DoRA"):
+        model, side = built[name][0], 0 if name.startswith("masked") else 1
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**batch).loss
+            loss.backward()
+            grads.setdefault(name, []).append(torch.cat([pair[side].grad.flatten() for pair in pairs(built)]))
+            model.zero_grad()
+    found = {
+        name: round(10 * torch.log10(exact.square().sum() / (exact - got).square().sum()).item(), 1)
+        for name, (exact, got) in grads.items()
+    }
+    ours, peft = found["masked DoRA, stage one"], found["PEFT DoRA"]
+    assert ours > peft - 1, f"gradients under autocast: {ours} dB from fp32, PEFT's {peft} dB"
+    return found
 
 
 def main() -> None:
@@ -107,7 +135,9 @@ def main() -> None:
     built = build(args.rank)
     ids = torch.randint(5, 30000, (args.batch, args.tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(args.batch) % 2}
-    worst = check(built, batch)
+    answers: dict = {"largest_difference_to_peft_dora": check(built, batch)}
+    if args.bf16:
+        answers["decibels_to_fp32_gradients"] = check_bf16(built, batch)
     optimisers = {
         n: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], 1e-5) for n, (m, _) in built.items()
     }
@@ -136,7 +166,7 @@ def main() -> None:
     title = f"training step, DistilBERT-base shape, {args.batch} x {args.tokens}, rank {args.rank}, one thread"
     title += ", bf16 autocast" if args.bf16 else ""
     report.table(title, rows)
-    report.write(name, rows=rows, largest_difference_to_peft_dora=worst, args=vars(args))
+    report.write(name, rows=rows, **answers, args=vars(args))
 
 
 if __name__ == "__main__":

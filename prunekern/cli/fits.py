@@ -45,3 +45,13 @@ def check_positive(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"--{name.replace('_', '-')} must be positive (got {value})")
+
+
+def check_bf16() -> None:
+    """ValueError where training runs on a CPU whose bf16 products kill the process."""
+    import torch
+
+    from ..machine.bf16_trap import BF16_REASON, bf16_matmul_crashes
+
+    if not torch.accelerator.is_available() and bf16_matmul_crashes():
+        raise ValueError(f"--bf16: {BF16_REASON}")

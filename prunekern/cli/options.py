@@ -61,6 +61,9 @@ Metric = Annotated[
 Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
 Weights = Annotated[str, typer.Option(help="How a compact model holds its block weights: fp32, bf16, int8 or int4.")]
+Bf16 = Annotated[
+    bool, typer.Option("--bf16", help="Train under autocast to bf16: products in 16 bits, sums and gains in fp32.")
+]
 Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0 leaves torch's default.")]
 
 

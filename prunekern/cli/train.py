@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from .errors import reading
-from .fits import check_head, check_length, check_positive
+from .fits import check_bf16, check_head, check_length, check_positive
 from .options import (
+    Bf16,
     Choices,
     Data,
     Label,
@@ -70,6 +71,7 @@ def train(
     save_steps: int = 500,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from OUT's newest checkpoint.")] = False,
+    bf16: Bf16 = False,
     threads: Threads = 0,
 ) -> None:
     """Fine-tune with DoRA and masks, remove what they prune, save OUT/compact, OUT/adapter, OUT/report.json, .png."""
@@ -84,6 +86,8 @@ def train(
     if not (max_steps > 0 or (max_steps == -1 and epochs > 0)):
         raise ValueError(f"--max-steps must be positive, or -1 and --epochs positive (got {max_steps} and {epochs})")
     check_positive(batch_size=batch_size, epochs=epochs, final_lr=final_lr, mask_lr=mask_lr, save_steps=save_steps)
+    if bf16:
+        check_bf16()
     config = PruneConfig(
         rank=rank, alpha=alpha, dropout=dropout, preset=preset, sparsity=sparsity, cost=cost, align=align, seed=seed
     )
@@ -99,6 +103,7 @@ def train(
         max_length=max_length,
         save_steps=save_steps,
         seed=seed,
+        bf16=bf16,
     )
     columns = {"text": text, "choices": choices, "label": label, "regression": regression, "metric": metric}
     data_task = task_of(task, data, **columns, validation=validation, test=test)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import families
-from ..families.wrapped import unwrapped
+from ..families.wrapped import take_off_mixed_precision, unwrapped
 from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
 from .asked import warn_if_short
 from .plan import LayerPlan, Plan
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 def compact(model: PreTrainedModel) -> PreTrainedModel:
     """The compact model of an attached one, which is left untouched: same class, heads and call signature.
 
-    Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode. The
-    result is in eval mode, frozen, ready for `save`. Warns where masks that are not final remove less than was asked
-    for. ValueError for a model never attached, or compact already. A model inside `torch.compile` or a data parallel
-    wrapper is taken out of it; other wrappers are refused by name.
+    Works on what the masks say now, `finalize`d or not. Its output equals the masked model's in eval mode, without the
+    autocast that a Trainer with `bf16` or `fp16` leaves around the masked one's forward pass. The result is in eval
+    mode, frozen, ready for `save`. Warns where masks that are not final remove less than was asked for. ValueError for
+    a model never attached, or compact already. A model inside `torch.compile` or a data parallel wrapper is taken out
+    of it; other wrappers are refused by name.
     """
     model = unwrapped(model, "compact")
     if any(isinstance(m, CompactLinear) for m in model.modules()):
@@ -36,6 +37,7 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     linears: dict[str, nn.Linear | MaskedDoRALinear] = {name: model.get_submodule(name) for name in plan.layers}
     # Block linears are not copied: their place is taken by the compact ones.
     small = copy.deepcopy(model, {id(module): nn.Identity() for module in linears.values()})
+    take_off_mixed_precision(small)
 
     def make(
         name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str

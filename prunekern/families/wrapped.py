@@ -56,6 +56,19 @@ def unwrapped(model: nn.Module, who: str, in_place: bool = False) -> Any:
     return model
 
 
+def take_off_mixed_precision(model: nn.Module) -> None:
+    """Give `model` its own forward pass back, in place: accelerate's mixed precision, and with it Trainer's `bf16`,
+    leaves one under autocast in its place, for good.
+    """
+    forward = model.__dict__.pop("_original_forward", None)
+    if forward is None:
+        return
+    if getattr(forward, "__func__", None) is type(model).forward:
+        model.__dict__.pop("forward", None)
+    else:  # somebody else's, from before
+        model.forward = forward
+
+
 def is_transformers(model: nn.Module) -> bool:
     """Whether this is a transformers model itself, not something around one."""
     return "transformers.modeling_utils.PreTrainedModel" in _names(model)

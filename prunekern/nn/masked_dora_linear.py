@@ -33,6 +33,7 @@ class MaskedDoRALinear(nn.Module):
 
     v_sqnorm: Tensor
     inv_norm: Tensor
+    _narrow: Tensor | None = None  # weight in the dtype of autocast
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class MaskedDoRALinear(nn.Module):
         """Recompute the cached row norm. Called at every optimiser step, and by forward when A, B or V changed."""
         now = (self.weight, self.A, self.B)
         if self._seen is None or not self._seen[0].holds(self.weight):
-            self.v_sqnorm = ops.row_sqnorm(self.weight)
+            self.v_sqnorm, self._narrow = ops.row_sqnorm(self.weight), None
         if self._seen is None:
             self._seen = tuple(Seen(tensor, look) for tensor, look in zip(now, _LOOKS, strict=True))
         else:  # they keep their numbers: compiled graphs know these
@@ -107,7 +108,7 @@ class MaskedDoRALinear(nn.Module):
 
     def forget_norm(self) -> None:
         """Let the next `refresh` compute all anew, whatever it seems to know."""
-        self._seen = None
+        self._seen = self._narrow = None
 
     def _row_norm(self) -> Tensor:
         """1 / ||V + s B A|| [N] of the parameters as they are now; a constant unless norm_grad is "full"."""
@@ -140,6 +141,24 @@ class MaskedDoRALinear(nn.Module):
             return factored_inv_norm(V, A, B, self.scale, self.v_sqnorm)
         return self.inv_norm
 
+    def _frozen(self) -> Tensor:
+        """V as the product takes it; in training under CPU autocast a copy in its dtype, made once for as long as V
+        stays. Each step would make one, and hold it until its backward pass: this one is held between steps, too.
+        """
+        V: Tensor = self.weight
+        if not calls.unwatched() or torch.compiler.is_compiling():  # tensors of a tracer, not to be kept
+            return V
+        trains = self.training and torch.is_grad_enabled() and not V.requires_grad
+        if not (trains and V.is_cpu and V.dtype is torch.float32 and torch.is_autocast_enabled("cpu")):
+            self._narrow = None
+            return V
+        if self._seen is None or not self._seen[0].holds(V):
+            return V
+        dtype = torch.get_autocast_dtype("cpu")
+        if self._narrow is None or self._narrow.dtype is not dtype:
+            self._narrow = V.detach().to(dtype)
+        return self._narrow
+
     def mask_values(self) -> Tensor | None:
         """m_b [N] as the forward pass uses it now, or None where this layer carries no mask."""
         return None if self.mask is None else self.mask(self.magnitude.dtype)
@@ -155,7 +174,8 @@ class MaskedDoRALinear(nn.Module):
         bias = self.bias if self.bias is None or m_b is None else m_b * self.bias
         x_lora = self.dropout(x) if self.training and self.dropout.p > 0 else None
         probe = None if m_b is None or self.mask is None else self.mask.probe_rows()
-        return ops.dora_linear(x, self.weight, self.A, self.B, self.gain(m_b), bias, self.scale, x_lora, probe)
+        gain = self.gain(m_b)  # before V: it looks whether V is still what it was
+        return ops.dora_linear(x, self._frozen(), self.A, self.B, gain, bias, self.scale, x_lora, probe)
 
     @torch.no_grad()
     def merged(self, rows: Tensor | None = None, cols: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +198,7 @@ class MaskedDoRALinear(nn.Module):
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_seen": None}  # a copy has tensors of its own
+        return self.__dict__ | {"_seen": None, "_narrow": None}  # a copy has tensors of its own
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, norm_grad={self.norm_grad!r}"

@@ -20,6 +20,7 @@ from . import checks
 from .flops import Shape, count, of_nothing
 from .registering import register
 from .seen import still_holds
+from .thin import thin
 
 
 def row_sqnorm(V: Tensor) -> Tensor:
@@ -49,24 +50,35 @@ def factored_inv_norm(V: Tensor, A: Tensor, B: Tensor, s: float, v_sqnorm: Tenso
 
     With U = V A^T [N, r] and G = A A^T [r, r] this reads V once and costs 2 N K r + 2 K r^2 + 2 N r^2 operations.
     """
-    dtype = checks.compute_dtype(V, A, B)
-    V, A, B = V.to(dtype), A.to(dtype), B.to(dtype)
+    A = A.to(checks.compute_dtype(V, A, B))
     with checks.without_autocast(V.device):
-        U = V @ A.T  # [N, r]
-        G = A @ A.T  # [r, r]
-        sqnorm = v_sqnorm.to(dtype) + ((2 * s) * U + (s * s) * (B @ G)).mul(B).sum(1)
+        return _inv_norm(thin(V.to(A.dtype), A), A, B.to(A.dtype), s, v_sqnorm.to(A.dtype))
+
+
+def _inv_norm(U: Tensor, A: Tensor, B: Tensor, s: float, v_sqnorm: Tensor) -> Tensor:
+    G = A @ A.T  # [r, r]
+    sqnorm = v_sqnorm + ((2 * s) * U + (s * s) * (B @ G)).mul(B).sum(1)
     # Rounding can push a row that cancels below zero; an all-zero row has inv_norm 0, not inf.
     positive = sqnorm > 0
     return torch.where(positive, torch.where(positive, sqnorm, 1.0).rsqrt(), 0.0)
 
 
+ROWS = 256  # of a 16-bit V that are widened at once: 0.8 MB at 768 columns
 _SCHEMA = "(Tensor V, Tensor A, Tensor B, Tensor m, Tensor? m_b, float s, Tensor v_sqnorm) -> (Tensor, Tensor)"
 
 
 def _compute(
     V: Tensor, A: Tensor, B: Tensor, m: Tensor, m_b: Tensor | None, s: float, v_sqnorm: Tensor
 ) -> tuple[Tensor, Tensor]:
-    inv_norm = factored_inv_norm(V, A, B, s, v_sqnorm)
+    if V.is_cpu and V.itemsize == 2:  # no copy of all of it in fp32
+        wide = A.to(checks.compute_dtype(A, B))
+        U = V.new_empty(A.shape[0], V.shape[0], dtype=wide.dtype).T  # [N, r]
+        with checks.without_autocast(V.device):
+            for rows, part in zip(V.split(ROWS), U.split(ROWS), strict=True):
+                part.copy_(thin(rows.to(wide.dtype), wide))
+            inv_norm = _inv_norm(U, wide, B.to(wide.dtype), s, v_sqnorm.to(wide.dtype))
+    else:
+        inv_norm = factored_inv_norm(V, A, B, s, v_sqnorm)
     gain = m.to(inv_norm.dtype) * inv_norm
     if m_b is not None:
         gain = gain * m_b.to(inv_norm.dtype)

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from prunekern import kernels
 
-from . import calls, checks
+from . import by_rows, calls, checks
 from .dora_linear_gradients import differentiable_gradients, gradients
 from .flops import Shape, count, of_product
 from .narrow import multiplies_bf16
 from .registering import implement, register
+from .thin import thin
 
 
 def dora_linear_reference(
@@ -73,12 +74,15 @@ def _compute(
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)  # [T, K]; -1 is no answer where K is 0
     low = flat if x_lora is None else x_lora.reshape(flat.shape).to(dtype)
     with checks.without_autocast(x.device):
-        p = low @ A.to(dtype).T  # [T, r]
+        p = thin(low, A.to(dtype)).contiguous()  # [T, r]
         z = flat @ V.to(dtype).T  # [T, N]
         z.addmm_(p, B.to(dtype).T, alpha=s)
     # One pass over the output: gain and bias together, in fp32 where the products are 16 bit.
-    y = z * gain if bias is None else torch.addcmul(bias, z, gain)
-    return y.to(x.dtype).view(*x.shape[:-1], V.shape[0]), z, p
+    if x.itemsize == 2:
+        y = by_rows.gained(z, gain, bias, x.dtype)
+    else:
+        y = (z * gain if bias is None else torch.addcmul(bias, z, gain)).to(x.dtype)
+    return y.view(*x.shape[:-1], V.shape[0]), z, p
 
 
 def _fake(
@@ -267,8 +271,9 @@ def dora_linear(
     mask (m_b * b); x_lora [..., K]: what the low-rank branch reads where dropout makes it differ from x; probe [N]: any
     values, never read, whose "gradient" is the sum over tokens of (dy * y)^2. Returns [..., N] in x's dtype. Gradients
     to x, A, B, gain, bias, x_lora and probe, by reductions without atomics: bitwise repeatable. float64, float32,
-    bfloat16, float16 (16-bit products on CPU are computed in fp32). ValueError / TypeError on shapes, dtypes or devices
-    that do not fit; RuntimeError when V requires a gradient.
+    bfloat16, float16 (on a CPU multiplied in fp32, but for bfloat16 where that is safe and faster; gain, bias and their
+    gradients are fp32 in any case). ValueError / TypeError on shapes, dtypes or devices that do not fit; RuntimeError
+    when V requires a gradient.
     """
     required = {"x": x, "V": V, "A": A, "B": B, "gain": gain}
     checks.tensors("dora_linear", required, {"bias": bias, "x_lora": x_lora, "probe": probe})

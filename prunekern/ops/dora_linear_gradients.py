@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import by_rows, checks
+from .thin import thin, thin_sums
 
 
 def gradients(ctx: Any, dy: Tensor, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -40,6 +41,14 @@ def gradients(ctx: Any, dy: Tensor, grads: list[Tensor | None]) -> tuple[Tensor 
             grads[3] = (of_low * (s * gain)[:, None]).to(B.dtype)
         if needs[5]:
             grads[5] = d_bias.to(ctx.bias_dtype)
+    elif dy.itemsize == 2:
+        dz, d_gain, d_bias, d_probe = by_rows.backward(dy, z, gain, bias, dtype, want_dz, needs[4], needs[5], needs[8])
+        if needs[4]:
+            grads[4] = d_gain.to(gain.dtype)
+        if needs[5]:
+            grads[5] = d_bias.to(ctx.bias_dtype)
+        if needs[8]:
+            grads[8] = d_probe.to(ctx.probe_dtype)
     else:
         if needs[4]:
             grads[4] = (dy.to(gain.dtype) * z).sum(0).to(gain.dtype)
@@ -52,9 +61,9 @@ def gradients(ctx: Any, dy: Tensor, grads: list[Tensor | None]) -> tuple[Tensor 
             dz = (dy * gain).to(dtype)  # [T, N]
     if want_dz:
         if needs[3] and grads[3] is None:
-            grads[3] = (dz.T @ p).mul_(s).to(B.dtype)
+            grads[3] = thin_sums(dz, p).mul_(s).to(B.dtype)
         if needs[2] or low_needs_x:
-            dp = (dz @ B.to(dtype)).mul_(s)  # [T, r]
+            dp = thin(dz, B.to(dtype).T).mul_(s)  # [T, r]
         if needs[2]:
             read = x_lora if ctx.has_x_lora else x
             grads[2] = (dp.T @ read.reshape(T, A.shape[1]).to(dtype)).to(A.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..compacting.checkpoint import save
 from ..compacting.compact import compact
 from ..exporting.stock import save_stock
+from ..families.wrapped import take_off_mixed_precision
 from ..pruning.adapter import save_adapter
 from ..pruning.attach import attach
 from ..pruning.config import PruneConfig
@@ -48,6 +49,7 @@ class TrainOptions:
     max_length: int = 128
     save_steps: int = 500
     seed: int = 0
+    bf16: bool = False  # autocast in training; scores are those of fp32
 
 
 def load_dense(model: str, task: AnyTask, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -111,6 +113,8 @@ def training_arguments(options: TrainOptions, out: Path, **extra: Any) -> Traini
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         seed=options.seed,
+        bf16=options.bf16,
+        use_cpu=options.bf16 and not torch.accelerator.is_available(),  # without it bf16 asks for a GPU
         **extra,
     )
 
@@ -159,6 +163,7 @@ def fine_tune(
         trainer.train(resume_from_checkpoint=resume)
     finally:
         progress.close()
+    take_off_mixed_precision(pruner.model)
     return pruner, {
         **(trainer.report or pruner.report()),
         "train_seconds": time.perf_counter() - start,

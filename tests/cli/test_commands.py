@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import prunekern as pk
 from prunekern.cli import app
+from prunekern.machine.bf16_trap import bf16_matmul_crashes
 from prunekern.tasks.harness import evaluate_tasks
 from tests.helpers.dense_folders import WORDS, dense_folder
 from tests.helpers.tiny_decoders import build
@@ -88,6 +89,32 @@ def test_train_eval_bench(files, tmp_path):
     (out / "compact" / "config.json").write_text(json.dumps(config))
     swapped = invoke("eval", out / "compact", *data(files))
     assert isinstance(swapped.exception, ValueError) and f"has the labels {names[::-1]}" in str(swapped.exception)
+
+
+@pytest.mark.skipif(bf16_matmul_crashes(), reason="needs a CPU whose AMX oneDNN can use, or none")
+def test_train_under_bf16_autocast(files, tmp_path, monkeypatch):
+    found = set()
+    real = pk.nn.MaskedDoRALinear.forward
+
+    def forward(layer, x):
+        y = real(layer, x)
+        found.add((layer.training, torch.is_autocast_enabled("cpu"), y.dtype, layer.A.dtype))
+        return y
+
+    monkeypatch.setattr(pk.nn.MaskedDoRALinear, "forward", forward)
+    out, common = tmp_path / "run", ["--batch-size", 16, "--lr", 1e-2, "--sparsity", 0.3, "--threads", 1]
+    args = ["train", "--model", files / "dense", *data(files), "--out", out, "--max-steps", 120, *common, "--bf16"]
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    assert found == {(True, True, torch.bfloat16, torch.float32), (False, False, torch.float32, torch.float32)}
+    report = json.loads((out / "report.json").read_text())
+    assert report["options"]["bf16"] is True
+    assert json.loads((out / "checkpoints" / "run.json").read_text())["bf16"] is True
+    assert report["score"]["masked"] == report["score"]["compact"]
+    assert report["score"]["compact"]["accuracy"] > 0.9
+    assert {p.dtype for p in pk.load(out / "compact").parameters()} == {torch.float32}
+    again = invoke(*args[:-1], "--resume")
+    assert isinstance(again.exception, ValueError) and "the run began with bf16 True" in str(again.exception)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,13 @@ def test_options_out_of_range(files, tmp_path, refused, options, message):
     refused(message, *train(files, tmp_path / "out", *options))
 
 
+def test_bf16_on_a_cpu_where_it_crashes(files, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("prunekern.machine.bf16_trap.bf16_matmul_crashes", lambda: True)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    refused("error: --bf16: PyTorch's bf16 matrix product dies with", *train(files, tmp_path / "out", "--bf16"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_out_cannot_be_written(files, trained, tmp_path, refused):
     for out in (files / "file", files / "file" / "sub", "/proc/nowhere"):
         refused("", *train(files, out))
