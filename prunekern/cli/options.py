@@ -61,6 +61,12 @@ Metric = Annotated[
 Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
 Weights = Annotated[str, typer.Option(help="How a compact model holds its block weights: fp32, bf16 or int8.")]
+Activations = Annotated[
+    str,
+    typer.Option(
+        help="What becomes of what int8 and int4 weights are multiplied with: auto (the faster here), float or int8."
+    ),
+]
 Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0 leaves torch's default.")]
 
 
