@@ -13,6 +13,7 @@ from rich.table import Table
 from .errors import reading
 from .fits import check_head, check_length
 from .options import (
+    Activations,
     Choices,
     Data,
     Label,
@@ -61,14 +62,17 @@ def evaluate_command(
     batch_size: Annotated[int | None, typer.Option(help="Choices at once for --tasks; 8 without it.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write what --tasks gave to.")] = None,
     weights: Weights = "fp32",
+    activations: Activations = "auto",
     threads: Threads = 0,
 ) -> None:
     """Score a saved model on a task, or on several of lm-eval's."""
+    from ..compacting.checkpoint import check_kinds
     from ..storage.tokenizer import load_tokenizer
     from ..tasks import Task
     from ..training.recipe import evaluate
 
     set_threads(threads)
+    check_kinds(weights, activations, "eval")
     if not model.is_dir():
         raise FileNotFoundError(f"{model}: no such folder")
     columns: dict[str, Any] = {"text": text, "choices": choices, "label": label, "regression": regression}
@@ -76,11 +80,12 @@ def evaluate_command(
     if tasks is not None:
         if any(o is not None for o in (task, data, *columns.values())):
             raise typer.BadParameter("give --tasks without --task, --data and the options of --data")
-        return _lm_eval(model, tasks, local, limit, 8 if batch_size is None else batch_size, json_file, weights)
+        held = weights, activations
+        return _lm_eval(model, tasks, local, limit, 8 if batch_size is None else batch_size, json_file, held)
     if any(o is not None for o in (local, limit, batch_size, json_file)):
         raise typer.BadParameter("--local, --limit, --batch-size and --json go with --tasks")
     data_task = task_of(task, data, **columns)
-    loaded = _loaded(data_task.model_class(), model, weights, f"a task like {data_task.name}")
+    loaded = _loaded(data_task.model_class(), model, (weights, activations), f"a task like {data_task.name}")
     if isinstance(data_task, Task) and loaded.config.num_labels != data_task.num_labels:
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
     if isinstance(data_task, Task) and data_task.label_names is not None:
@@ -109,8 +114,10 @@ def _compare_labels(model: Path, known: list[str], name: str, ours: Sequence[str
     )
 
 
-def _loaded(cls: Any, model: Path, weights: str, purpose: str) -> PreTrainedModel:
-    """The model of a folder, compact or dense; ValueError where its head would be a random one."""
+def _loaded(cls: Any, model: Path, held: tuple[str, str], purpose: str) -> PreTrainedModel:
+    """The model of a folder, compact or dense, with weights and activations as `held` says; ValueError where its head
+    would be a random one.
+    """
     import torch
 
     from ..compacting import hf  # noqa: F401  (compact folders load too)
@@ -126,7 +133,7 @@ def _loaded(cls: Any, model: Path, weights: str, purpose: str) -> PreTrainedMode
             raise
     if found["missing_keys"]:  # transformers draws them at random: a score of that would be a coin toss
         raise ValueError(f"{model}: has no tensor {min(found['missing_keys'])!r}; it was not trained for {purpose}")
-    return set_weights(loaded, weights)
+    return set_weights(loaded, *held)
 
 
 def _lm_eval(
@@ -136,7 +143,7 @@ def _lm_eval(
     limit: int | None,
     batch_size: int,
     json_file: Path | None,
-    weights: str,
+    held: tuple[str, str],
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -145,7 +152,7 @@ def _lm_eval(
 
     if json_file is not None and not json_file.absolute().parent.is_dir():  # not after hours of scoring
         raise typer.BadParameter(f"--json: there is no folder {json_file.parent}")
-    loaded = _loaded(AutoModelForCausalLM, model, weights, "predicting text")
+    loaded = _loaded(AutoModelForCausalLM, model, held, "predicting text")
     with reading(model):
         tokenizer = load_tokenizer(model)
     names = [name.strip() for name in tasks.split(",")]
@@ -154,7 +161,8 @@ def _lm_eval(
     except ImportError as error:  # lm-eval is an extra
         raise ValueError(error) from None
     if json_file is not None:
-        json_file.write_text(json.dumps({"model": str(model), "weights": weights} | scores) + "\n")
+        made_of = {"model": str(model), "weights": held[0], "activations": held[1]}
+        json_file.write_text(json.dumps(made_of | scores) + "\n")
     table = Table()
     for column in ("task", "items", "acc", "acc_norm"):
         table.add_column(column, justify="left" if column == "task" else "right")

@@ -10,13 +10,14 @@ from rich.table import Table
 
 from .errors import reading
 from .fits import check_positive
-from .options import Out, Threads, Weights, app, console, set_threads
+from .options import Activations, Out, Threads, Weights, app, console, set_threads
 
 
 @app.command()
 def bench(
     model: Annotated[Path, typer.Argument(help="Folder of a compact model.")],
     weights: Weights = "fp32",
+    activations: Activations = "auto",
     shapes: Annotated[str, typer.Option(help="batch x tokens, with commas between.")] = "1x128,8x128",
     threads: Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0: torch's default.")] = 1,
     seconds: Annotated[float, typer.Option(help="About how long to measure each shape.")] = 5.0,
@@ -41,7 +42,7 @@ def bench(
     if not _native.available():
         console.print(f"[yellow]warning:[/] {_native.why_not()}")
     with reading(model):
-        small = load(model, weights)
+        small = load(model, weights, activations)
     plan = plan_of(small)
     ideal = plan.dense_macs() / plan.macs() if plan.macs() else float("inf")
     table = Table(title=f"{model}, {weights} weights, {threads} thread(s); ideal {ideal:.2f} x by multiply-adds")

@@ -64,6 +64,12 @@ Weights = Annotated[str, typer.Option(help="How a compact model holds its block 
 Bf16 = Annotated[
     bool, typer.Option("--bf16", help="Train under autocast to bf16: products in 16 bits, sums and gains in fp32.")
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        help="What becomes of what int8 and int4 weights are multiplied with: auto (the faster here), float or int8."
+    ),
+]
 Threads = Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0 leaves torch's default.")]
 
 

@@ -70,6 +70,10 @@ def train(
     max_length: MaxLength = 128,
     save_steps: int = 500,
     seed: int = 0,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Calibrate OUT/compact for int8 or int4 weights with training texts; the choice is saved."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from OUT's newest checkpoint.")] = False,
     bf16: Bf16 = False,
     threads: Threads = 0,
@@ -79,12 +83,14 @@ def train(
 
     from ..demo.models import MODEL_NAMES, demo_model
     from ..pruning.config import PruneConfig
+    from ..training import quantizing
     from ..training.curves import plot
     from ..training.recipe import TrainOptions, evaluate, fine_tune, finish, load_dense, write_report
 
     set_threads(threads)
     if not (max_steps > 0 or (max_steps == -1 and epochs > 0)):
         raise ValueError(f"--max-steps must be positive, or -1 and --epochs positive (got {max_steps} and {epochs})")
+    quantizing.check_kind(quantize)
     check_positive(batch_size=batch_size, epochs=epochs, final_lr=final_lr, mask_lr=mask_lr, save_steps=save_steps)
     if bf16:
         check_bf16()
@@ -119,7 +125,12 @@ def train(
     masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
     small = finish(pruner, tokenizer, out, rule)
     compact, _ = evaluate(small, tokenizer, data_task, max_length, console=console)
-    plan = pruner.plan()
+    plan, score, calibrated = pruner.plan(), {"masked": masked, "compact": compact}, {}
+    if quantize is not None:
+        found = quantizing.quantize(small, tokenizer, data_task, quantize, out, max_length, batch_size, seed)
+        score[quantize], _ = evaluate(small, tokenizer, data_task, max_length, console=console)
+        calibrated = {"calibrated": {"weights": quantize, "least_db": found.least_db, "held": found.held}}
+        console.print(str(found), highlight=False, soft_wrap=True)
     write_report(
         out,
         task=data_task.name,
@@ -127,8 +138,9 @@ def train(
         config=config,
         options=options,
         trained=trained,
-        score={"masked": masked, "compact": compact},
+        score=score,
         block_params={"compact": plan.params(), "dense": plan.dense_params()},
+        **calibrated,
     )
     plot(trained["history"], trained, out / "report.png")
     table = Table(title=f"{data_task.name}: {100 * trained['sparsity']:.2f} % of the block {cost} removed")
@@ -139,5 +151,6 @@ def train(
     console.print(table)
     name, split = data_task.metric, data_task.score_split
     before, after = (data_task.show(score[name]) for score in (masked, compact))
-    console.print(f"{split} {name}: {before} before removal, {after} after")
+    rounded = "" if quantize is None else f", {data_task.show(score[quantize][name])} in {quantize}"
+    console.print(f"{split} {name}: {before} before removal, {after} after{rounded}")
     console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}  {out / 'report.png'}")

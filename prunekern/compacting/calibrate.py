@@ -83,10 +83,12 @@ def calibrate(
     weights: str = "int8",
     activations: str = "auto",
     most_rows: int = MOST_ROWS,
+    hold: bool = True,
 ) -> Calibration:
     """Measure what each layer of a compact model loses in `weights` on the inputs that it has in `batches`, and hold
     those that lose too much in more bits. The model is set so, and its config says so from now on: `save` writes it
-    down, and `load(path, weights=...)` and `set_weights` follow it.
+    down, and `load(path, weights=...)` and `set_weights` follow it. hold: False leaves the weights in fp32, so that
+    `save` writes them as they are, and not as they were rounded; `set_weights` does the rest.
 
     small: a compact model in fp32, as `compact` and `load` return it. batches: mappings of what the model is called
     with, tensors or lists of equal length ([rows, tokens], or [tokens] of one text); labels are left out, and padding
@@ -124,7 +126,8 @@ def calibrate(
     layers = {name: kind for name, kind in chosen.items() if kind != weights and name != head}
     held_head = weights if head is None else chosen[head]
     _write(model, Held(weights, activations, float(least_db), layers, held_head, digest(plan)))
-    set_weights(small, weights, activations)
+    if hold:
+        set_weights(small, weights, activations)
     rows = max(loss.rows for loss in losses.values())
     found = [LayerLoss(n, loss.db(weights), chosen[n], loss.db(chosen[n])) for n, loss in losses.items()]
     return Calibration(weights, activations, float(least_db), rows, found)

@@ -117,9 +117,33 @@ def test_train_under_bf16_autocast(files, tmp_path, monkeypatch):
     assert isinstance(again.exception, ValueError) and "the run began with bf16 True" in str(again.exception)
 
 
+def test_train_quantize(files, tmp_path):
+    """The choice is in OUT/compact beside fp32 weights, and what eval says of it is what train said."""
+    options = ["--batch-size", 16, "--lr", 1e-2, "--sparsity", 0.3, "--threads", 1, "--max-steps", 20]
+    plain, out = tmp_path / "plain", tmp_path / "run"
+    trained = invoke("train", "--model", files / "dense", *data(files), "--out", plain, *options)
+    result = invoke("train", "--model", files / "dense", *data(files), "--out", out, *options, "--quantize", "int8")
+    assert trained.exit_code == result.exit_code == 0, result.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["calibrated"] == {"weights": "int8", "least_db": 20.0, "held": {}}
+    section = json.loads((out / "compact" / "config.json").read_text())["quantization_config"]
+    assert section["held"]["weights"] == "int8" and section["format"] == 2
+    assert "0 of 12 layers are held in more bits than int8" in result.output
+    for a, b in zip(*(pk.load(folder / "compact").parameters() for folder in (plain, out)), strict=True):
+        assert torch.equal(a, b)
+    accuracy = f"{100 * report['score']['int8']['accuracy']:.2f}"
+    assert f"{accuracy} in int8" in " ".join(result.output.split())
+    scored = invoke("eval", out / "compact", *data(files), "--weights", "int8", "--activations", "auto")
+    assert scored.exit_code == 0 and f"accuracy {accuracy}" in scored.output
+    timed = invoke("bench", out / "compact", "--shapes", "1x8", "--seconds", 0.1, "--weights", "int8",
+                   "--activations", "float")  # fmt: skip
+    assert timed.exit_code == 0, timed.output
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--quantize", "int3"], "--quantize must be one of int8"),
         (["--sparsity", "1.0"], "sparsity must be in"),
         (["--rank", "0"], "rank must be"),
         (["--preset", "paper", "--sparsity", "0.6"], "the most it can remove is"),
@@ -221,7 +245,8 @@ def test_eval_by_lm_eval(decoder, tmp_path):
     result = invoke("eval", decoder / "small", "--tasks", "piqa, boolq", *common, "--json", out)
     assert result.exit_code == 0, result.output
     want = evaluate_tasks(small, word_tokenizer(), ["piqa", "boolq"], decoder / "items")
-    assert json.loads(out.read_text()) == {"model": str(decoder / "small"), "weights": "bf16"} | want
+    made_of = {"model": str(decoder / "small"), "weights": "bf16", "activations": "auto"}
+    assert json.loads(out.read_text()) == made_of | want
     assert f"mean of those marked *: {100 * want['mean']:.2f}" in result.output
     assert f"{100 * want['tasks']['piqa']['acc']:.2f} ± " in result.output and "warning" not in result.output
     first = invoke("eval", decoder / "small", "--tasks", "piqa", *common, "--limit", 1, "--batch-size", 1)

@@ -255,3 +255,10 @@ def test_ctrl_c(files, tmp_path):
     assert err is not None, "still running"
     err = re.sub("Exception ignored in.*?KeyboardInterrupt: ?\n", "", err, flags=re.DOTALL)
     assert process.returncode == 130 and "Traceback" not in err, err
+
+
+def test_weights_and_activations_that_do_not_go_together(files, trained, refused):
+    ours = trained / "compact", "--data", files / "scores.csv", "--max-length", 16
+    for command in (("eval", *ours), ("bench", trained / "compact")):
+        refused("activations must be one of ('auto', 'float', 'int8') (got 'fp8')", *command, "--activations", "fp8")
+        refused("activations must be auto or float with fp32 weights", *command, "--activations", "int8")
