@@ -180,7 +180,9 @@ class CompactLinear(nn.Module):
         if packed is None:
             if weight.dtype is torch.uint8 and not fits(x, self, weight):  # the op cannot tell
                 got = x.shape[-1] if x.dim() else "a scalar"
-                raise ValueError(f"CompactLinear: x must have {self._kept_in} channels, the weight's inputs (got {got})")
+                raise ValueError(
+                    f"CompactLinear: x must have {self._kept_in} channels, the weight's inputs (got {got})"
+                )
             return compact_linear(x, weight, bias, *rest, scale, self.activations)
         if _is_compiling():  # a graph packs nothing, and asks whether the weight changed when it runs
             y: Tensor = torch.ops.prunekern._compact_linear_cached(
