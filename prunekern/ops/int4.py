@@ -10,8 +10,9 @@ from . import checks
 GROUP = 32  # inputs
 _HALF = GROUP // 2
 # What the weight that is largest in size may become, in steps (csrc/ops/int4.cpp says why these).
-_STEPS = (-8.5, -8.0, -7.5, -7.0, -6.5)
-_MOST = 65504 * 6.5  # else fp16 does not hold the scale
+_STEPS = (-8.5, -8.0, -7.0, -6.0)
+_LEAST_STEPS = 6.0
+_MOST = 65504 * _LEAST_STEPS  # else fp16 does not hold the scale
 _CHUNK = 2**17  # weights at a time: they stay in the caches
 
 
@@ -24,11 +25,12 @@ def quantize_weight_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [N, K], any float dtype -> (codes [N, 16 G] uint8, scale [N, G] float16), G = ceil(K / 32).
 
     Byte i of a group holds input i in its lower four bits and input 16 + i in its upper ones, as q + 8 with q in -8 to
-    7; the weight is close to q * scale. The scale is the one that loses least of five for which the weight that is
-    largest in size becomes -8.5 to -6.5 steps, then fitted to the q it gives. 21.8 dB for normal weights, where the
-    largest / 7 gives 20.3 and the largest / -8 gives 21.3. A group with nothing above 2e-7 counts as zeros.
+    7; the weight is close to q * scale. The scale is the one that loses least of four for which the weight that is
+    largest in size becomes -8.5 to -6 steps, then fitted to the q it gives. 21.8 dB for normal weights, where the
+    largest / 7 gives 20.3 and the largest / -8 gives 21.3. Weights that are rounded so already stay as they are, unless
+    they are below 4e-4 in size; a group with nothing above 2e-7 counts as zeros.
 
-    Raises ValueError for a weight that holds infinities, NaN, or numbers above 425,000, whose scale fp16 cannot hold.
+    Raises ValueError for a weight that holds infinities, NaN, or numbers above 393,000, whose scale fp16 cannot hold.
     """
     checks.tensors("quantize_weight_int4", {"weight": weight}, {})
     checks.shape("quantize_weight_int4", "weight", weight, (None, None))
@@ -76,8 +78,10 @@ def _round(groups: Tensor) -> tuple[Tensor, Tensor]:
         scale, least = torch.where(lost < least, one, scale), torch.minimum(lost, least)
     q = _rounded(groups, scale)
     square = q.square().sum(1, keepdim=True)
-    fitted = torch.where(square > 0, (groups * q).sum(1, keepdim=True) / square, 0.0).half()
-    return _rounded(groups, fitted.float()), fitted[:, 0]
+    fitted = torch.where(square > 0, (groups * q).sum(1, keepdim=True) / square, 0.0).half().float()
+    stays = _rounded(largest, fitted).abs() >= _LEAST_STEPS  # NaN and infinities do not
+    scale = torch.where(stays & fitted.isfinite(), fitted, scale)
+    return _rounded(groups, scale), scale[:, 0].half()
 
 
 def _rounded(groups: Tensor, scale: Tensor) -> Tensor:

@@ -32,13 +32,14 @@ class Attends(nn.Module):
 def linear(kind="fp32", gathers=False, scatters=False, bias=True, activation="none"):
     weight = torch.randn(6, 4 if gathers else 8)
     indices = KEPT if gathers else None, PLACES if scatters else None, 12 if scatters else None
-    return CompactLinear(weight, torch.randn(6) if bias else None, *indices, activation, weights=kind)
+    # A program that is exported multiplies in fp32 where `auto` may round x: ask for the same.
+    return CompactLinear(weight, torch.randn(6) if bias else None, *indices, activation, kind, "float")
 
 
 def mlp(kind="fp32", gate=False):
     down = CompactLinear(torch.randn(4, 6), None, None, [0, 2, 5, 6], 8, weights=kind)
     third = (CompactLinear(torch.randn(6, 8), weights=kind),) if gate else ()
-    return CompactMLP(CompactLinear(torch.randn(6, 8), weights=kind), down, *third)
+    return CompactMLP(CompactLinear(torch.randn(6, 8), weights=kind), down, *third, activations="float")
 
 
 def masked(norm_grad="detached", dropout=0.0):
@@ -54,7 +55,7 @@ def plain():
 MODULES = {
     **{
         f"linear {kind}{' gathers' * g}{' scatters' * s}": (lambda kind=kind, g=g, s=s: linear(kind, bool(g), bool(s)))
-        for kind in ("fp32", "bf16", "int8")
+        for kind in ("fp32", "bf16", "int8", "int4")
         for g in (0, 1)
         for s in (0, 1)
     },
@@ -64,6 +65,7 @@ MODULES = {
     "no columns": lambda: CompactLinear(torch.randn(5, 0), torch.randn(5), NOTHING),
     "mlp": mlp,
     "mlp int8": lambda: mlp("int8"),
+    "mlp int4": lambda: mlp("int4"),
     "gated mlp": lambda: mlp(gate=True),
     "attention": Attends,
     "masked": masked,

@@ -66,7 +66,7 @@ def test_one_product_for_all_three(x, bias):
 
 
 @native
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_other_kinds_of_weights(x, kind):
     block = Block(kinds=(kind,) * 3)
     # bf16 tiles round x as well: 2^-8 of products of about 1.

@@ -282,7 +282,7 @@ def test_mlp_of_compact_layers():
     assert sorted(mlp.state_dict()) == ["down.bias", "down.weight", "up.weight"]
 
 
-@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "int8", "int4"])
 def test_gated_mlp_on_plain_weights(kind):
     """What runs on a GPU, whose kernels take the weights as they are."""
     kept = torch.tensor([0, 2, 3])

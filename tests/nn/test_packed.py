@@ -25,7 +25,7 @@ def model(kind="fp32"):
 
 
 @native
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 def test_weights_of_a_model_share_huge_pages(kind):
     layers, x = model(kind), torch.randn(3, 40)
     with torch.inference_mode():

@@ -303,7 +303,7 @@ def test_bad_packed():
         compact_linear(x.double(), packed.double(), None, None, None, 40)
     with pytest.raises(ValueError, match="n_out is needed"):
         compact_linear(x, packed)
-    with pytest.raises(TypeError, match="weight must be float32, bfloat16 or int8 on cpu"):
+    with pytest.raises(TypeError, match="weight must be float32, bfloat16, int8 or uint8 .int4. on cpu"):
         pack_weight(torch.zeros(4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"weight must have shape"):
         pack_weight(torch.zeros(4))

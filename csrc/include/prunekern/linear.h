@@ -46,11 +46,11 @@ std::int64_t panel_width(Isa isa);
 //         scale = largest |weight| of the channel / 127
 //   int4: [ceil(n / w), ceil(k / 32)] groups of 32 consecutive k: [4, w, 4] bytes, then [w] scales in fp16.
 //         Byte i of a channel holds input i of its group in the lower four bits and input 16 + i in the upper
-//         ones, as q + 8, q in -8 .. 7; value = q * scale. The scale is the one that loses least of five near
-//         -1/7.5 of the weight that is largest in size, then fitted to the q it gives: 21.8 dB of normal
-//         weights.
+//         ones, as q + 8, q in -8 .. 7; value = q * scale. The scale is the one that loses least of four
+//         around -1/7.5 of the weight that is largest in size, then fitted to the q it gives: 21.8 dB of
+//         normal weights. Weights that are rounded so already stay as they are, unless they are below 4e-4.
 // NaN and infinite weights: fp32 and bf16 keep them; an int8 channel or int4 group that holds one gives NaN
-// throughout, and so does a group with weights above 425,000, whose scale fp16 cannot hold. A group with
+// throughout, and so does a group with weights above 393,000, whose scale fp16 cannot hold. A group with
 // nothing above 2e-7 counts as zeros.
 // `packed` must hold packed_bytes(...); fresh memory aligned to 2 MiB is laid on huge pages where Linux has
 // them. `scale` [n] is written for int8 and ignored otherwise.

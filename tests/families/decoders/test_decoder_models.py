@@ -75,7 +75,7 @@ def test_round_trip(family, tmp_path):
 
 
 @pytest.mark.parametrize("tied", (False, True))
-@pytest.mark.parametrize("kind", ("bf16", "int8"))
+@pytest.mark.parametrize("kind", ("bf16", "int8", "int4"))
 def test_smaller_weights_of_blocks_and_head(kind, tied, tmp_path):
     model = build(tie_word_embeddings=tied)
     prune(attached(model), 0.5, seed=10)
@@ -85,7 +85,8 @@ def test_smaller_weights_of_blocks_and_head(kind, tied, tmp_path):
     assert isinstance(small.lm_head, CompactLinear) and small.lm_head.weights == kind
     assert small.model.embed_tokens.weight.dtype == torch.float32
     got = logits(small, inputs)
-    assert 0 < difference(got, exact) <= 0.1
+    bound = 0.6 if kind == "int4" else 0.1
+    assert 0 < difference(got, exact) <= bound
     assert generated(small, inputs, 4).shape == (3, 13)
     # On disk it is as if it had never been rounded where it is tied, and in every case it comes back.
     pk.save(small, tmp_path / "b")
@@ -95,13 +96,13 @@ def test_smaller_weights_of_blocks_and_head(kind, tied, tmp_path):
     if tied:
         assert torch.equal(again.lm_head.weight, pk.load(tmp_path / "a").lm_head.weight)
     small.save_pretrained(tmp_path / "c")  # transformers' own way
-    assert difference(logits(pk.load(tmp_path / "c"), inputs), exact) <= 0.1
+    assert difference(logits(pk.load(tmp_path / "c"), inputs), exact) <= bound
     checkpoint.set_weights(small, "fp32")
     assert (small.lm_head.weight is small.model.embed_tokens.weight) is tied
-    assert difference(logits(small, inputs), exact) <= 0.1
+    assert difference(logits(small, inputs), exact) <= bound
 
 
-@pytest.mark.parametrize("kind", ("bf16", "int8"))
+@pytest.mark.parametrize("kind", ("bf16", "int8", "int4"))
 def test_a_rounded_head_tied_again_is_rounded_again(kind, tmp_path):
     model = build(tie_word_embeddings=True)
     prune(attached(model), 0.5, seed=10)
@@ -115,7 +116,7 @@ def test_a_rounded_head_tied_again_is_rounded_again(kind, tmp_path):
     small.tie_weights()
     wanted = pk.load(tmp_path).model.embed_tokens.weight * 2
     assert small.lm_head.weights == kind and torch.equal(small.model.embed_tokens.weight, wanted)
-    assert 0 < difference(small.lm_head.plain_weight().float(), wanted) <= 1e-2
+    assert 0 < difference(small.lm_head.plain_weight().float(), wanted) <= (0.1 if kind == "int4" else 1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

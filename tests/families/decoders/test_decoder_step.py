@@ -79,7 +79,7 @@ def same(a: DynamicCache, b: DynamicCache) -> bool:
 
 
 @pytest.mark.parametrize("size", (1, 3))
-@pytest.mark.parametrize("kind", ("fp32", "bf16", "int8"))
+@pytest.mark.parametrize("kind", ("fp32", "bf16", "int8", "int4"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_call_equals_its_parts(family, kind, size, calls):
     small, ids = compact(family, kind), batch(size, 24, padded=False)["input_ids"]
@@ -227,7 +227,7 @@ def other_scale(layer):
 
 
 CHANGES = [("fp32", change, which) for change in (in_place, other_data, other_parameter) for which in range(2, 11)]
-CHANGES += [("int8", other_scale, which) for which in range(4, 11)]
+CHANGES += [(kind, other_scale, which) for kind in ("int8", "int4") for which in range(4, 11)]
 
 
 @pytest.mark.parametrize("kind, change, which", CHANGES)
