@@ -27,7 +27,8 @@ constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_P
 bool cpu_has_it() {
   unsigned a, b, c, d, a1, b1, c1, d1;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) return false;
-  return (d >> 24 & 1) && (d >> 22 & 1) && (a1 >> 5 & 1);  // AMX-TILE, AMX-BF16, AVX512_BF16
+  const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  return (d & wanted) == wanted && (a1 >> 5 & 1);          // AVX512_BF16
 }
 
 // The caller knows that the CPU has XSAVE.

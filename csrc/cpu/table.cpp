@@ -44,6 +44,7 @@ constexpr Row kRows[] = {
 #endif
 #ifdef PRUNEKERN_AMX
     {Isa::amx, &kAmxBf16},
+    {Isa::amx, &kAmxInt8},
 #endif
 };
 

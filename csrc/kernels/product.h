@@ -40,6 +40,7 @@ struct ProductArgs {
   const char* x;  // row_tiles of them, row_tile_bytes apart
   std::int64_t row_tiles, row_tile_bytes;
   const char* panel;
+  std::int64_t readable;  // bytes from `panel` on: a weight may end within the last step of its last panel
   std::int64_t k_steps;
   float* acc;
   const char* next_weights;  // will be needed soon: so many lines at every step of k

@@ -114,6 +114,7 @@ class Panels {
   // Panel p for group i of the rows, and the weights that come next.
   void use_panel(const Layer& layer, std::int64_t p, std::int64_t i) {
     args_.panel = layer.panels + p * layer.panel_bytes;
+    args_.readable = (ceil_div(layer.n, width_) - p) * layer.panel_bytes;
     args_.half = (layer.n - p * width_) * 2 <= width_;
     const bool is_last = p + 1 == panels_.end;
     const char* next =

@@ -1,4 +1,4 @@
-// Decodes and runs the eight instructions the kernels use, after the pseudocode of Intel's manual (volume 2,
+// Decodes and runs the nine instructions the kernels use, after the pseudocode of Intel's manual (volume 2,
 // AMX): palette 1, eight tiles of up to 16 rows of 64 bytes.
 #include "tests/amx_emulator.h"
 
@@ -28,7 +28,7 @@ struct Tiles {
 };
 
 thread_local Tiles tiles;  // the state of the thread's registers; all zero: released
-bool broken = false;
+Broken broken = Broken::nothing;
 
 [[noreturn]] void give_up() {  // what the CPU would do: a fault nobody handles
   signal(SIGILL, SIG_DFL);
@@ -58,9 +58,32 @@ void load_config(const unsigned char* from) {
   }
 }
 
-// Pairs of bf16 times pairs of bf16, added to fp32: even and odd sums apart, then together; no denormals.
-void multiply(int to, int a, int b) {
+void check_shapes(int to, int a, int b) {
   if (bytes_of(to) != bytes_of(b) || rows_of(to) != rows_of(a) || bytes_of(a) / 4 != rows_of(b)) give_up();
+}
+
+// Groups of four signed bytes times groups of four signed bytes, added to int32, which wraps around.
+void multiply_int8(int to, int a, int b) {
+  check_shapes(to, a, b);
+  const int columns = bytes_of(to) / 4, groups = bytes_of(a) / 4;
+  for (int m = 0; m < rows_of(to); ++m) {
+    std::uint32_t sum[16];
+    std::memcpy(sum, tiles.data[to][m], 64);
+    for (int k = 0; k < groups; ++k) {
+      signed char x[4], weights[64];
+      std::memcpy(x, tiles.data[a][m] + 4 * k, 4);
+      std::memcpy(weights, tiles.data[b][k], 64);
+      for (int n = 0; n < columns; ++n)
+        for (int i = 0; i < 4; ++i) sum[n] += static_cast<std::uint32_t>(x[i] * weights[4 * n + i]);
+    }
+    for (int n = 0; n < columns; ++n) sum[n] += broken == Broken::int8 ? 1 : 0;
+    std::memcpy(tiles.data[to][m], sum, static_cast<std::size_t>(4 * columns));
+  }
+}
+
+// Pairs of bf16 times pairs of bf16, added to fp32: even and odd sums apart, then together; no denormals.
+void multiply_bf16(int to, int a, int b) {
+  check_shapes(to, a, b);
   const unsigned before = _mm_getcsr();
   _mm_setcsr(0x9fc0);  // flush to zero, denormals are zero, round to nearest, no exceptions
   const int columns = bytes_of(to) / 4, pairs = bytes_of(a) / 4;
@@ -76,7 +99,7 @@ void multiply(int to, int a, int b) {
       }
     }
     std::memcpy(sum, tiles.data[to][m], 64);
-    for (int n = 0; n < columns; ++n) sum[n] += even[n] + odd[n] + (broken ? 1.0f : 0.0f);
+    for (int n = 0; n < columns; ++n) sum[n] += even[n] + odd[n] + (broken == Broken::bf16 ? 1.0f : 0.0f);
     std::memcpy(tiles.data[to][m], sum, static_cast<std::size_t>(4 * columns));
   }
   _mm_setcsr(before);
@@ -159,7 +182,9 @@ void emulate(int, siginfo_t*, void* context) {
       std::memcpy(one.address + r * one.stride, tiles.data[one.reg][r],
                   static_cast<std::size_t>(bytes_of(one.reg)));
   } else if (one.opcode == 0x5c && one.prefix == 2 && !one.in_memory) {  // tdpbf16ps
-    multiply(one.reg, one.rm, one.third);
+    multiply_bf16(one.reg, one.rm, one.third);
+  } else if (one.opcode == 0x5e && one.prefix == 3 && !one.in_memory) {  // tdpbssd
+    multiply_int8(one.reg, one.rm, one.third);
   } else {
     give_up();
   }
@@ -193,6 +218,6 @@ bool amx_in_use() {
   return (low >> 17 & 3) != 0;
 }
 
-void break_emulated_amx(bool is_broken) { broken = is_broken; }
+void break_emulated_amx(Broken what) { broken = what; }
 
 }  // namespace prunekern

@@ -207,11 +207,13 @@ int main() {
     return 0;
   }
   if (tiles == "emulated") {
-    break_emulated_amx(true);
-    const AmxVerdict wrong = self_test_amx(false);
-    CHECK(!wrong.works && wrong.reason.rfind("self-test failed: a product of tiles gave ", 0) == 0, "%s",
-          wrong.reason.c_str());
-    break_emulated_amx(false);
+    for (Broken what : {Broken::bf16, Broken::int8}) {
+      break_emulated_amx(what);
+      const AmxVerdict wrong = self_test_amx(false);
+      CHECK(!wrong.works && wrong.reason.rfind("self-test failed: a product of tiles gave ", 0) == 0, "%s",
+            wrong.reason.c_str());
+    }
+    break_emulated_amx(Broken::nothing);
   }
   CHECK(amx_verdict().works && amx_verdict().reason == "works", "%s", amx_verdict().reason.c_str());
   CHECK(supported_isas().back() == Isa::amx, "amx must be the best there is");

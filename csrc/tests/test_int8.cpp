@@ -43,13 +43,19 @@ struct Weight {
 
 // The product's own sums, before anything is made of them.
 void check_sums(const Product& product, Isa isa, std::int64_t k, bool extreme) {
-  const std::int64_t width = panel_width(isa);
+  const std::int64_t width = panel_width(isa), most = group_rows(product);
   const Weight weight(isa, width, k, 3, extreme);
-  for (std::int64_t rows = 1; rows <= group_rows(product); ++rows) {
-    std::vector<float> x = random_floats(rows * k, 5);
-    if (extreme) std::fill(x.begin(), x.end(), 2.0f);
+  std::vector<float> x = random_floats(most * k, 5);
+  if (extreme) std::fill(x.begin(), x.end(), 2.0f);
+  std::vector<std::int64_t> want(most * width, 0);
+  for (std::int64_t r = 0; r < most; ++r) {
+    const Rounded row(std::vector<float>(x.begin() + r * k, x.begin() + (r + 1) * k));
+    for (std::int64_t i = 0; i < width; ++i)
+      for (std::int64_t j = 0; j < k; ++j) want[r * width + i] += row.q[j] * weight.q(i, j);
+  }
+  for (std::int64_t rows = 1; rows <= most; ++rows) {
     std::vector<char> tiles(prepared_bytes(product, rows, k) + 64, 0x5a);
-    std::vector<float> acc(group_rows(product) * width + kMaxWidth, kPoison);
+    std::vector<float> acc(most * width + kMaxWidth, kPoison);
     PrepareArgs prepare{};
     prepare.x = x.data();
     prepare.x_stride = prepare.k = k;
@@ -62,22 +68,19 @@ void check_sums(const Product& product, Isa isa, std::int64_t k, bool extreme) {
     args.row_tiles = ceil_div(rows, product.tile_rows);
     args.row_tile_bytes = row_tile_bytes(product, k);
     args.panel = static_cast<const char*>(weight.packed.data);
+    args.readable = packed_bytes(isa, WeightType::int8, width, k);
     args.k_steps = steps(product, k);
     args.acc = acc.data();
     args.rows = rows;
     product.multiply(args);
     if (product.end != nullptr) product.end();
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const Rounded row(std::vector<float>(x.begin() + r * k, x.begin() + (r + 1) * k));
+    for (std::int64_t r = 0; r < rows; ++r)
       for (std::int64_t i = 0; i < width; ++i) {
-        std::int64_t want = 0;
-        for (std::int64_t j = 0; j < k; ++j) want += row.q[j] * weight.q(i, j);
         std::int32_t got;
         std::memcpy(&got, &acc[r * width + i], 4);
-        CHECK(got == want, "%s k=%ld rows=%ld row %ld channel %ld: %d, want %ld", name(isa), long(k),
-              long(rows), long(r), long(i), got, long(want));
+        CHECK(got == want[r * width + i], "%s k=%ld rows=%ld row %ld channel %ld: %d, want %ld", name(isa),
+              long(k), long(rows), long(r), long(i), got, long(want[r * width + i]));
       }
-    }
     CHECK(tiles[prepared_bytes(product, rows, k)] == 0x5a, "wrote past the row tiles");
   }
 }
