@@ -208,7 +208,7 @@ def test_from_the_compact_model_too_saved_and_loaded_or_shrunk(name, loaded, tmp
             assert (tmp_path / other / file).read_bytes() == (folder / file).read_bytes(), (other, file)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_rounded_weights_are_written_in_one_dtype(weights, loaded, tmp_path):
     model, inputs, folder = loaded["llama-causal"]
     pk.save(pk.compact(model), tmp_path / "packed")
@@ -217,7 +217,9 @@ def test_rounded_weights_are_written_in_one_dtype(weights, loaded, tmp_path):
     again = type(model).from_pretrained(tmp_path / "stock")
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     # The head of `small` is rounded too; the file's is tied to embeddings that are not.
-    assert difference(seen(logits(again, inputs), inputs), seen(logits(small, inputs), inputs)) <= 0.03
+    assert difference(seen(logits(again, inputs), inputs), seen(logits(small, inputs), inputs)) <= (
+        0.5 if weights == "int4" else 0.03
+    )
     assert (tmp_path / "stock" / "model.safetensors").stat().st_size <= (folder / "model.safetensors").stat().st_size
 
 
