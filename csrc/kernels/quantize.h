@@ -94,7 +94,11 @@ void quantize_rows(const PrepareArgs& args) {
     for (std::int64_t r = 0; r < kRows && first + r < args.rows; ++r) {
       const T* x = static_cast<const T*>(args.x) + (first + r) * args.x_stride;
       char* to = tile + r * D::kGroups * D::kGroupBytes;
-      tail->start[r] = D::kUnsignedOffset * quantize_row<D, T>(x, args.k, to, tail->scale[r]);
+      const std::int32_t sum = quantize_row<D, T>(x, args.k, to, tail->scale[r]);
+      // It may pass the range of int32 (127 times 133,143 inputs), as the sums on the way from it do: they
+      // wrap around, and end within.
+      tail->start[r] = static_cast<std::int32_t>(static_cast<std::uint32_t>(D::kUnsignedOffset) *
+                                                 static_cast<std::uint32_t>(sum));
     }
   }
 }
