@@ -33,13 +33,14 @@ LANGUAGE = {
     "int8, x left in fp32": ("int8", "float", False, -1000.0),
     "int8": ("int8", "auto", False, -1000.0),
     "int8, smoothed": ("int8", "auto", True, -1000.0),
-    **{f"int8, smoothed, {db:g} dB": ("int8", "auto", True, db) for db in (30.0, 31.0, 32.0, 34.0)},
+    **{f"int8, smoothed, {db:g} dB": ("int8", "auto", True, db) for db in (32.0, 33.0, 34.0)},
     "int8, 30 dB": ("int8", "auto", False, 30.0),
 }
 SENTENCES = {
     "fp32": None,
     "int8, x left in fp32": ("int8", "float", False, -1000.0),
     "int8": ("int8", "auto", False, -1000.0),
+    "int8, as chosen": ("int8", "auto", True, None),
     "int8, 34 dB": ("int8", "auto", False, 34.0),
 }
 
