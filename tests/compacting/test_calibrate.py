@@ -71,7 +71,7 @@ def by_definition(layer, x, activations):
     rows, by = quantize_rows(x)
     rounded = x.double() if activations == "float" else rows.double() * by.double()
     y, noise = x.double() @ w.T, rounded @ near.T - x.double() @ w.T
-    return -10 * math.log10(float((noise.square().sum(1) / y.square().sum(1)).mean()))
+    return float((10 * (y.square().sum(1) / noise.square().sum(1)).log10()).mean())
 
 
 @pytest.mark.parametrize("activations", ["auto", "float"])
