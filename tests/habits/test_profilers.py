@@ -81,7 +81,8 @@ def test_a_compact_model_shows_its_ops_and_answers_alike(family):
     want = small(**inputs)[0]
     answer = []
     found = rows(lambda: answer.append(small(**inputs)[0]))
-    assert torch.equal(answer[0], want)
+    # Layer norms are PyTorch's while a profiler looks on: alike to their rounding.
+    torch.testing.assert_close(answer[0], want, rtol=1e-5, atol=1e-5)
     layers = small.config.num_hidden_layers
     assert found["prunekern::compact_mlp"][0] == layers
     assert found["prunekern::compact_attention"][0] == layers
