@@ -9,10 +9,12 @@
 
 namespace prunekern {
 
-// Whether x may be rounded to int8 by row for a weight: its sums must fit int32. Those of a group of int4 do.
-inline bool may_quantize(const Packed& weight) {
-  return weight.activations != Activations::floating &&
-         (weight.type == WeightType::int4 || weight.k <= kMostInt8Inputs);
+// Whether x may be rounded as a row of the table does it: to int8 only where sums fit int32, as those of a
+// group of int4 do.
+inline bool may_round(const Product& product, const Packed& weight) {
+  if (weight.activations == Activations::floating) return product.arithmetic == Arithmetic::fp32;
+  return product.arithmetic != Arithmetic::int8 || weight.type == WeightType::int4 ||
+         weight.k <= kMostInt8Inputs;
 }
 
 // The row for `m` rows of x: the last that takes them. Null: fp32 arithmetic, which every table has. Where
@@ -21,9 +23,8 @@ inline const Product* product_for(const Kernels& kernels, const Packed& weight, 
                                   std::int64_t m) {
   const Product *found = nullptr, *asked = nullptr;
   for (const Product* one : kernels.products) {
-    if (one == nullptr || one->weights != weight.type) continue;
+    if (one == nullptr || one->weights != weight.type || !may_round(*one, weight)) continue;
     const bool quantizes = one->arithmetic == Arithmetic::int8;
-    if (quantizes && !may_quantize(weight)) continue;
     if (quantizes && asked == nullptr && weight.activations == Activations::int8) asked = one;
     if (m >= one->least_rows[static_cast<int>(element)] && m <= one->most_rows) found = one;
   }

@@ -1,6 +1,6 @@
 // Norms. Root mean square: a row of 576 floats takes 0.2 us, in PyTorch's six calls 40: what counts is that
-// it is one call, not how its loops look. Layer norm: PyTorch's takes 0.34 us a row of 768, a vector of an
-// instruction set 0.11.
+// it is one call, not how its loops look. Layer norm: PyTorch's takes 0.31 us a row of 768, ours with the
+// vectors of an instruction set 0.15 (EPYC, 1,024 rows).
 #include "prunekern/norm.h"
 
 #include <algorithm>

@@ -103,6 +103,9 @@ void check_choice(const Kernels& table) {
     CHECK(chosen(m) == Arithmetic::int8, "asked for, at any number of rows");
   weight.activations = Activations::floating;
   for (std::int64_t m : {1, 6, 7, 1000}) CHECK(chosen(m) == Arithmetic::fp32, "not asked for");
+  weight.type = WeightType::bf16;  // rounds x to bf16
+  for (std::int64_t m : {1, 6, 7, 1000}) CHECK(chosen(m) == Arithmetic::fp32, "not asked for");
+  weight.type = WeightType::int8;
   weight.activations = Activations::automatic;
   weight.k = kMostInt8Inputs + 1;
   CHECK(chosen(1) == Arithmetic::fp32, "sums that do not fit int32");

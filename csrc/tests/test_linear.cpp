@@ -81,7 +81,8 @@ void run(Isa isa, const Case& c) {
   call.weight.data = packed.data();
   call.weight.scale = c.type == WeightType::int8 ? scale.data() : nullptr;
   call.weight.bias = c.bias ? bias.data() : nullptr;
-  call.weight.activations = Activations::floating;  // test_int8 has the others
+  // Whatever multiplies bf16; test_int8 has the other ways of int8.
+  call.weight.activations = c.type == WeightType::bf16 ? Activations::automatic : Activations::floating;
   call.n_out = n_out;
   call.element = c.element;
   call.x = x.data();
@@ -148,7 +149,7 @@ double sqnr(Isa isa, WeightType type) {
   call.weight.type = type;
   call.weight.data = packed.data();
   call.weight.scale = scale.data();
-  call.weight.activations = Activations::floating;
+  call.weight.activations = type == WeightType::bf16 ? Activations::automatic : Activations::floating;
   call.x = x.data();
   call.y = y.data();
   compact_linear(isa, call);

@@ -44,7 +44,7 @@ struct Layer {
             data,
             type == WeightType::int8 ? scale.data() : nullptr,
             with_bias ? bias.data() : nullptr,
-            Activations::floating};  // test_int8 has the others
+            type == WeightType::bf16 ? Activations::automatic : Activations::floating};  // as in test_linear
   }
 };
 

@@ -35,7 +35,7 @@ class CompactLinear(nn.Module):
         out_features: channels of y; needed with out_index.
         activation: none, relu, gelu (erf), gelu_tanh or silu.
         weights: fp32, bf16, int8 or int4: the kind to hold the weight in, as `set_weights` does. None: as it comes.
-        activations: auto, float or int8: what becomes of x before it meets an int8 or int4 weight, as `compact_linear`
+        activations: auto, float or int8: what becomes of x before it meets the weight, as `compact_linear`
             says. An attribute, which may be changed; int8 needs such a weight.
 
     The kind of the weight is its dtype. fp32 and bf16 are ordinary parameters. int8 holds `weight` [kept_out, kept_in]

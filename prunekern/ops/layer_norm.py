@@ -21,8 +21,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """y = weight * (x - mean) / sqrt(variance + eps) + bias over the last dimension: `F.layer_norm`.
 
     x: [..., n]; weight, bias: [n] or None. On the CPU, in float32, where nothing wants a gradient and nobody looks on,
-    the C++ kernel runs: 0.11 us a row of 768 where PyTorch's takes 0.34 (EPYC). Anything else is PyTorch's own, with
-    its errors.
+    the C++ kernel runs: 0.15 us a row of 768 where PyTorch's takes 0.31 (EPYC, 1,024 rows). Anything else is
+    PyTorch's own, with its errors.
     """
     if _EAGER and x.dtype is _f32 and calls.short() and not calls.needs_grad(x, weight, bias):
         y = _EAGER(x, weight, bias, eps, calls.threads())

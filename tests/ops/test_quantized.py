@@ -75,6 +75,20 @@ def test_what_each_word_does():
 
 
 @native
+def test_float_leaves_x_alone_beside_bf16_weights_too():
+    """Where bf16 is multiplied by bf16, x is rounded to it, unless it is to be left as it is."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 300), torch.randn(64, 300).bfloat16()
+    exact, packed = x.double() @ weight.double().t(), pack_weight(weight)
+    y = compact_linear(x, packed, None, None, None, 64, "none", None, None, "float")
+    auto = compact_linear(x, packed, None, None, None, 64)
+    assert sqnr(y, exact) > 110  # fp32 sums of 300 products
+    assert sqnr(auto, exact) > 50
+    if _native._C.bf16_verdict()[0] and _native.core().isa() == "avx512_bf16":
+        assert sqnr(auto, exact) < 60
+
+
+@native
 def test_mlp_against_the_reference():
     for m in (1, 5, 60):
         for gated in (False, True):

@@ -20,13 +20,13 @@ Activation parse_activation(const std::string& text);
 enum class WeightType { fp32, bf16, int8, int4 };
 const char* name(WeightType type);
 
-// What becomes of x before it meets an int8 or int4 weight. `floating`: nothing, weights are widened to fp32.
-// `int8`: every row is rounded to int8, q = nearest even of x * (127 / largest |x| of the row), and the
-// products are summed in int32: exact, up to kMostInt8Inputs of them with int8 weights; with int4 weights by
-// groups of 32, and these, times their scales, in fp32. A row that holds NaN or an infinity gives NaN
-// throughout; one with nothing above 1e-36 counts as zeros. `automatic`: int8 where that is faster with this
-// isa, else floating. Weights in fp32 and bf16 take `automatic` and `floating`, which are the same: x is
-// fp32, or rounded to bf16 where the isa multiplies bf16. Sums of those are fp32.
+// What becomes of x before it meets a weight. `floating`: nothing, weights are widened to fp32. `int8`, with
+// int8 and int4 weights: every row is rounded to int8, q = nearest even of x * (127 / largest |x| of the
+// row), and the products are summed in int32: exact, up to kMostInt8Inputs of them with int8 weights; with
+// int4 weights by groups of 32, and these, times their scales, in fp32. A row that holds NaN or an infinity
+// gives NaN throughout; one with nothing above 1e-36 counts as zeros. `automatic`: what is fastest with this
+// isa: for int8 and int4 weights int8 or floating; for bf16 weights x rounded to bf16, or floating; sums of
+// those are fp32.
 enum class Activations { automatic, floating, int8 };
 const char* name(Activations activations);
 Activations parse_activations(const std::string& text);

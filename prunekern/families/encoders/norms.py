@@ -1,4 +1,4 @@
-"""The layer norms of encoders on our kernel: a third of PyTorch's time, which is 2.5 % of a model in int8."""
+"""The layer norms of encoders on our kernel: half of PyTorch's time, which is 2.1 % of a model in int8."""
 
 from __future__ import annotations
 
