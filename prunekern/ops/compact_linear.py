@@ -73,11 +73,11 @@ def compact_linear(
         scale: [N] float32, with int8 weights: W = packed * scale, see `quantize_weight`. [N, ceil(K / 32)] float16,
             with plain int4 weights; their panels hold it. Gets no gradient.
         activations: what becomes of x before it meets a packed weight. "float": nothing, weights are widened. "int8",
-            of int8 and int4 weights: its rows are rounded to 8 bits (`quantize_rows`), products summed exactly in int32:
-            about 40 dB instead of 43 against the weight before it was rounded to int8 (512 inputs, normal), 21.7
-            instead of 21.8 with int4, whose groups are summed so; gelu within 5.2e-5; NaN or an infinity makes its row
-            NaN. "auto": the fastest with these kernels, which for bfloat16 weights may be x rounded to bfloat16 (53 dB
-            instead of 56). Plain weights are multiplied as with "float".
+            of int8 and int4 weights: its rows are rounded to 8 bits (`quantize_rows`), products summed exactly in
+            int32: about 40 dB instead of 43 against the weight before it was rounded to int8 (512 inputs, normal),
+            21.7 instead of 21.8 with int4, whose groups are summed so; gelu within 5.2e-5; NaN or an infinity makes
+            its row NaN. "auto": the fastest with these kernels, which for bfloat16 weights may be x rounded to
+            bfloat16 (53 dB instead of 56). Plain weights are multiplied as with "float".
 
     Returns y [..., n_out] in the dtype of x. Channels outside out_index are 0, or the residual's value.
     Raises ValueError (shapes, indices, devices, activation) or TypeError (dtypes), naming the argument.
