@@ -37,18 +37,25 @@ struct Reader {
   }
 };
 
+// use(row, column) for each of a few values. Columns by the golden ratio: no width makes them repeat.
+template <class Use>
+void each_of_few(const MatrixView& m, const Use& use) {
+  for (std::int64_t i = 0; i < kFew; ++i) {
+    const std::uint64_t turn = static_cast<std::uint32_t>(static_cast<std::uint64_t>(i) * 2654435769u);
+    use(i * m.rows / kFew, static_cast<std::int64_t>((turn * static_cast<std::uint64_t>(m.columns)) >> 32));
+  }
+  use(m.rows - 1, m.columns - 1);
+}
+
 template <class Bits>
 std::uint64_t of_few(const MatrixView& m) {
   const Reader<Bits> read{m};
   Sums sums;
-  for (std::int64_t i = 0; i < kFew; ++i) {
-    // Columns by the golden ratio: no width makes them repeat.
-    const std::uint64_t turn = static_cast<std::uint32_t>(static_cast<std::uint64_t>(i) * 2654435769u);
-    const std::int64_t row = i * m.rows / kFew;
-    const auto column = static_cast<std::int64_t>((turn * static_cast<std::uint64_t>(m.columns)) >> 32);
-    sums.add(static_cast<int>(i % kLanes), read(row, column));
-  }
-  sums.add(0, read(m.rows - 1, m.columns - 1));
+  int lane = 0;
+  each_of_few(m, [&](std::int64_t row, std::int64_t column) {
+    sums.add(lane, read(row, column));
+    lane = (lane + 1) % kLanes;
+  });
   return sums.total();
 }
 
@@ -87,13 +94,23 @@ std::uint64_t of_all(const MatrixView& m) {
   return sums.total();
 }
 
+bool is_few(const MatrixView& m, Look look) { return look == Look::few && m.rows * m.columns > kFew; }
+
 template <class Bits>
 std::uint64_t of(const MatrixView& m, Look look) {
   if (look == Look::all || m.rows * m.columns <= kFew) return of_all<Bits>(m);
-  return look == Look::few ? of_few<Bits>(m) : of_lines<Bits>(m);
+  return is_few(m, look) ? of_few<Bits>(m) : of_lines<Bits>(m);
 }
 
 }  // namespace
+
+void draw_fingerprint(const MatrixView& m, Look look) {
+  if (!is_few(m, look)) return;
+  each_of_few(m, [&](std::int64_t row, std::int64_t column) {
+    __builtin_prefetch(static_cast<const char*>(m.data) +
+                       (row * m.row_stride + column * m.column_stride) * m.bytes);
+  });
+}
 
 std::uint64_t fingerprint(const MatrixView& m, Look look) {
   if (m.rows < 0 || m.columns < 0)

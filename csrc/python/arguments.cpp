@@ -56,13 +56,30 @@ bool read_index(PyObject* object, const std::int64_t*& index, std::int64_t& leng
   return object == Py_None || view_index(object, index, length);
 }
 
-bool read_firsts(PyObject* object, std::int64_t last, std::vector<std::int64_t>& firsts) {
+bool read_firsts(PyObject* object, std::vector<std::int64_t>& firsts) {
   if (!PyTuple_CheckExact(object)) return false;
   const Py_ssize_t count = PyTuple_GET_SIZE(object);
   firsts.resize(count);
   for (Py_ssize_t i = 0; i < count; ++i)
     if (!to_int(PyTuple_GET_ITEM(object, i), firsts[i])) return false;
-  return count > 0 && firsts.front() == 0 && firsts.back() == last;
+  return count > 0 && firsts.front() == 0;
+}
+
+bool read_firsts(PyObject* object, std::int64_t last, std::vector<std::int64_t>& firsts) {
+  return read_firsts(object, firsts) && firsts.back() == last;
+}
+
+bool read_key_mask(PyObject* object, std::int64_t batch, std::int64_t keys, const bool*& mask,
+                   std::int64_t& stride) {
+  if (object == Py_None) return true;
+  dlpack::Tensor tensor;
+  if (!view(object, tensor) || tensor.code != dlpack::kBool || tensor.bits != 8 || tensor.ndim != 2)
+    return false;
+  if (tensor.shape[0] != batch || tensor.shape[1] != keys) return false;
+  if (tensor.shape[1] > 1 && tensor.strides[1] != 1) return false;
+  mask = static_cast<const bool*>(tensor.data);
+  stride = tensor.strides[0];
+  return true;
 }
 
 bool to_int(PyObject* object, std::int64_t& value) {

@@ -11,7 +11,8 @@
 
 namespace prunekern::eager {
 
-// A tuple of ints from 0 to `last`; that they do not descend is for the core to say.
+// A tuple of ints from 0 (to `last`); that they do not descend is for the core to say.
+bool read_firsts(PyObject* object, std::vector<std::int64_t>& firsts);
 bool read_firsts(PyObject* object, std::int64_t last, std::vector<std::int64_t>& firsts);
 
 // A residual for y [*x.shape[:-1], n_out] of x's element; Py_None is none.
@@ -29,6 +30,10 @@ bool read_threads(PyObject* object, int& threads);
 
 // Kept channels, and how many; Py_None: all, and `length` stays as it is.
 bool read_index(PyObject* object, const std::int64_t*& index, std::int64_t& length);
+
+// bool [batch, keys], true where a key may be read; Py_None: all, and both stay as they are.
+bool read_key_mask(PyObject* object, std::int64_t batch, std::int64_t keys, const bool*& mask,
+                   std::int64_t& stride);
 
 // cos and sin [batch or 1, tokens, angles] of a call with a batch and tokens (RotaryCall or
 // AttentionBlockCall).

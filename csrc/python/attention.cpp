@@ -51,18 +51,6 @@ void attention(std::int64_t batch, std::int64_t queries, std::int64_t keys, cons
   compact_attention(call);
 }
 
-bool read_mask(PyObject* object, AttentionCall& call) {
-  if (object == Py_None) return true;
-  dlpack::Tensor mask;
-  if (!eager::view(object, mask) || mask.code != dlpack::kBool || mask.bits != 8 || mask.ndim != 2)
-    return false;
-  if (mask.shape[0] != call.batch || mask.shape[1] != call.keys) return false;
-  if (mask.shape[1] > 1 && mask.strides[1] != 1) return false;
-  call.key_mask = static_cast<const bool*>(mask.data);
-  call.key_mask_stride = mask.strides[0];
-  return true;
-}
-
 struct EagerAttention {
   static constexpr const char* kName = "call_attention";
   enum Argument {
@@ -109,7 +97,9 @@ struct EagerAttention {
         arithmetic > static_cast<int>(Arithmetic::int8))
       return false;
     attention.arithmetic = static_cast<Arithmetic>(arithmetic);
-    return read_mask(args[kMask], attention) && eager::to_float(args[kScale], attention.scale) &&
+    return eager::read_key_mask(args[kMask], attention.batch, attention.keys, attention.key_mask,
+                                attention.key_mask_stride) &&
+           eager::to_float(args[kScale], attention.scale) &&
            eager::read_threads(args[kThreads], attention.threads);
   }
   std::int64_t channels() const { return attention.shared_by * v_first.back(); }

@@ -1,7 +1,7 @@
 // decoder_block against its parts, called one after the other: the same numbers, bit for bit.
 #include <algorithm>
 
-#include "tests/check.h"
+#include "tests/block_parts.h"
 
 using namespace prunekern;
 
@@ -10,25 +10,6 @@ namespace {
 constexpr float kPoison = 1e30f;
 constexpr std::int64_t kHidden = 37, kShared = 3, kAngles = 9, kInner = 45;
 const std::vector<std::int64_t> kKeyFirst{0, 6, 10, 18}, kValueFirst{0, 5, 5, 17};
-
-struct Weights {
-  std::vector<float> plain, bias, scale;
-  std::vector<std::uint8_t> panels;
-  Packed packed;
-
-  Weights(Isa isa, WeightType type, std::int64_t n, std::int64_t k, std::uint32_t seed)
-      : plain(random_floats(n * k, seed)), bias(random_floats(n, seed + 1)), scale(n) {
-    panels.resize(packed_bytes(isa, type, n, k) + 64);
-    void* to = panels.data() + (64 - reinterpret_cast<std::uintptr_t>(panels.data()) % 64) % 64;
-    pack_weight(isa, type, plain.data(), k, 1, n, k, to, scale.data());
-    packed.n = n;
-    packed.k = k;
-    packed.type = type;
-    packed.data = to;
-    packed.bias = bias.data();
-    packed.scale = type == WeightType::int8 ? scale.data() : nullptr;
-  }
-};
 
 // A call, and all it points to.
 struct Subject {
@@ -92,29 +73,12 @@ struct Subject {
   }
 };
 
-std::vector<float> linear(Isa isa, const Weights& weight, const std::vector<float>& x, std::int64_t m,
-                          std::int64_t n_out, const std::vector<std::int64_t>* out_index,
-                          const std::vector<float>* residual) {
-  std::vector<float> y(m * n_out);
-  LinearCall call;
-  call.m = m;
-  call.in_features = call.x_stride = weight.packed.k;
-  call.x = x.data();
-  call.weight = weight.packed;
-  call.y = y.data();
-  call.n_out = call.y_stride = call.residual_stride = n_out;
-  if (out_index != nullptr) call.out_index = out_index->data();
-  if (residual != nullptr) call.residual = residual->data();
-  compact_linear(isa, call);
-  return y;
-}
-
 // The parts, from x to y; keys and values go into s.k and s.v.
 std::vector<float> by_parts(Isa isa, Subject& s) {
   const std::int64_t rows = s.batch * s.tokens, made = s.qkv.packed.n, queries = kShared * s.keys;
   std::vector<float> normed(rows * kHidden);
   rms_norm({rows, kHidden, s.x.data(), kHidden, s.norm.data(), 1e-5f, normed.data(), 1});
-  const std::vector<float> p = linear(isa, s.qkv, normed, rows, made, nullptr, nullptr);
+  const std::vector<float> p = linear(isa, s.qkv.packed, normed, rows, made);
   std::vector<float> q(rows * queries), k(rows * s.keys), context(rows * s.o.packed.k);
   RotaryCall r;
   r.batch = s.batch;
@@ -164,7 +128,7 @@ std::vector<float> by_parts(Isa isa, Subject& s) {
   a.y_batch_stride = s.tokens * s.o.packed.k;
   a.scale = 0.4f;
   compact_attention(isa, a);
-  std::vector<float> y = linear(isa, s.o, context, rows, kHidden, &s.out_index, &s.x);
+  std::vector<float> y = linear(isa, s.o.packed, context, rows, kHidden, &s.out_index, &s.x);
   rms_norm({rows, kHidden, y.data(), kHidden, s.ffn_norm.data(), 1e-5f, normed.data(), 1});
   MlpCall m;
   m.m = rows;

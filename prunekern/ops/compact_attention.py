@@ -21,7 +21,7 @@ _RUN: Callable[..., None] | None = _native.core().compact_attention if _native.a
 # op; None without the core or with torch < 2.10.
 _EAGER: Callable[..., Tensor | None] | None = _native.core().call_attention if calls.EAGER else None
 _f32 = torch.float32
-_ARITHMETIC = {"fp32": 0, "bf16": 1}  # the numbers the C++ core knows them by
+ARITHMETIC = {"fp32": 0, "bf16": 1}  # the numbers the C++ core knows them by
 
 
 def compact_attention(
@@ -64,7 +64,7 @@ def compact_attention(
     and v. Raises ValueError (shapes, devices) or TypeError (dtypes), naming the argument.
     """
     if _EAGER and calls.short() and not calls.needs_grad(q, k, v):
-        number = _ARITHMETIC.get(arithmetic, -1) if type(arithmetic) is str else -1
+        number = ARITHMETIC.get(arithmetic, -1) if type(arithmetic) is str else -1
         y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads(), number)
         if y is not None:
             return y
@@ -146,7 +146,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
     scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32",
 ) -> None:  # fmt: skip
-    if arithmetic not in _ARITHMETIC:
+    if arithmetic not in ARITHMETIC:
         raise ValueError(f"{OP}: arithmetic must be fp32 or bf16 (got {arithmetic!r})")
     if not math.isfinite(scale):
         raise ValueError(f"{OP}: scale must be finite (got {scale})")

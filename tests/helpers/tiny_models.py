@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import prunekern as pk
+from prunekern.families.encoders import step as encoder_step
 
 torch.set_num_threads(1)
 
@@ -216,7 +217,9 @@ def unchanged(model, before):
 
 
 def watch(monkeypatch) -> list[str]:
-    """Names of the ops that compact models call, in order; those with weights count when these are packed."""
+    """Names of the ops that compact models call, in order; those with weights count when these are packed, and blocks
+    that are one call as one.
+    """
     calls = []
 
     def spy(module, name):
@@ -234,4 +237,13 @@ def watch(monkeypatch) -> list[str]:
         spy(nn_module, module)
         if module == "compact_attention":
             spy(nn_module, "compact_linear")
+    real = encoder_step._RUN
+
+    def whole(*args):
+        y = real(*args)
+        if y is not None:
+            calls.append("encoder_block")
+        return y
+
+    monkeypatch.setattr(encoder_step, "_RUN", whole if real is not None else None)
     return calls

@@ -24,4 +24,7 @@ struct MatrixView {
 // that is none, and for values without memory.
 std::uint64_t fingerprint(const MatrixView& matrix, Look look);
 
+// Draws what `fingerprint` will read of a few values into the cache.
+void draw_fingerprint(const MatrixView& matrix, Look look);
+
 }  // namespace prunekern

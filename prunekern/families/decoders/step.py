@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
 # csrc/python/decoder_block.cpp
-_RUN: Callable[..., Tensor | None] | None = _native.core().call_decoder_block if calls.EAGER else None
+_RUN: Callable[..., Tensor | None] | None = _native.core().call_decoder_blocks if calls.EAGER else None
 _FEW_ROWS = 8  # beyond, the products take so long that what is between them does not count
 _f32 = torch.float32
 _grad_enabled = torch.is_grad_enabled
@@ -113,7 +113,7 @@ class Step:
         layer, room = found
         tokens = room.used + x.shape[1]
         keys, values = room.keys.narrow(2, 0, tokens), room.values.narrow(2, 0, tokens)
-        y = _RUN(x, *position_embeddings, keys, values, calls.threads(), self._layer)
+        y = _RUN(x, *position_embeddings, (keys, values), calls.threads(), (self._layer,))
         if y is not None:
             take(layer, room, keys, values)
         return y

@@ -13,9 +13,10 @@ from ...nn import CompactLinear
 from ..family import Kept, StockConfig
 from ..linears import Activation, Make, activation_name
 from ..table import Table
-from .blocks import CompactSelfAttention, add_residual, run_activated, run_ffn
+from .blocks import CompactSelfAttention, RunsAtOnce, add_residual, run_activated, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
 from .norms import make_layer_norms_fast
+from .step import Parts
 from .table import EncoderBlock, encoder_table
 
 if TYPE_CHECKING:
@@ -60,11 +61,46 @@ class _CompactIntermediate(nn.Module):
         return run_activated(self.dense, self.intermediate_act_fn, hidden_states)
 
 
-class _CompactLayer(nn.Module):
-    """Both FFN layers in one call, unless someone listens to the modules around them."""
+class _CompactLayer(RunsAtOnce):
+    """All in one call, or both FFN layers, unless someone listens to the modules around them."""
 
+    attention: Any  # transformers' own, around the self-attention and its output
     intermediate: _CompactIntermediate
     output: _CompactResidual
+    chunk_size_feed_forward: int
+    containers: type  # the class of `attention`
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: object = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if encoder_hidden_states is None and past_key_values is None and not self.chunk_size_feed_forward:
+            whole = self.at_once(hidden_states, attention_mask)
+            if whole is not None:
+                return whole
+        rest = (encoder_hidden_states, encoder_attention_mask, past_key_values)
+        y: Tensor = super().forward(hidden_states, attention_mask, *rest, **kwargs)  # type: ignore[misc]
+        return y
+
+    def parts(self) -> Parts | None:
+        """See `RunsAtOnce`."""
+        around, first, second = self.attention, self.intermediate, self.output
+        if type(around) is not self.containers:
+            return None
+        attention, output = around.self, around.output
+        if type(attention).forward is not _CompactAttention.forward:
+            return None
+        own = (_CompactResidual.forward, _CompactIntermediate.forward, _CompactResidual.forward)
+        if tuple(type(module).forward for module in (output, first, second)) != own:
+            return None
+        dropouts = (attention.dropout, output.dropout, second.dropout)
+        return Parts(attention, output.dense, output.LayerNorm, first.dense, first.intermediate_act_fn, second.dense,
+                     second.LayerNorm, dropouts, (around, output, first, second))  # fmt: skip
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         first, output, out = self.intermediate, self.output, None
@@ -96,7 +132,7 @@ class CompactBertOutput(_CompactResidual, modeling_bert.BertOutput):
 
 
 class CompactBertLayer(_CompactLayer, modeling_bert.BertLayer):
-    pass
+    containers = modeling_bert.BertAttention
 
 
 class CompactRobertaSelfAttention(_CompactAttention, modeling_roberta.RobertaSelfAttention):
@@ -116,7 +152,7 @@ class CompactRobertaOutput(_CompactResidual, modeling_roberta.RobertaOutput):
 
 
 class CompactRobertaLayer(_CompactLayer, modeling_roberta.RobertaLayer):
-    pass
+    containers = modeling_roberta.RobertaAttention
 
 
 @dataclass(frozen=True)

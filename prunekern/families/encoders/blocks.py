@@ -17,6 +17,7 @@ from ..key_masks import for_each, key_mask_of
 from ..linears import Activation
 from ..packs_together import PacksTogether
 from .heads import EncoderLayout
+from .step import Parts, Step, make_step, takes
 
 
 class CompactSelfAttention(PacksTogether):
@@ -70,6 +71,30 @@ class CompactSelfAttention(PacksTogether):
         out, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out, kept = out.reshape(*x.shape[:-1], heads * width), getattr(layers[2], "out_index", self.value_at)
         return out.contiguous() if kept is None else pick_channels(out, kept.to(out.device)), weights
+
+
+class RunsAtOnce(nn.Module):
+    """A block that is one C++ call where it is an ordinary one: to be mixed into transformers' block of a family."""
+
+    _step: Step | None = None
+
+    def parts(self) -> Parts | None:
+        """The modules the call stands for; None where one of them is not the family's own."""
+        raise NotImplementedError
+
+    def at_once(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The block's output, x [batch, tokens, hidden] -> the same; None where its modules must be called."""
+        if not takes(x):
+            return None
+        step = self._step
+        if step is None or not step.is_fresh():
+            parts = self.parts()
+            step = self._step = None if parts is None else make_step(self, parts)
+        return None if step is None else step(x, mask)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles make their own.
+        return {**self.__dict__, "_step": None}
 
 
 def drops(dropout: nn.Module) -> bool:

@@ -12,9 +12,10 @@ from ...nn.hooked import is_hooked, is_replaced
 from ..family import Kept, StockConfig
 from ..linears import Activation, Make, activation_name
 from ..table import Table
-from .blocks import CompactSelfAttention, run_ffn
+from .blocks import CompactSelfAttention, RunsAtOnce, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
 from .norms import make_layer_norms_fast
+from .step import Parts
 from .table import EncoderBlock, encoder_table
 
 if TYPE_CHECKING:
@@ -37,10 +38,13 @@ class CompactDistilBertAttention(CompactSelfAttention, hf.DistilBertSelfAttentio
         return self.out_lin(context), weights
 
 
-class CompactDistilBertBlock(hf.TransformerBlock):
+class CompactDistilBertBlock(RunsAtOnce, hf.TransformerBlock):
     """A block whose projections write into the residual directly."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        whole = self.at_once(hidden_states, attention_mask)
+        if whole is not None:
+            return whole
         attention, ffn = self.attention, self.ffn
         if type(attention) is not CompactDistilBertAttention or _listens(attention):
             attended = attention(hidden_states, attention_mask=attention_mask, **kwargs)[0] + hidden_states
@@ -53,6 +57,15 @@ class CompactDistilBertBlock(hf.TransformerBlock):
             out = run_ffn((ffn,), ffn.lin1, ffn.activation, ffn.lin2, ffn.dropout, attended)
         y: Tensor = self.output_layer_norm(ffn(attended) + attended if out is None else out)
         return y
+
+    def parts(self) -> Parts | None:
+        """See `RunsAtOnce`."""
+        attention, ffn = self.attention, self.ffn
+        if type(attention) is not CompactDistilBertAttention or type(ffn) is not hf.FFN:
+            return None
+        norms = self.sa_layer_norm, self.output_layer_norm
+        return Parts(attention, attention.out_lin, norms[0], ffn.lin1, ffn.activation, ffn.lin2, norms[1],
+                     (attention.dropout, ffn.dropout), (ffn,))  # fmt: skip
 
 
 def _listens(attention: CompactDistilBertAttention) -> bool:

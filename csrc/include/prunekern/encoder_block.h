@@ -1,0 +1,46 @@
+// A whole encoder block whose norms come after its residual additions: BERT's, RoBERTa's, DistilBERT's.
+#pragma once
+
+#include <cstdint>
+
+#include "prunekern/mlp.h"
+
+namespace prunekern {
+
+// The weight and bias of a layer norm, [hidden] each.
+struct NormOf {
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  float eps = 0.0f;
+};
+
+// q, k, v = qkv x; a = layer_norm(x + o attention(q, k, v)); y = layer_norm(a + down act(up a)). The
+// arguments are those of compact_linear, compact_attention, compact_mlp and layer_norm, and so are the
+// numbers. All fp32 but the weights.
+struct EncoderBlockCall {
+  std::int64_t batch = 0, tokens = 0, hidden = 0;
+  const float* x = nullptr;  // [batch * tokens, hidden], rows x_stride apart
+  std::int64_t x_stride = 0;
+  Packed qkv;                               // makes C query, C key and D value channels
+  Packed o;                                 // reads D channels
+  const std::int64_t* out_index = nullptr;  // [o.n]: the channels of a that o makes; null: all
+  std::int64_t heads = 0;
+  const std::int64_t* qk_first = nullptr;  // [heads + 1]: C = qk_first[heads]
+  const std::int64_t* v_first = nullptr;   // [heads + 1]: D = v_first[heads]
+  const bool* key_mask = nullptr;          // [batch, tokens], true: may be read; null: all
+  std::int64_t key_mask_stride = 0;
+  float scale = 1.0f;
+  Arithmetic arithmetic = Arithmetic::fp32;  // of attention's products
+  NormOf norm;
+  Packed up, down;
+  const std::int64_t* mlp_out_index = nullptr;  // [down.n]: the channels of y that down makes; null: all
+  Activation activation = Activation::gelu;
+  NormOf mlp_norm;
+  float* y = nullptr;  // [batch * tokens, hidden], contiguous; not x
+  int threads = 1;
+};
+
+void encoder_block(Isa isa, const EncoderBlockCall& call);
+inline void encoder_block(const EncoderBlockCall& call) { encoder_block(active_isa(), call); }
+
+}  // namespace prunekern

@@ -1,0 +1,114 @@
+// prunekern._C: encoder_block, as an eager call only.
+#include "prunekern/encoder_block.h"
+
+#include "python/addresses.h"
+#include "python/eager.h"
+#include "python/module.h"
+
+namespace prunekern {
+namespace {
+
+enum Argument { kX, kKeyMask, kThreads, kLayer, kArgumentCount };
+
+// What belongs to the layer, made once: a tuple.
+enum Part {
+  kQkv,  // a weight is four: panels, bias, scale, activations
+  kO = kQkv + 4,
+  kOutIndex = kO + 4,
+  kKeyFirst,
+  kValueFirst,
+  kScale,
+  kArithmetic,
+  kNorm,  // a norm is three: weight, bias, eps
+  kUp = kNorm + 3,
+  kDown = kUp + 4,
+  kMlpOutIndex = kDown + 4,
+  kInner,
+  kActivation,
+  kMlpNorm,
+  kParts = kMlpNorm + 3
+};
+
+bool read_weight(PyObject* const* parts, std::int64_t n, std::int64_t k, Packed& weight) {
+  return eager::read_weight(parts[0], parts[2], parts[1], parts[3], n, k, weight);
+}
+
+bool read_norm(PyObject* const* parts, std::int64_t n, NormOf& norm) {
+  return eager::view_vector(parts[0], n, norm.weight) && eager::view_vector(parts[1], n, norm.bias) &&
+         eager::to_float(parts[2], norm.eps);
+}
+
+struct EagerEncoderBlock {
+  static constexpr const char* kName = "call_encoder_block";
+  static constexpr int kArguments = kArgumentCount;
+
+  bool read(PyObject* const* args) {
+    if (!PyTuple_CheckExact(args[kLayer]) || PyTuple_GET_SIZE(args[kLayer]) != kParts) {
+      PyErr_Format(PyExc_TypeError, "call_encoder_block: layer must be a tuple of %d",
+                   static_cast<int>(kParts));
+      return false;
+    }
+    PyObject* const* parts = PySequence_Fast_ITEMS(args[kLayer]);
+    return read_x(args) && read_attention(parts) && read_mlp(parts);
+  }
+  std::int64_t channels() const { return block.hidden; }
+  void write_to(void* y) { block.y = static_cast<float*>(y); }
+  void run() const { encoder_block(block); }
+
+  dlpack::Tensor x;
+  Firsts keys, values;
+  EncoderBlockCall block;
+
+ private:
+  bool read_x(PyObject* const* args) {
+    Element element;
+    if (!eager::view_input(args[kX], x, element) || element != Element::fp32 || x.ndim != 3) return false;
+    block.batch = x.shape[0];
+    block.tokens = x.shape[1];
+    block.hidden = x.shape[2];
+    const std::int64_t rows = block.batch * block.tokens;
+    block.x = static_cast<const float*>(x.data);
+    return rows * block.hidden > 0 && eager::rows(x, rows, block.x_stride) &&
+           eager::read_key_mask(args[kKeyMask], block.batch, block.tokens, block.key_mask,
+                                block.key_mask_stride) &&
+           eager::read_threads(args[kThreads], block.threads);
+  }
+
+  bool read_attention(PyObject* const* parts) {
+    std::int64_t arithmetic, n = block.hidden;
+    if (!eager::read_firsts(parts[kKeyFirst], keys) || !eager::read_firsts(parts[kValueFirst], values) ||
+        keys.size() != values.size() || values.back() == 0)
+      return false;
+    block.heads = static_cast<std::int64_t>(keys.size()) - 1;
+    block.qk_first = keys.data();
+    block.v_first = values.data();
+    if (!eager::to_int(parts[kArithmetic], arithmetic) || arithmetic < 0 ||
+        arithmetic > static_cast<int>(Arithmetic::int8))
+      return false;
+    block.arithmetic = static_cast<Arithmetic>(arithmetic);
+    return read_weight(parts + kQkv, 2 * keys.back() + values.back(), block.hidden, block.qkv) &&
+           eager::read_index(parts[kOutIndex], block.out_index, n) &&
+           read_weight(parts + kO, n, values.back(), block.o) &&
+           eager::to_float(parts[kScale], block.scale) && read_norm(parts + kNorm, block.hidden, block.norm);
+  }
+
+  bool read_mlp(PyObject* const* parts) {
+    std::int64_t inner, n = block.hidden;
+    return eager::to_int(parts[kInner], inner) && read_weight(parts + kUp, inner, block.hidden, block.up) &&
+           eager::read_index(parts[kMlpOutIndex], block.mlp_out_index, n) &&
+           read_weight(parts + kDown, n, inner, block.down) &&
+           eager::read_activation(parts[kActivation], block.activation) &&
+           read_norm(parts + kMlpNorm, block.hidden, block.mlp_norm);
+  }
+};
+
+}  // namespace
+
+void add_encoder_block(pybind11::module_& m) {
+  eager::add_call<EagerEncoderBlock>(
+      m,
+      "call_encoder_block(x, key_mask, threads, layer) -> y, or None: EncoderBlockCall of "
+      "prunekern/encoder_block.h. layer: what prunekern/families makes for an encoder's step.");
+}
+
+}  // namespace prunekern
