@@ -8,20 +8,19 @@ made once, and one C call asks whether they still hold.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ... import _native
 from ...nn import CompactLinear
-from ...nn.hooked import EVERYWHERE, hooks_of, is_hooked
+from ...nn.hooked import is_hooked
 from ...nn.packed import Packed
 from ...ops import calls
 from ...ops.compact_linear import NUMBER
 from ...ops.packing import is_packable
-from ...ops.quantized import OF_X
-from ...ops.seen import is_unchanged
+from ..made_from import MadeFrom, parts_of
 from .attention import CompactCausalAttention, Turns
 from .cache_room import find_room, take
 from .norms import FAST_NORMS, FastNorm
@@ -56,54 +55,36 @@ class Block(HasMLP, Protocol):
     _modules: dict[str, nn.Module | None]
 
 
-def _parts_of(packed: Packed) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """A weight as the C++ call takes it."""
-    return packed.weight, packed.bias, packed.scale, OF_X[packed.activations]
-
-
 class Step:
     """The arguments of one block and what they were made of; see `make_step`."""
 
-    __slots__ = ("_layer", "_index", "_same", "_hooks", "_seen", "_packed")
+    __slots__ = ("_layer", "_index", "_made")
 
     def __init__(self, block: Block, qkv: Packed, o: Packed, mlp: tuple[Packed, ...]):
         attention, ffn, norm, ffn_norm = _parts(block)
         at, (*_, o_proj), (up, _, down) = attention.layout, *_linears(attention, ffn)
-        weights = [part for p in (qkv, o) for part in _parts_of(p)]
-        ffn_weights = [part for p in mlp for part in _parts_of(p)]
+        weights = [part for p in (qkv, o) for part in parts_of(p)]
+        ffn_weights = [part for p in mlp for part in parts_of(p)]
         self._index = attention.layer_idx
-        self._packed = (qkv, o, *mlp)  # they keep the memory whose addresses are compared
         self._layer = (
             norm.weight, norm.variance_epsilon, *weights, o_proj.out_index, at.angle, at.key_first, at.value_first,
             at.shared_by, attention.scaling, ffn_norm.weight, ffn_norm.variance_epsilon, *ffn_weights,
             down.out_index, up.out_features, NUMBER[block.activation],
         )  # fmt: skip
-        # dict, key, value: submodules, parameters and what else must stay as it is; no one's own forward.
-        same: list[object] = []
-        modules = [attention, ffn, norm, ffn_norm, ffn.act_fn]
-        modules += [m for part in _linears(attention, ffn) for m in part]
-        for children in (block._modules, attention._modules, ffn._modules):
-            same += [x for name, m in children.items() for x in (children, name, m) if m in modules]
-        for m in modules:
-            same += [m.__dict__, "forward", None]
+        linears = [m for part in _linears(attention, ffn) for m in part]
+        whole: Any = block
+        made = self._made = MadeFrom(whole, (attention, ffn, norm, ffn_norm, ffn.act_fn, *linears), (qkv, o, *mlp))
         for m in (norm, ffn_norm):
-            same += [m._parameters, "weight", m.weight, m.__dict__, "variance_epsilon", m.variance_epsilon]
-        seen: list[object] = []
-        for p in (qkv, o, *mlp):
-            same += p.same
-            seen += p.seen
-        config = attention.config.__dict__
-        same += [config, "_attn_implementation_internal", config.get("_attn_implementation_internal")]
-        same += [attention.__dict__, "training", False]  # has a dropout
-        same += [attention.__dict__, "scaling", attention.scaling]
+            made.also(m._parameters, "weight")
+            made.also(m.__dict__, "variance_epsilon")
+        made.also(attention.config.__dict__, "_attn_implementation_internal")
+        made.also(attention.__dict__, "training", "scaling")  # it has a dropout
         for linear in (o_proj, down):
-            same += [linear._buffers, "out_index", linear.out_index]
-        self._same, self._seen = tuple(same), tuple(seen)
-        self._hooks = (*EVERYWHERE, *(hooks for m in modules for hooks in hooks_of(m)))
+            made.also(linear._buffers, "out_index")
 
     def is_fresh(self) -> bool:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
-        return is_unchanged(self._same, self._hooks, self._seen)
+        return self._made.is_fresh()
 
     def __call__(self, x: Tensor, position_embeddings: Turns, past: Cache) -> Tensor | None:
         """The block's output, and the cache with the tokens of x; None where the call is not ordinary."""

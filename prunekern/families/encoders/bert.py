@@ -68,7 +68,7 @@ class _CompactLayer(RunsAtOnce):
     intermediate: _CompactIntermediate
     output: _CompactResidual
     chunk_size_feed_forward: int
-    containers: type  # the class of `attention`
+    containers: tuple[type]  # the class of `attention`
 
     def forward(
         self,
@@ -84,13 +84,14 @@ class _CompactLayer(RunsAtOnce):
             if whole is not None:
                 return whole
         rest = (encoder_hidden_states, encoder_attention_mask, past_key_values)
-        y: Tensor = super().forward(hidden_states, attention_mask, *rest, **kwargs)  # type: ignore[misc]
+        y: Tensor = super().forward(hidden_states, attention_mask, *rest, **kwargs)
         return y
 
     def parts(self) -> Parts | None:
         """See `RunsAtOnce`."""
-        around, first, second = self.attention, self.intermediate, self.output
-        if type(around) is not self.containers:
+        around: Any = self.attention
+        first, second = self.intermediate, self.output
+        if (type(around),) != self.containers:
             return None
         attention, output = around.self, around.output
         if type(attention).forward is not _CompactAttention.forward:
@@ -132,7 +133,7 @@ class CompactBertOutput(_CompactResidual, modeling_bert.BertOutput):
 
 
 class CompactBertLayer(_CompactLayer, modeling_bert.BertLayer):
-    containers = modeling_bert.BertAttention
+    containers = (modeling_bert.BertAttention,)
 
 
 class CompactRobertaSelfAttention(_CompactAttention, modeling_roberta.RobertaSelfAttention):
@@ -152,7 +153,7 @@ class CompactRobertaOutput(_CompactResidual, modeling_roberta.RobertaOutput):
 
 
 class CompactRobertaLayer(_CompactLayer, modeling_roberta.RobertaLayer):
-    containers = modeling_roberta.RobertaAttention
+    containers = (modeling_roberta.RobertaAttention,)
 
 
 @dataclass(frozen=True)

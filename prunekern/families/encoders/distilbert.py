@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.distilbert import modeling_distilbert as hf
 
 from ...nn import CompactLinear
@@ -41,6 +41,11 @@ class CompactDistilBertAttention(CompactSelfAttention, hf.DistilBertSelfAttentio
 class CompactDistilBertBlock(RunsAtOnce, hf.TransformerBlock):
     """A block whose projections write into the residual directly."""
 
+    attention: Any  # CompactDistilBertAttention and hf.FFN, unless somebody put others there
+    ffn: Any
+    sa_layer_norm: nn.Module
+    output_layer_norm: nn.Module
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         whole = self.at_once(hidden_states, attention_mask)
         if whole is not None:
@@ -60,10 +65,9 @@ class CompactDistilBertBlock(RunsAtOnce, hf.TransformerBlock):
 
     def parts(self) -> Parts | None:
         """See `RunsAtOnce`."""
-        attention, ffn = self.attention, self.ffn
+        attention, ffn, norms = self.attention, self.ffn, (self.sa_layer_norm, self.output_layer_norm)
         if type(attention) is not CompactDistilBertAttention or type(ffn) is not hf.FFN:
             return None
-        norms = self.sa_layer_norm, self.output_layer_norm
         return Parts(attention, attention.out_lin, norms[0], ffn.lin1, ffn.activation, ffn.lin2, norms[1],
                      (attention.dropout, ffn.dropout), (ffn,))  # fmt: skip
 

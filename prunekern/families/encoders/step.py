@@ -36,18 +36,19 @@ class Parts:
     forward that the family gave them.
     """
 
+    # Any: of the classes that the family made, unless somebody put others there.
     attention: CompactSelfAttention
-    o: nn.Module
-    norm: nn.Module
-    up: nn.Module
-    act: nn.Module
-    down: nn.Module
-    mlp_norm: nn.Module
-    dropouts: tuple[nn.Module, ...]
+    o: Any
+    norm: Any
+    up: Any
+    act: Any
+    down: Any
+    mlp_norm: Any
+    dropouts: tuple[Any, ...]
     around: tuple[nn.Module, ...] = ()
 
     @property
-    def linears(self) -> tuple[nn.Module, ...]:
+    def linears(self) -> tuple[Any, ...]:
         """All of them."""
         return (*self.attention._layers(), self.o, self.up, self.down)
 
@@ -65,10 +66,9 @@ class Step:
 
     def __init__(self, block: nn.Module, parts: Parts):
         attention, up, down = parts.attention, parts.up, parts.down
-        assert isinstance(up, CompactLinear) and isinstance(down, CompactLinear)  # `make_step` saw to it
         layers = attention._layers()
         qkv = attention.ragged.packed_for(layers[0].weight, layers, True)
-        o, first, last = (layer.packed() for layer in (parts.o, up, down))  # type: ignore[operator]
+        o, first, last = (layer.packed() for layer in (parts.o, up, down))
         if qkv is None or o is None or first is None or last is None:
             raise _NotPacked
         ragged = attention.ragged
@@ -147,7 +147,6 @@ def _are_whole(parts: Parts) -> bool:
     """Whether the linears' weights are packed as the call wants them."""
     q, k, v, o, up, down = linears = parts.linears
     for layer in linears:
-        assert isinstance(layer, CompactLinear)
         if layer._buffers["in_index"] is not None or layer.activation != "none" or not is_packable(layer.weight):
             return False
     for alike in ((q, k, v), (up, down)):
@@ -156,7 +155,7 @@ def _are_whole(parts: Parts) -> bool:
     return up._buffers["out_index"] is None and down.kept_in == up.out_features
 
 
-def _is_norm(norm: nn.Module, parts: Parts) -> bool:
+def _is_norm(norm: Any, parts: Parts) -> bool:
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     if type(norm) is not CompactLayerNorm or weight is None or bias is None:
         return False
