@@ -9,7 +9,7 @@ namespace prunekern {
 namespace {
 
 constexpr std::uint64_t kPrime = 0x9E3779B97F4A7C15u;  // 2^64 / golden ratio
-constexpr std::int64_t kFew = 32;
+constexpr int kFew = 8;
 constexpr int kLanes = 4;  // independent sums: one alone would wait five cycles a value
 
 struct Sums {
@@ -37,25 +37,24 @@ struct Reader {
   }
 };
 
-// use(row, column) for each of a few values. Columns by the golden ratio: no width makes them repeat.
+// use(which, row, column) for each of a few values. Columns by the golden ratio: no width makes them repeat.
 template <class Use>
 void each_of_few(const MatrixView& m, const Use& use) {
-  for (std::int64_t i = 0; i < kFew; ++i) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kFew; ++i) {
     const std::uint64_t turn = static_cast<std::uint32_t>(static_cast<std::uint64_t>(i) * 2654435769u);
-    use(i * m.rows / kFew, static_cast<std::int64_t>((turn * static_cast<std::uint64_t>(m.columns)) >> 32));
+    use(i, i * m.rows / kFew,
+        static_cast<std::int64_t>((turn * static_cast<std::uint64_t>(m.columns)) >> 32));
   }
-  use(m.rows - 1, m.columns - 1);
+  use(0, m.rows - 1, m.columns - 1);
 }
 
 template <class Bits>
 std::uint64_t of_few(const MatrixView& m) {
   const Reader<Bits> read{m};
   Sums sums;
-  int lane = 0;
-  each_of_few(m, [&](std::int64_t row, std::int64_t column) {
-    sums.add(lane, read(row, column));
-    lane = (lane + 1) % kLanes;
-  });
+  each_of_few(m,
+              [&](int i, std::int64_t row, std::int64_t column) { sums.add(i % kLanes, read(row, column)); });
   return sums.total();
 }
 
@@ -106,7 +105,7 @@ std::uint64_t of(const MatrixView& m, Look look) {
 
 void draw_fingerprint(const MatrixView& m, Look look) {
   if (!is_few(m, look)) return;
-  each_of_few(m, [&](std::int64_t row, std::int64_t column) {
+  each_of_few(m, [&](int, std::int64_t row, std::int64_t column) {
     __builtin_prefetch(static_cast<const char*>(m.data) +
                        (row * m.row_stride + column * m.column_stride) * m.bytes);
   });

@@ -46,6 +46,14 @@ class MadeFrom:
         """
         self._same += tuple(x for key in keys for x in (owner, key, owner.get(key)))
 
+    def join(self, others: Iterable[MadeFrom]) -> None:
+        """All that others were made from, too: asked in one call."""
+        for other in others:
+            self._same += other._same
+            self._seen += other._seen
+            self._hooks += other._hooks[len(EVERYWHERE) :]
+            self._packed += other._packed
+
     def is_fresh(self) -> bool:
         """Whether all of that still holds, and nobody listens to one of the modules."""
         return is_unchanged(self._same, self._hooks, self._seen)

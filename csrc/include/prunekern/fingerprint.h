@@ -6,8 +6,7 @@
 namespace prunekern {
 
 // Which values of the matrix enter:
-//   few    32, spread over rows and columns: 0.2 us in the cache, 2 from memory (Zen 4); whatever changes
-//   the
+//   few    9, spread over rows and columns: from memory each is a page of its own; whatever changes the
 //          matrix as a whole changes them
 //   lines  one of every row and of every column at least: what changes a whole row or column changes one
 //   all    every one

@@ -17,6 +17,7 @@ from ..table import Table
 from .attention import CompactCausalAttention
 from .blocks import CompactDecoderLayer
 from .heads import compact_decoder_attention, compact_decoder_ffn
+from .models import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 from .norms import make_norms_fast
 from .table import DecoderBlock, DecoderHeads, decoder_table, heads_of
 
@@ -95,6 +96,9 @@ _PARTS = (
 )
 
 
+_MODELS: dict[type, type] = {cls.__bases__[-1]: cls for cls in (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)}
+
+
 def blocks(model: PreTrainedModel) -> list[tuple[nn.Module, DecoderBlock]]:
     """Every decoder layer, and the module names of its linears."""
     return [(module, block) for module, block, _ in _found(model)]
@@ -125,6 +129,9 @@ def table(model: PreTrainedModel) -> Table:
 def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
     """Turn every block into a compact one, in place."""
     heads, activation = _heads(model), activation_name(model.config.hidden_act)
+    for module in model.modules():
+        if module is not model:  # a model is what it was: a base model alone calls its blocks one by one
+            module.__class__ = _MODELS.get(type(module), type(module))
     for module, block, parts in _found(model):
         attention, mlp = module.self_attn, module.mlp
         linears, layout = compact_decoder_attention(make, plan, block, heads)

@@ -56,9 +56,12 @@ class Block(HasMLP, Protocol):
 
 
 class Step:
-    """The arguments of one block and what they were made of; see `make_step`."""
+    """The arguments of one block and what they were made of; see `make_step`.
 
-    __slots__ = ("_layer", "_index", "_made")
+    layer: its part of the C++ call's arguments. made: what that was made from.
+    """
+
+    __slots__ = ("layer", "made", "_index")
 
     def __init__(self, block: Block, qkv: Packed, o: Packed, mlp: tuple[Packed, ...]):
         attention, ffn, norm, ffn_norm = _parts(block)
@@ -66,14 +69,14 @@ class Step:
         weights = [part for p in (qkv, o) for part in parts_of(p)]
         ffn_weights = [part for p in mlp for part in parts_of(p)]
         self._index = attention.layer_idx
-        self._layer = (
+        self.layer = (
             norm.weight, norm.variance_epsilon, *weights, o_proj.out_index, at.angle, at.key_first, at.value_first,
             at.shared_by, attention.scaling, ffn_norm.weight, ffn_norm.variance_epsilon, *ffn_weights,
             down.out_index, up.out_features, NUMBER[block.activation],
         )  # fmt: skip
         linears = [m for part in _linears(attention, ffn) for m in part]
         whole: Any = block
-        made = self._made = MadeFrom(whole, (attention, ffn, norm, ffn_norm, ffn.act_fn, *linears), (qkv, o, *mlp))
+        made = self.made = MadeFrom(whole, (attention, ffn, norm, ffn_norm, ffn.act_fn, *linears), (qkv, o, *mlp))
         for m in (norm, ffn_norm):
             made.also(m._parameters, "weight")
             made.also(m.__dict__, "variance_epsilon")
@@ -84,20 +87,30 @@ class Step:
 
     def is_fresh(self) -> bool:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
-        return self._made.is_fresh()
+        return self.made.is_fresh()
 
     def __call__(self, x: Tensor, position_embeddings: Turns, past: Cache) -> Tensor | None:
         """The block's output, and the cache with the tokens of x; None where the call is not ordinary."""
         found = find_room(past, self._index, x.shape[1])
-        if found is None or _RUN is None:
+        if found is None:
             return None
         layer, room = found
         tokens = room.used + x.shape[1]
         keys, values = room.keys.narrow(2, 0, tokens), room.values.narrow(2, 0, tokens)
-        y = _RUN(x, *position_embeddings, (keys, values), calls.threads(), (self._layer,))
+        y = run_blocks(x, *position_embeddings, (keys, values), calls.threads(), (self.layer,))
         if y is not None:
             take(layer, room, keys, values)
         return y
+
+
+def run_blocks(
+    x: Tensor, cos: Tensor, sin: Tensor, caches: tuple[Tensor, ...], threads: int, layers: tuple[Any, ...]
+) -> Tensor | None:  # fmt: skip
+    """x [batch, tokens, hidden] through blocks, of which `layers` are `Step.layer`; None where that cannot be.
+
+    caches: keys and values of each, [batch, 1, past + tokens, channels], the last tokens of which are written.
+    """
+    return None if _RUN is None else _RUN(x, cos, sin, caches, threads, layers)
 
 
 def takes(x: Tensor, mask: Tensor | None, past: Cache | None) -> bool:
