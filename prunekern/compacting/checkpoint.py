@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,7 +191,7 @@ def set_weights(model: PreTrainedModel, weights: str | None, activations: str = 
         got = f"{type(inner).__name__} without plan"
         raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {got})")
     if weights is None:
-        check_kinds(_fewest_bits(layers.values()), activations, "set_weights")
+        check_kinds(weights_of(inner), activations, "set_weights")
     elif weights != remembered(inner):
         remember(inner, None)
     for name, layer in layers.items():
@@ -207,8 +207,10 @@ def set_weights(model: PreTrainedModel, weights: str | None, activations: str = 
     return model
 
 
-def _fewest_bits(layers: Iterable[CompactLinear]) -> str:
-    kinds = {layer.weights for layer in layers}
+def weights_of(model: PreTrainedModel) -> str:
+    """Of the kinds that block linears are held in, fp32, bf16, int8 and int4, the one of the fewest bits."""
+    head = word_head(model)
+    kinds = {m.weights for m in model.modules() if isinstance(m, CompactLinear) and m is not head}
     return max(kinds & set(WEIGHTS), key=WEIGHTS.index, default="fp32")
 
 

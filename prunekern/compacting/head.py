@@ -45,6 +45,11 @@ class Head(CompactLinear):
         if source is not None:
             self.weight = source
 
+    def is_rounded_from(self, embeddings: nn.Module) -> bool:
+        """Whether it holds int8 or int4 values, and follows these embeddings."""
+        source = self._rounded_from
+        return self.scale is not None and source is not None and source.embeddings() is embeddings
+
     def set_weights(self, kind: str, activations: str | None = None) -> CompactLinear:
         """As `CompactLinear.set_weights`."""
         super().set_weights(kind, activations)
@@ -132,9 +137,14 @@ def set_head_weights(model: PreTrainedModel, weights: str, activations: str = "a
     without one.
 
     A tied one in fp32 shares the embeddings' parameter; in fewer bits it is rounded from them, whatever it was before.
+    One that is rounded so already keeps its values: of few-bit files, the very ones that they hold.
     """
     head = word_head(model)
     if head is None:
+        return
+    if isinstance(head, Head) and head.weights == weights and head.is_rounded_from(model.get_input_embeddings()):
+        head.refresh()
+        head.set_weights(weights, activations)
         return
     if is_tied(model) or not isinstance(head, CompactLinear):
         source = model.get_input_embeddings() if is_tied(model) else model.get_output_embeddings()
