@@ -56,7 +56,7 @@ def save(
     stored in the kind that it chose. `load` then gives, to the last bit, the layers that it makes of an fp32 file with
     these weights. In such few-bit files embeddings are bf16 (what is below 2^-9 of a number is lost); norms, biases
     and other heads stay as they are. A head that is tied to the embeddings is stored once, and the embeddings with it,
-    in its kind: in int8 and int4 they come back as the rounded numbers (about 43 and 22 dB), where an fp32 file has
+    in its kind: in int8 and int4 they come back as the rounded numbers (about 42 and 22 dB), where an fp32 file has
     them whole. Older versions refuse few-bit files.
     None: as the files were that the model was loaded from, as long as it was not asked for in another kind. Other
     models are written with the plain values of what they hold: of layers in int8 and int4 in fp32, of those in bf16 in

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import prunekern as pk
-import prunekern.hf
 from prunekern.compacting.card import model_card
 from prunekern.compacting.checkpoint import set_weights, weights_of
 from prunekern.compacting.head import word_head
@@ -248,6 +247,24 @@ def test_layers_held_in_more_bits_are_stored_so(tmp_path):
     assert "stored in `int8`" in card and "held in more bits" in card
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_held_in_more_bits_is_stored_so(tied, tmp_path):
+    small = decoder(tied)
+    some = [tiny_decoders.batch(seed=seed) for seed in range(3)]
+    db = pk.calibrate(copy.deepcopy(small), some, least_db=0.0).layers[-1].db
+    report = pk.calibrate(small, some, least_db=db + 0.1, hold=False)
+    assert report.held["lm_head"] == "bf16"
+    pk.save(small, tmp_path / "plain")
+    pk.save(small, tmp_path / "few", weights="int8")
+    head = tensors(tmp_path / "few")["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    assert head.dtype == torch.bfloat16
+    got = pk.load(tmp_path / "few")
+    assert word_head(got).weights == "bf16"
+    assert_same(held(got), held(pk.load(tmp_path / "plain", weights="int8")))
+    pk.save(got, tmp_path / "again")
+    assert content(tmp_path / "again") == content(tmp_path / "few")
+
+
 def test_the_card_counts_numbers_not_bytes(tmp_path):
     for tied in (True, False):
         small = decoder(tied)
@@ -312,6 +329,19 @@ def test_a_tied_head_follows_its_embeddings(kind, tmp_path):
     assert error < 1e-6  # rounded already: it stays so
     small.resize_token_embeddings(tiny_decoders.VOCAB + 3)
     assert word_head(small).weights == kind and word_head(small).weight.shape[0] == tiny_decoders.VOCAB + 3
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_a_device_map_and_activations(kind, tmp_path):
+    pk.save(decoder(True), tmp_path / "m", weights=kind)
+    mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map={"": "cpu"})
+    assert_same(held(mapped), held(pk.load(tmp_path / "m")))
+    if kind == "bf16":
+        with pytest.raises(ValueError, match="activations must be auto or float with bf16 weights"):
+            pk.load(tmp_path / "m", activations="int8")
+    else:
+        back = pk.load(tmp_path / "m", activations="int8")
+        assert {m.activations for m in back.modules() if isinstance(m, CompactLinear)} == {"int8"}
 
 
 def test_disk_offload_is_refused(tmp_path):
