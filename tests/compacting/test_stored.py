@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import prunekern as pk
 from prunekern.compacting.card import model_card
@@ -19,18 +18,12 @@ from prunekern.ops import quantize_weight
 from prunekern.ops.int4 import dequantize_weight_int4
 from tests.helpers import tiny_decoders
 from tests.helpers.compact_folders import small_model
-from tests.helpers.on_disk import content, edit_json
-from tests.helpers.tiny_models import attached, batch, logits, names, prune
+from tests.helpers.few_bits import assert_same, decoder, held, tensors
+from tests.helpers.on_disk import content
+from tests.helpers.tiny_models import batch, logits, names
 
 FEW = ("bf16", "int8", "int4")
-UP, Q = names("distilbert", 1)["up"], names("distilbert", 0)["q"]
-
-
-def decoder(tied, family="llama", share=0.5, **options):
-    model = tiny_decoders.build(family, tie_word_embeddings=tied, **options)
-    prune(attached(model), share)
-    return pk.compact(model)
-
+UP = names("distilbert", 1)["up"]
 
 MODELS = {
     "encoder": small_model,
@@ -41,34 +34,6 @@ MODELS = {
     "scores": lambda: decoder(False, task="sequence"),
     "nothing left": lambda: small_model(share=1.0),
 }
-
-
-def held(model):
-    """Kind, weight and scale of every compact layer, the head too."""
-    return {
-        name: (m.weights, m.weight.detach().clone(), m.scale)
-        for name, m in model.named_modules()
-        if isinstance(m, CompactLinear)
-    }
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, (kind, weight, scale) in one.items():
-        assert kind == other[name][0] and weight.dtype == other[name][1].dtype, name
-        assert torch.equal(weight, other[name][1]), name
-        assert (scale is None) == (other[name][2] is None), name
-        assert scale is None or (torch.equal(scale, other[name][2]) and scale.dtype == other[name][2].dtype), name
-
-
-def tensors(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def edit(folder, change):
-    held = tensors(folder)
-    change(held)
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def inputs_of(model):
@@ -274,85 +239,6 @@ def test_the_card_counts_numbers_not_bytes(tmp_path):
         (tmp_path / "m" / "README.md").unlink(missing_ok=True)
 
 
-# -- transformers ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_other_classes_and_dtypes(kind, tmp_path):
-    small = decoder(True)
-    pk.save(small, tmp_path / "m", weights=kind)
-    base, whole = AutoModel.from_pretrained(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert torch.equal(base.embed_tokens.weight, whole.model.embed_tokens.weight)
-    inputs = tiny_decoders.batch()
-    assert torch.equal(base(**inputs).last_hidden_state, whole.model(**inputs).last_hidden_state)
-    pk.save(base, tmp_path / "base")
-    assert_same(held(pk.load(tmp_path / "base")), held(base))
-    scores = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", num_labels=3)
-    assert_same({n.removeprefix("model."): v for n, v in held(scores).items()}, held(base))
-    for dtype in (torch.bfloat16, torch.float64):
-        other = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
-        assert other.model.norm.weight.dtype == other.model.embed_tokens.weight.dtype == dtype
-        layer = other.model.layers[0].mlp.up_proj
-        assert layer.weights == (kind if kind != "bf16" or dtype == torch.bfloat16 else "float64")
-        assert layer.scale is None or layer.scale.dtype == (torch.float32 if kind == "int8" else torch.float16)
-    words = small_model("bert", "masked_lm")
-    pk.save(words, tmp_path / "words", weights=kind)
-    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "words")
-    assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_config_and_state_dict_of_a_loaded_model(kind, tmp_path):
-    pk.save(decoder(True), tmp_path / "m", weights=kind)
-    one = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    if kind != "bf16":
-        other = AutoModelForCausalLM.from_pretrained(tmp_path / "m", config=one.config)
-        assert_same(held(other), held(one))
-    plain = {n: t.float() for n, t in one.state_dict().items()}
-    other = type(one).from_pretrained(None, config=one.config, state_dict=plain)
-    name = tiny_decoders.names()["up"]
-    assert torch.equal(other.get_submodule(name).weight, one.get_submodule(name).plain_weight().float())
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_tied_head_follows_its_embeddings(kind, tmp_path):
-    pk.save(decoder(True), tmp_path / "m", weights=kind)
-    small = pk.load(tmp_path / "m")
-    inputs = tiny_decoders.batch()
-    before = logits(small, inputs)
-    with torch.no_grad():
-        small.get_input_embeddings().weight.mul_(2.0)  # a norm follows: all but the head forgets the factor
-    assert not torch.allclose(logits(small, inputs), before)
-    pk.save(small, tmp_path / "again")
-    table = pk.load(tmp_path / "again").get_input_embeddings().weight
-    error = (table - small.get_input_embeddings().weight).norm() / table.norm()
-    assert error < 1e-6  # rounded already: it stays so
-    small.resize_token_embeddings(tiny_decoders.VOCAB + 3)
-    assert word_head(small).weights == kind and word_head(small).weight.shape[0] == tiny_decoders.VOCAB + 3
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_a_device_map_and_activations(kind, tmp_path):
-    pk.save(decoder(True), tmp_path / "m", weights=kind)
-    mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map={"": "cpu"})
-    assert_same(held(mapped), held(pk.load(tmp_path / "m")))
-    if kind == "bf16":
-        with pytest.raises(ValueError, match="activations must be auto or float with bf16 weights"):
-            pk.load(tmp_path / "m", activations="int8")
-    else:
-        back = pk.load(tmp_path / "m", activations="int8")
-        assert {m.activations for m in back.modules() if isinstance(m, CompactLinear)} == {"int8"}
-
-
-def test_disk_offload_is_refused(tmp_path):
-    pk.save(small_model(), tmp_path / "m", weights="int8")
-    where = {"distilbert.embeddings": "cpu", "distilbert.transformer": "disk", "pre_classifier": "cpu"}
-    with pytest.raises(ValueError, match="device_map must put no layer on disk"):
-        AutoModelForSequenceClassification.from_pretrained(
-            tmp_path / "m", device_map=where | {"classifier": "cpu"}, offload_folder=tmp_path / "off"
-        )
-
-
 def test_no_layer_is_ever_there_in_fp32(tmp_path, monkeypatch):
     """Neither where files are written of what is held in their kind, nor where they are read."""
     small = set_weights(decoder(False), "int8")
@@ -365,91 +251,6 @@ def test_no_layer_is_ever_there_in_fp32(tmp_path, monkeypatch):
     monkeypatch.setattr(CompactLinear, "plain_weight", on_meta)
     pk.save(small, tmp_path / "m", weights="int8")
     assert weights_of(pk.load(tmp_path / "m")) == "int8"
-
-
-# -- what is wrong with files ------------------------------------------------------------------------------------
-
-
-def put(name, at, value):
-    def change(held):
-        held[name][at] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "kind, change, message",
-    [
-        ("int8", lambda t: t.pop(f"{UP}.scale"), f"model.safetensors: tensor '{UP}.scale' is missing"),
-        ("int4", lambda t: t.pop(f"{UP}.scale"), f"model.safetensors: tensor '{UP}.scale' is missing"),
-        ("int8", lambda t: t.pop(f"{UP}.weight"), f"model.safetensors: tensor '{UP}.weight' is missing"),
-        ("int8", lambda t: t.update({f"{UP}.scale": t[f"{UP}.scale"][1:].clone()}), f"'{UP}.scale' must have shape"),
-        ("int4", lambda t: t.update({f"{UP}.scale": t[f"{UP}.scale"][:, 1:].clone()}), f"'{UP}.scale' must have shape"),
-        ("int8", lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][1:].clone()}), f"'{UP}.weight' must have shape"),
-        ("int4", lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:, 1:].clone()}), "must have shape"),
-        ("int8", lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].float()}), f"'{UP}.weight' must be I8 by"),
-        ("bf16", lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].float()}), f"'{UP}.weight' must be BF16 by"),
-        ("int8", lambda t: t.update({f"{UP}.scale": t[f"{UP}.scale"].half()}), f"'{UP}.scale' must be F32 by"),
-        ("int4", lambda t: t.update({f"{UP}.scale": t[f"{UP}.scale"].float()}), f"'{UP}.scale' must be F16 by"),
-        ("int8", put(f"{Q}.scale", 2, math.nan), rf"'{Q}.scale' must be finite and not negative \(got nan at \[2\]\)"),
-        ("int8", put(f"{Q}.scale", 2, math.inf), f"model.safetensors: tensor '{Q}.scale' must be finite and not negat"),
-        ("int8", put(f"{Q}.scale", 2, -0.5), rf"'{Q}.scale' must be finite and not negative \(got -0.5 at \[2\]\)"),
-        ("int4", put(f"{Q}.scale", (2, 1), math.nan), rf"tensor '{Q}.scale' must be finite \(got nan at \[2, 1\]\)"),
-        ("int8", put(f"{Q}.weight", (1, 1), -128), rf"tensor '{Q}.weight' must be -127 to 127 \(got -128\)"),
-        ("int8", lambda t: t.update({"classifier.scale": torch.ones(3)}), "tensor 'classifier.scale' is not of this"),
-    ],
-)
-def test_damaged_tensors(kind, change, message, tmp_path):
-    pk.save(small_model(), tmp_path / "m", weights=kind)
-    edit(tmp_path / "m", change)
-    with pytest.raises(ValueError, match=message):
-        pk.load(tmp_path / "m")
-
-
-@pytest.mark.parametrize("tied, name", [(True, "model.embed_tokens"), (False, "lm_head")])
-def test_damaged_heads(tied, name, tmp_path):
-    small = decoder(tied)
-    for change, message in (
-        (lambda t: t.pop(f"{name}.scale"), f"tensor '{name}.scale' is missing"),
-        (put(f"{name}.scale", 5, math.nan), f"tensor '{name}.scale' must be finite"),
-        (lambda t: t.update({f"{name}.weight": t[f"{name}.weight"].float()}), f"'{name}.weight' must be I8"),
-        (lambda t: t.update({f"{name}.scale": t[f"{name}.scale"][:-1].clone()}), f"'{name}.scale' must have shape"),
-    ):
-        pk.save(small, tmp_path / "m", weights="int8")
-        edit(tmp_path / "m", change)
-        with pytest.raises(ValueError, match=message):
-            pk.load(tmp_path / "m")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda s: s.update(stored="int8"), "stored: must be a mapping with weights, layers, head, embeddings"),
-        (lambda s: s["stored"].pop("head"), "stored: must be a mapping with weights, layers, head, embeddings"),
-        (lambda s: s["stored"].update(weights="int3"), "stored: weights must be one of .*got 'int3'"),
-        (lambda s: s["stored"].update(layers={UP: "int2"}), f"stored: layer '{UP}' must be one of"),
-        (lambda s: s["stored"].update(layers={"up": "bf16"}), "stored: layer 'up' is not in the plan"),
-        (
-            lambda s: s["stored"].update(layers={UP: "bf16"}),
-            f"tensor '{UP}.weight' must be BF16 by quantization_config",
-        ),
-        (lambda s: s["stored"].update(embeddings="int8"), "stored: embeddings must be fp32, bf16, or as the head is"),
-        (lambda s: s["stored"].update(weights="int4"), r"tensor '.*' must have shape"),
-    ],
-)
-def test_edited_configs(change, message, tmp_path):
-    pk.save(small_model(), tmp_path / "m", weights="int8")
-    edit_json(tmp_path / "m" / "config.json", lambda config: change(config["quantization_config"]))
-    with pytest.raises(ValueError, match=message):
-        pk.load(tmp_path / "m")
-
-
-def test_weights_that_are_not_finite_are_not_stored(tmp_path):
-    small = small_model()
-    small.get_submodule(UP).weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match="weight must be finite"):
-        pk.save(small, tmp_path / "m", weights="int8")
-    assert not (tmp_path / "m").exists()
 
 
 def test_every_embedding_is_read_back_in_the_models_dtype(tmp_path):
