@@ -17,6 +17,7 @@ from prunekern.ops.quantized import ACTIVATIONS_OF_X, OF_X, TAKE_INT8
 from prunekern.ops.seen import is_unchanged
 
 from .buffers import nones_last
+from .offloaded import check_codes
 from .packed import Packed
 from .plain_state import PlainState, rounded_to
 
@@ -180,6 +181,8 @@ class CompactLinear(PlainState):
             if weight.dtype is _f32 or fits(x, self, weight):
                 packed = self.packed()
         if packed is None:
+            if scale is not None and not _is_compiling():
+                check_codes(self)
             if weight.dtype is torch.uint8 and not fits(x, self, weight):  # the op cannot tell
                 got = x.shape[-1] if x.dim() else "a scalar"
                 raise ValueError(

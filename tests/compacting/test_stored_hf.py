@@ -89,3 +89,17 @@ def test_disk_offload_is_refused(tmp_path):
         AutoModelForSequenceClassification.from_pretrained(
             tmp_path / "m", device_map=where | {"classifier": "cpu"}, offload_folder=tmp_path / "off"
         )
+
+
+@pytest.mark.parametrize("make", [small_model, lambda: decoder(False)])
+@pytest.mark.parametrize("grads", [True, False])
+def test_offload_that_loses_codes_is_refused(make, grads, tmp_path):
+    """accelerate keeps what `state_dict()` holds, and casts it to the parameter's dtype when it is used."""
+    accelerate = pytest.importorskip("accelerate")
+    pk.save(make(), tmp_path / "m", weights="int8")
+    for offload in (accelerate.cpu_offload, lambda *a, **k: accelerate.disk_offload(*a, tmp_path / "off", **k)):
+        small = pk.load(tmp_path / "m")
+        offload(small, execution_device="cpu")
+        small.get_input_embeddings().weight.requires_grad_(grads)
+        with pytest.raises(ValueError, match="weights must be fp32 or bf16 where accelerate offloads them"):
+            small(input_ids=torch.arange(5)[None])
