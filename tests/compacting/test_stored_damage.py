@@ -94,3 +94,10 @@ def test_weights_that_are_not_finite_are_not_stored(tmp_path):
     with pytest.raises(ValueError, match="weight must be finite"):
         pk.save(small, tmp_path / "m", weights="int8")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_config_that_is_nested_too_deep(tmp_path):
+    pk.save(small_model(), tmp_path / "m", weights="int8")
+    (tmp_path / "m" / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"config.json: is not valid JSON \(nested too deep\)"):
+        pk.load(tmp_path / "m")
