@@ -1,4 +1,4 @@
-"""The command `prunekern`: train, compact, export, eval, bench, demo, info."""
+"""The command `prunekern`: train, compact, store, export, eval, bench, demo, info."""
 
 from __future__ import annotations
 

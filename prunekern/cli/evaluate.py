@@ -61,7 +61,7 @@ def evaluate_command(
     limit: Annotated[int | None, typer.Option(help="Items of each of --tasks; all without it.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Choices at once for --tasks; 8 without it.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write what --tasks gave to.")] = None,
-    weights: Weights = "fp32",
+    weights: Weights = None,
     activations: Activations = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -114,7 +114,7 @@ def _compare_labels(model: Path, known: list[str], name: str, ours: Sequence[str
     )
 
 
-def _loaded(cls: Any, model: Path, held: tuple[str, str], purpose: str) -> PreTrainedModel:
+def _loaded(cls: Any, model: Path, held: tuple[str | None, str], purpose: str) -> PreTrainedModel:
     """The model of a folder, compact or dense, with weights and activations as `held` says; ValueError where its head
     would be a random one.
     """
@@ -143,10 +143,11 @@ def _lm_eval(
     limit: int | None,
     batch_size: int,
     json_file: Path | None,
-    held: tuple[str, str],
+    held: tuple[str | None, str],
 ) -> None:
     from transformers import AutoModelForCausalLM
 
+    from ..compacting.checkpoint import weights_of
     from ..storage.tokenizer import load_tokenizer
     from ..tasks.harness import evaluate_tasks
 
@@ -161,7 +162,7 @@ def _lm_eval(
     except ImportError as error:  # lm-eval is an extra
         raise ValueError(error) from None
     if json_file is not None:
-        made_of = {"model": str(model), "weights": held[0], "activations": held[1]}
+        made_of = {"model": str(model), "weights": weights_of(loaded), "activations": held[1]}
         json_file.write_text(json.dumps(made_of | scores) + "\n")
     table = Table()
     for column in ("task", "items", "acc", "acc_norm"):

@@ -1,4 +1,4 @@
-"""prunekern compact and export: from one folder of a model to another"""
+"""prunekern compact, store and export: from one folder of a model to another"""
 
 from __future__ import annotations
 
@@ -46,6 +46,30 @@ def compact(
         else:
             load_tokenizer(base).save_pretrained(out)
     console.print(f"{out}: {plan.params():,} of {plan.dense_params():,} block parameters kept")
+
+
+@app.command()
+def store(
+    model: Annotated[Path, typer.Argument(help="Folder of a compact model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write to; MODEL itself is replaced.")],
+    weights: Annotated[str, typer.Option(help="What the files hold block weights in: fp32, bf16, int8 or int4.")],
+) -> None:
+    """Write a compact model's folder in fewer bits; layers that train --quantize chose are stored in more of them."""
+    from ..compacting.checkpoint import check_kinds, load, save
+    from ..storage.tokenizer import copy_tokenizer
+
+    check_kinds(weights, "auto", "store")
+    with reading(model):
+        small = load(model)
+    before = _bytes(model)
+    save(small, out, weights=weights)
+    if not out.samefile(model):
+        copy_tokenizer(model, out)
+    console.print(f"{out}: {_bytes(out) / 2**20:.1f} MiB of weights in {weights}, {before / 2**20:.1f} MiB before")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 @app.command("export")

@@ -16,7 +16,7 @@ from .options import Activations, Out, Threads, Weights, app, console, set_threa
 @app.command()
 def bench(
     model: Annotated[Path, typer.Argument(help="Folder of a compact model.")],
-    weights: Weights = "fp32",
+    weights: Weights = None,
     activations: Activations = "auto",
     shapes: Annotated[str, typer.Option(help="batch x tokens, with commas between.")] = "1x128,8x128",
     threads: Annotated[int, typer.Option(help="Threads of torch and the C++ kernels; 0: torch's default.")] = 1,
@@ -26,7 +26,7 @@ def bench(
     import torch
 
     from .. import _native
-    from ..compacting.checkpoint import load
+    from ..compacting.checkpoint import load, weights_of
     from ..compacting.latency import dense_twin, latency
     from ..compacting.plan import plan as plan_of
 
@@ -45,7 +45,8 @@ def bench(
         small = load(model, weights, activations)
     plan = plan_of(small)
     ideal = plan.dense_macs() / plan.macs() if plan.macs() else float("inf")
-    table = Table(title=f"{model}, {weights} weights, {threads} thread(s); ideal {ideal:.2f} x by multiply-adds")
+    held = weights_of(small)
+    table = Table(title=f"{model}, {held} weights, {threads} thread(s); ideal {ideal:.2f} x by multiply-adds")
     for column in ("batch x tokens", "dense ms", "compact ms", "speed-up", "of ideal"):
         table.add_column(column, justify="right")
     dense = dense_twin(small)

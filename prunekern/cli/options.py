@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..tasks import AnyTask
 
 app = typer.Typer(
-    help="The command `prunekern`: train, compact, export, eval, bench, demo, info.",
+    help="The command `prunekern`: train, compact, store, export, eval, bench, demo, info.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,7 +27,7 @@ def everywhere(
         bool, typer.Option("--traceback", help="Show where in the code an error was, not one line of it.")
     ] = False,
 ) -> None:
-    """Train, compact, export, score and time: what belongs to all commands."""
+    """Train, compact, store, export, score and time: what belongs to all commands."""
 
 
 # Option types that several commands share.
@@ -60,7 +60,12 @@ Metric = Annotated[
 ]
 Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
-Weights = Annotated[str, typer.Option(help="How a compact model holds its block weights: fp32, bf16, int8 or int4.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="How a compact model holds its block weights: fp32, bf16, int8 or int4; without it, as they are stored."
+    ),
+]
 Bf16 = Annotated[
     bool, typer.Option("--bf16", help="Train under autocast to bf16: products in 16 bits, sums and gains in fp32.")
 ]

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..families.wrapped import unwrapped
+from ..nn import CompactLinear
+from .head import is_tied, word_head
 from .plan import Plan
 from .plan import plan as plan_of
+from .stored import Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,18 +30,19 @@ def is_ours_to_write(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def model_card(model: PreTrainedModel, command: str | None = None) -> str:
+def model_card(model: PreTrainedModel, command: str | None = None, stored: Stored | None = None) -> str:
     """Markdown with front matter: how to load `model` (compact), what was kept of each layer, sizes, what made it.
 
     command: as a shell takes it; None: this process's if it is `prunekern` itself, else nothing is said of it: the
-    arguments of other programs may hold secrets. ValueError for a model without a plan.
+    arguments of other programs may hold secrets. stored: the kinds of weights in the files, where they are not those
+    of the model. ValueError for a model without a plan.
     """
     from .. import __version__
 
     model = unwrapped(model, "model_card")
     plan, name = plan_of(model), type(model).__name__
     command = _own_command() if command is None else command
-    total = sum(p.numel() for p in model.parameters())
+    total = _parameters(model)
     removed = plan.dense_params() - plan.params()
     sizes = [
         ("parameters", total, total + removed),
@@ -52,9 +56,23 @@ def model_card(model: PreTrainedModel, command: str | None = None) -> str:
     lines += [f"Made from `{base}` by prunekern {__version__}{f': `{command}`' if command else '.'}", ""]
     lines += ["| | compact | dense | share |", "|---|---|---|---|"]
     lines += [f"| {what} | {kept:,} | {dense:,} | {kept / max(dense, 1):.3f} |" for what, kept, dense in sizes]
+    if stored is not None and stored.weights != "fp32":
+        lines += ["", f"Block linears are stored in `{stored.weights}`."]
     lines += _held(model)
     lines += ["", "## What was kept", "", "| layer | rows | of | columns | of |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *_rows(plan), ""])
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    """Numbers that the model computes with, however few bits they have; those of a tied head count once."""
+    head = word_head(model)
+    rounded = {id(m.weight): m for m in model.modules() if isinstance(m, CompactLinear) and m.scale is not None}
+    total = 0
+    for parameter in model.parameters():
+        layer = rounded.get(id(parameter))
+        if layer is None or layer is not head or not is_tied(model):
+            total += parameter.numel() if layer is None else parameter.shape[0] * layer.kept_in
+    return total
 
 
 def _own_command() -> str | None:

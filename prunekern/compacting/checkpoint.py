@@ -16,13 +16,16 @@ from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
 from ..ops.packing import WEIGHTS
-from ..ops.quantized import ACTIVATIONS_OF_X
+from ..ops.quantized import ACTIVATIONS_OF_X, TAKE_INT8
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
-from ..storage.shards import Shards
 from . import card
-from .head import plain_head, set_head_weights, word_head
+from .head import is_tied, plain_head, set_head_weights, word_head
 from .plan import dense_sizes
+from .plan import plan as plan_of
+from .stored import Stored, remember, remembered
+from .storing import stored_tensors
+from .tensors import dense_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,32 +42,83 @@ def is_model_file(name: str) -> bool:
 
 
 def save(
-    model: PreTrainedModel, path: str | os.PathLike[str], max_shard_size: str = "5GB", command: str | None = None
-) -> None:  # fmt: skip
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    max_shard_size: str = "5GB",
+    command: str | None = None,
+    weights: str | None = None,
+) -> None:
     """Write a compact model to the folder `path` in transformers' layout: safetensors, config.json with the plan, and a
     model card README.md unless there is one of your own (see `card.model_card`, of command too).
 
+    weights: what the files hold block weights in, and the head of a causal language model: fp32, bf16 (2 bytes a
+    weight), int8 (1, and 4 a channel) or int4 (0.5625). Layers that `prunekern.calibrate` found to lose too much are
+    stored in the kind that it chose. `load` then gives, to the last bit, the layers that it makes of an fp32 file with
+    these weights. In such few-bit files embeddings are bf16 (what is below 2^-9 of a number is lost); norms, biases
+    and other heads stay as they are. A head that is tied to the embeddings is stored once, and the embeddings with it,
+    in its kind: in int8 and int4 they come back as the rounded numbers (about 42 and 22 dB), where an fp32 file has
+    them whole. Older versions refuse few-bit files.
+    None: as the files were that the model was loaded from, as long as it was not asked for in another kind. Other
+    models are written with the plain values of what they hold: of layers in int8 and int4 in fp32, of those in bf16 in
+    bf16.
+
     The folder is written beside `path` and put in its place in one step: a full disk or a kill leaves the old one
-    whole. Other files in the old folder (a tokenizer) are carried over. ValueError for a model that is not compact.
-    Wrappers around the model are treated as by `compact`.
+    whole. Other files in the old folder (a tokenizer) are carried over. ValueError for a model that is not compact, for
+    other weights, and for few bits of a model that is offloaded or holds infinities or NaN. Wrappers around the model
+    are treated as by `compact`.
     """
+    if weights is not None:
+        check_kinds(weights, "auto", "save")
     model = unwrapped(model, "save")
     if not any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
-    with replacing(Path(path), is_model_file) as folder, plain_head(model):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    stored = _stored_in(model, weights)
+    with replacing(Path(path), is_model_file) as folder:
+        if stored is None:
+            with plain_head(model):
+                model.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
+            tensors = stored_tensors(model, stored)
+            with _saying(model, stored):
+                model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
         if card.is_ours_to_write(Path(path) / card.FILE):
-            (folder / card.FILE).write_text(card.model_card(model, command), encoding="utf-8")
+            (folder / card.FILE).write_text(card.model_card(model, command, stored), encoding="utf-8")
 
 
-def load(path: str | os.PathLike[str], weights: str = "fp32", activations: str = "auto") -> PreTrainedModel:
+def _stored_in(model: PreTrainedModel, weights: str | None) -> Stored | None:
+    """The kinds to write; None for what the model's plain state dict holds."""
+    from .hf import choice_of
+
+    weights = remembered(model) if weights is None else weights
+    if weights is None:
+        return None
+    has_head = word_head(model) is not None
+    return Stored.of(weights, plan_of(model).layers, choice_of(model), has_head, has_head and is_tied(model))
+
+
+@contextmanager
+def _saying(model: PreTrainedModel, stored: Stored) -> Iterator[None]:
+    """The model's config says meanwhile what its files store; where all is fp32 there is nothing to say."""
+    from .hf import PrunekernConfig
+
+    section: Any = model.config.quantization_config
+    config = PrunekernConfig.from_dict(section) if isinstance(section, dict) else section
+    model.config.quantization_config = config.as_stored(None if stored.weights == "fp32" else stored)
+    try:
+        yield
+    finally:
+        model.config.quantization_config = section
+
+
+def load(path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto") -> PreTrainedModel:
     """The compact model in the folder `path`, of the class that config.json names, in eval mode.
 
     weights: how block weights are held, fp32, bf16 (half the memory), int8 (a quarter, one scale a channel) or int4 (a
     seventh, one scale for 32 inputs of a channel), and the head of a causal language model, which is read at every
-    token too; all else (embeddings, norms, biases, other heads) is fp32. Layers that `prunekern.calibrate` found to
-    lose too much are held in the kind that it chose, where that has more bits than what is asked for. Weights are
-    packed for this machine at once.
+    token too; all else (embeddings, norms, biases, other heads) is fp32. None: as they are stored (see `save`), with
+    the very codes and scales of few-bit files. Of these, other kinds are made of the rounded weights: what rounding
+    lost does not come back. Layers that `prunekern.calibrate` found to lose too much are held in the kind that it
+    chose, where that has more bits than what is asked for. Weights are packed for this machine at once.
     activations: what becomes of what they are multiplied with, where weights are int8 or int4: "float" leaves it,
     "int8" rounds it to 8 bits row by row, and "auto" does so where that is faster with the kernels of this machine.
     How near each comes to float64 is in `prunekern.ops.compact_linear`.
@@ -89,7 +143,7 @@ def load(path: str | os.PathLike[str], weights: str = "fp32", activations: str =
         raise ValueError(f"{path / 'config.json'}: architectures must name one transformers model class (got {names})")
     model_class: type[PreTrainedModel] = cls
     hf.PrunekernConfig.from_dict(section).parsed()  # what is wrong with the plan is said first: it has the widths
-    check_sizes(config, str(path / "config.json"), Shards.of_model(path).shapes, dense_sizes(section.get("plan")))
+    check_sizes(config, str(path / "config.json"), dense_shapes(path, config), dense_sizes(section.get("plan")))
     with naming(path / "config.json"):
         model, info = model_class.from_pretrained(
             path,
@@ -120,10 +174,10 @@ def naming(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: transformers makes no model of it ({type(error).__name__}: {said})") from error
 
 
-def set_weights(model: PreTrainedModel, weights: str, activations: str = "auto") -> PreTrainedModel:
+def set_weights(model: PreTrainedModel, weights: str | None, activations: str = "auto") -> PreTrainedModel:
     """Hold the block weights of a compact model, and the head of a causal language model, as fp32, bf16, int8 or int4
     (see `load`, which `prunekern.calibrate` has a say in), and pack them; returns the model. A head that is tied to the
-    embeddings is rounded from them anew.
+    embeddings is rounded from them anew. None: each as it is held, the head in fp32 where it is not ours yet.
 
     ValueError for another kind, and for all but fp32 where the model is not compact.
     """
@@ -133,25 +187,40 @@ def set_weights(model: PreTrainedModel, weights: str, activations: str = "auto")
     inner: PreTrainedModel = unwrapped(model, "set_weights")
     head, choice = word_head(inner), choice_of(inner)
     layers = {name: m for name, m in inner.named_modules() if isinstance(m, CompactLinear) and m is not head}
-    if not layers and weights != "fp32":
+    if not layers and weights not in (None, "fp32"):
         got = f"{type(inner).__name__} without plan"
         raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {got})")
+    if weights is None:
+        check_kinds(weights_of(inner), activations, "set_weights")
+    elif weights != remembered(inner):
+        remember(inner, None)
     for name, layer in layers.items():
-        kind = weights if choice is None else choice.kind(name, weights)
+        kind = layer.weights if weights is None else weights if choice is None else choice.kind(name, weights)
         layer.set_weights(kind, _going_with(kind, activations))
-    kind = weights if choice is None else choice.head_kind(weights)
-    set_head_weights(inner, kind, _going_with(kind, activations))
+    if weights is None and isinstance(head, CompactLinear):
+        head.set_weights(head.weights, _going_with(head.weights, activations))
+    else:
+        kind = weights or "fp32"
+        kind = kind if choice is None else choice.head_kind(kind)
+        set_head_weights(inner, kind, _going_with(kind, activations))
     pack_all(inner)
     return model
 
 
-def check_kinds(weights: str, activations: str, caller: str) -> None:
-    """ValueError unless both are known, and go together."""
-    if weights not in WEIGHTS:
+def weights_of(model: PreTrainedModel) -> str:
+    """Of the kinds that block linears are held in, fp32, bf16, int8 and int4, the one of the fewest bits."""
+    head = word_head(model)
+    kinds = {m.weights for m in model.modules() if isinstance(m, CompactLinear) and m is not head}
+    return max(kinds & set(WEIGHTS), key=WEIGHTS.index, default="fp32")
+
+
+def check_kinds(weights: str | None, activations: str, caller: str) -> None:
+    """ValueError unless both are known, and go together. weights: None where it is not known yet."""
+    if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"{caller}: weights must be one of {WEIGHTS} (got {weights!r})")
     if activations not in ACTIVATIONS_OF_X:
         raise ValueError(f"{caller}: activations must be one of {ACTIVATIONS_OF_X} (got {activations!r})")
-    if _going_with(weights, activations) != activations:
+    if weights is not None and _going_with(weights, activations) != activations:
         raise ValueError(
             f"{caller}: activations must be auto or float with {weights} weights (got 'int8'): ask for weights='int8' "
             "or 'int4'"
@@ -160,7 +229,7 @@ def check_kinds(weights: str, activations: str, caller: str) -> None:
 
 def _going_with(weights: str, activations: str) -> str:
     """Weights of 16 bits and more, of layers held in more bits than the rest say, are multiplied as is best."""
-    return "auto" if activations == "int8" and weights in ("fp32", "bf16") else activations
+    return "auto" if activations == "int8" and weights not in TAKE_INT8 else activations
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -35,12 +35,20 @@ class Head(CompactLinear):
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str, scatter: bool = True) -> Tensor:
         """As `CompactLinear.run`; of the embeddings as they are now, where the head is rounded from them."""
-        rounded = self._rounded_from
-        if rounded is not None and not is_compiling():
-            source = rounded.changed()
-            if source is not None:
-                self.weight = source
+        if self._rounded_from is not None and not is_compiling():
+            self.refresh()
         return super().run(x, residual, activation, scatter)
+
+    def refresh(self) -> None:
+        """Round the embeddings as they are now, where the head is rounded from them and they have changed."""
+        source = None if self._rounded_from is None else self._rounded_from.changed()
+        if source is not None:
+            self.weight = source
+
+    def is_rounded_from(self, embeddings: nn.Module) -> bool:
+        """Whether it holds int8 or int4 values, and follows these embeddings."""
+        source = self._rounded_from
+        return self.scale is not None and source is not None and source.embeddings() is embeddings
 
     def set_weights(self, kind: str, activations: str | None = None) -> CompactLinear:
         """As `CompactLinear.set_weights`."""
@@ -129,17 +137,41 @@ def set_head_weights(model: PreTrainedModel, weights: str, activations: str = "a
     without one.
 
     A tied one in fp32 shares the embeddings' parameter; in fewer bits it is rounded from them, whatever it was before.
+    One that is rounded so already keeps its values: of few-bit files, the very ones that they hold.
     """
     head = word_head(model)
     if head is None:
         return
+    if isinstance(head, Head) and head.weights == weights and head.is_rounded_from(model.get_input_embeddings()):
+        head.refresh()
+        head.set_weights(weights, activations)
+        return
     if is_tied(model) or not isinstance(head, CompactLinear):
         source = model.get_input_embeddings() if is_tied(model) else model.get_output_embeddings()
-        head = _sharing(source.weight, head)
+        head = sharing(source.weight, head)
         model.set_output_embeddings(head)
     head.set_weights(weights, activations)
     if is_tied(model) and isinstance(head, Head) and head.weight is not model.get_input_embeddings().weight:
         head._rounded_from = Rounded(model.get_input_embeddings())
+    _resize_with(model)
+
+
+def hold_tied(model: PreTrainedModel, kind: str, codes: Tensor, scale: Tensor) -> None:
+    """Hold the tied head as these int8 or int4 values, of which the embeddings are the floating-point ones: rounded
+    anew, a scale could differ in its last bit.
+    """
+    embeddings, old = model.get_input_embeddings(), word_head(model)
+    assert old is not None
+    head = sharing(embeddings.weight, old)
+    head.hold(codes, scale)
+    head.set_weights(kind)
+    head._rounded_from = Rounded(embeddings)
+    model.set_output_embeddings(head)
+    _resize_with(model)
+
+
+def _resize_with(model: PreTrainedModel) -> None:
+    """Our head stays one when the model is resized."""
     if not isinstance(vars(model).get("resize_token_embeddings"), _Resizing):
         vars(model)["resize_token_embeddings"] = _Resizing(model)
 
@@ -172,7 +204,7 @@ class _Resizing:
         if kind in WEIGHTS:
             set_head_weights(model, kind, activations)
         else:  # of a model in fp64 or fp16
-            model.set_output_embeddings(_sharing(model.get_output_embeddings().weight, model.get_output_embeddings()))
+            model.set_output_embeddings(sharing(model.get_output_embeddings().weight, model.get_output_embeddings()))
         return embeddings
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -201,14 +233,14 @@ def plain_head(model: PreTrainedModel) -> Iterator[None]:
     if head is None or not is_tied(model) or head.weight is model.get_input_embeddings().weight:
         yield
         return
-    model.set_output_embeddings(_sharing(model.get_input_embeddings().weight, head))
+    model.set_output_embeddings(sharing(model.get_input_embeddings().weight, head))
     try:
         yield
     finally:
         model.set_output_embeddings(head)
 
 
-def _sharing(weight: nn.Parameter, head: nn.Linear | CompactLinear) -> Head:
+def sharing(weight: nn.Parameter, head: nn.Linear | CompactLinear) -> Head:
     """A head with this very parameter."""
     shared = LinearHead(weight, head.bias)
     shared.weight = weight

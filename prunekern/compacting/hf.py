@@ -16,25 +16,29 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import families
 from ..families.sizes import check_sizes
 from ..nn import CompactLinear
+from .head import word_head
 from .held import Held
 from .plan import MOST_CHANNELS, Plan, check, dense_sizes
-from .tensors import check_tensors
+from .restoring import Restoring
+from .stored import Stored
+from .tensors import Headers, check_tensors, found_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 METHOD = "prunekern"
-FORMAT = 2  # the newest: 2 has `held`
+FORMAT = 3  # the newest: 2 has `held`, 3 `stored`
 
 
 @register_quantization_config(METHOD)
 class PrunekernConfig(QuantizationConfigMixin):
     """`quantization_config` of a compact model: format version, plan and, where `calibrate` chose, which layers are
-    held in more bits.
+    held in more bits; of few-bit files, the kinds of weights that they store. The latter stands in files only: a model
+    in memory has a plain `state_dict()`, and `save_pretrained` writes that.
 
-    The format that is written is the oldest that says it all, so that what is not calibrated goes on loading with older
-    versions. It reads as a mapping too: transformers asks a config in the file, which is a dict, and one in a model's
-    config the same questions (`.get("quant_method")`).
+    The format that is written is the oldest that says it all, so that what is neither calibrated nor in few bits goes
+    on loading with older versions. It reads as a mapping too: transformers asks a config in the file, which is a dict,
+    and one in a model's config the same questions (`.get("quant_method")`).
     """
 
     def __init__(
@@ -44,14 +48,16 @@ class PrunekernConfig(QuantizationConfigMixin):
         prunekern_version: str | None = None,
         heads: int | None = None,
         held: dict[str, Any] | None = None,
+        stored: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.quant_method = METHOD
-        self.format = format if format is not None else 1 if held is None else 2
+        self.format = format if format is not None else 3 if stored is not None else 1 if held is None else 2
         self.prunekern_version = prunekern_version or _version()
         self.plan = plan
         self.heads = heads  # of the dense model: no tensor tells how many an encoder has. None: an older file
         self.held = held
+        self.stored = stored
 
     def to_dict(self) -> dict[str, Any]:
         data = {
@@ -61,7 +67,8 @@ class PrunekernConfig(QuantizationConfigMixin):
             "heads": self.heads,
             "plan": copy.deepcopy(self.plan),  # whoever changes what he was given leaves the model's plan alone
         }
-        return data if self.held is None else data | {"held": copy.deepcopy(self.held)}
+        data |= {} if self.held is None else {"held": copy.deepcopy(self.held)}
+        return data if self.stored is None else data | {"stored": copy.deepcopy(self.stored)}
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of the dict that `to_dict` returns; so are `[]`, `in`, `len`, `keys`, `values` and `items`."""
@@ -92,8 +99,8 @@ class PrunekernConfig(QuantizationConfigMixin):
     __hash__ = None  # type: ignore[assignment]  # as of every config of transformers: it can be changed
 
     def parsed(self) -> Plan:
-        """The plan. ValueError when it is missing, malformed or of a newer format, and for a choice of another
-        plan.
+        """The plan. ValueError when it is missing, malformed or of a newer format, and for a choice, or kinds of stored
+        weights, of another plan.
         """
         if type(self.format) is not int or not 1 <= self.format <= FORMAT:
             raise ValueError(
@@ -104,11 +111,26 @@ class PrunekernConfig(QuantizationConfigMixin):
             raise ValueError("config.json: quantization_config has no plan")
         plan = Plan.from_dict(self.plan)
         self.choice(plan)
+        self.kinds(plan)
         return plan
 
     def choice(self, plan: Plan) -> Held | None:
         """What `calibrate` chose; None where it did not. ValueError where it is malformed, or made for another plan."""
         return None if self.held is None else Held.from_dict(self.held, plan)
+
+    def kinds(self, plan: Plan) -> Stored | None:
+        """What the files store; None where that is plain weights. ValueError where it is malformed, or of another plan.
+
+        An older format says nothing of it: what stands there all the same is not read.
+        """
+        if self.stored is None or self.format < 3:
+            return None
+        return Stored.from_dict(self.stored, plan)
+
+    def as_stored(self, stored: Stored | None) -> PrunekernConfig:
+        """The same of files that store these kinds; None: plain weights."""
+        data = self.to_dict() | {"format": None, "stored": None if stored is None else stored.to_dict()}
+        return PrunekernConfig(**data)
 
 
 @register_quantizer(METHOD)
@@ -130,8 +152,9 @@ class PrunekernQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         # transformers builds on the meta device: indices are real all the same, only weights have no storage yet.
         with torch.device("cpu"):
-            stored = self.quantization_config.parsed()
-            plan, held = _named_for(model, stored, self.quantization_config.choice(stored))
+            config = self.quantization_config
+            said = config.parsed()
+            plan, held, stored = _named_for(model, said, config.choice(said), config.kinds(said))
             heads = families.of(model).stock(model.config).heads
             if self.quantization_config.heads not in (None, heads):
                 raise ValueError(
@@ -147,11 +170,10 @@ class PrunekernQuantizer(HfQuantizer):
             )
             check(plan, families.of(model).table(model))
             skeleton(model, plan)
+            self._restoring = _check_files(model, plan, stored, checkpoint_files)
         self._indices: dict[str, Tensor] = {
             name: buffer for name, buffer in model.named_buffers() if name.endswith(("in_index", "out_index"))
         }
-        if checkpoint_files:
-            check_tensors(model, plan, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -166,6 +188,8 @@ class PrunekernQuantizer(HfQuantizer):
                     "are a few bytes a channel"
                 )
             setattr(module, buffer, index.to(device))
+        if self._restoring is not None:
+            self._restoring.finish(model)
         # A compact model is an ordinary one: .to(), .float(), .double() and Trainer work on it.
         model.hf_quantizer = None
         model.is_quantized = False
@@ -193,8 +217,32 @@ def skeleton(model: PreTrainedModel, plan: Plan) -> None:
     families.of(model).rebuild(model, plan, make)
 
 
-def _named_for(model: PreTrainedModel, plan: Plan, held: Held | None) -> tuple[Plan, Held | None]:
-    """Both by the layer names of `model`: a base model's lack the prefix that they have under a task head."""
+def _check_files(
+    model: PreTrainedModel, plan: Plan, stored: Stored | None, files: list[str] | None
+) -> Restoring | None:
+    """Hold the files against the plan, and give the skeleton the kinds of weights that they store; None: plain ones.
+
+    files: None where weights come from a state dict, which is a plain one.
+    """
+    if not files:
+        return None
+    headers = Headers(model, files)
+    if stored is None:  # a config of a model in memory, given with few-bit files, does not say
+        names = {module: name for name, module in model.named_modules()}
+        head = word_head(model)
+        stored = found_in(headers, plan, names.get(model.get_input_embeddings()), head if head is None else names[head])
+    if stored is None:
+        check_tensors(model, plan, headers, None)
+        return None
+    restoring = Restoring(model, plan, stored)
+    restoring.check(model, headers)
+    return restoring
+
+
+def _named_for(
+    model: PreTrainedModel, plan: Plan, held: Held | None, stored: Stored | None
+) -> tuple[Plan, Held | None, Stored | None]:
+    """All by the layer names of `model`: a base model's lack the prefix that they have under a task head."""
     prefix: str = model.base_model_prefix + "."
     bare = model.base_model is model
 
@@ -202,7 +250,7 @@ def _named_for(model: PreTrainedModel, plan: Plan, held: Held | None) -> tuple[P
         return name.removeprefix(prefix) if bare else name if name.startswith(prefix) else prefix + name
 
     renamed = Plan({rename(name): layer for name, layer in plan.layers.items()})
-    return renamed, None if held is None else held.renamed(rename)
+    return renamed, held and held.renamed(rename), stored and stored.renamed(rename)
 
 
 def choice_of(model: PreTrainedModel) -> Held | None:

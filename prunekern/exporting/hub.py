@@ -19,8 +19,9 @@ def push_to_hub(
     private: bool | None = None,
     token: str | None = None,
     commit_message: str = "Compact model",
+    weights: str | None = None,
 ) -> str:
-    """Upload what `save` writes, the model card, and the tokenizer; returns the commit's address.
+    """Upload what `save` writes (weights: as there), the model card, and the tokenizer; returns the commit's address.
 
     The repository is made where it is missing. ValueError for a model that is not compact; what huggingface_hub raises
     where the hub cannot be reached or refuses.
@@ -28,7 +29,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, command=command)
+        save(model, folder, command=command, weights=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         api = HfApi(token=token)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,18 @@ from torch import Tensor, nn
 from prunekern import _native
 from prunekern.ops import calls, checks
 from prunekern.ops.compact_linear import ACTIVATIONS, compact_linear
-from prunekern.ops.int4 import dequantize_weight_int4, quantize_weight_int4
-from prunekern.ops.packing import DTYPES, KIND, WEIGHTS, dequantize_weight, may_pack, quantize_weight
+from prunekern.ops.int4 import dequantize_weight_int4
+from prunekern.ops.packing import KIND, WEIGHTS, dequantize_weight, may_pack
 from prunekern.ops.quantized import ACTIVATIONS_OF_X, OF_X, TAKE_INT8
 from prunekern.ops.seen import is_unchanged
 
 from .buffers import nones_last
+from .offloaded import check_codes
 from .packed import Packed
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .plain_state import PlainState, rounded_to
 
 
-class CompactLinear(nn.Module):
+class CompactLinear(PlainState):
     """y = scatter(act(gather(x) weight^T + bias)) + residual; see `prunekern.ops.compact_linear`.
 
     Args:
@@ -42,8 +41,8 @@ class CompactLinear(nn.Module):
     as an int8 parameter and one float32 `scale` a channel [kept_out], a buffer: a quarter of the memory. int4 holds
     two inputs in a byte, `weight` [kept_out, 16 G] in uint8, and one float16 `scale` for 32 inputs of a channel
     [kept_out, G], G = ceil(kept_in / 32): a seventh. Whatever the kind, `state_dict()` holds a plain floating-point
-    weight and the bias, nothing else, and `load_state_dict` takes them. `.to(dtype)` changes the kind of floating-point
-    weights and leaves int8 and int4 alone.
+    weight and the bias, nothing else, and `load_state_dict` takes them (see `PlainState`). `.to(dtype)` changes the
+    kind of floating-point weights and leaves int8 and int4 alone.
 
     On the CPU, for x in float32 or bfloat16 and where no gradient is needed, the C++ kernels run on a packed copy of
     the weight, made by `pack()` or at the first call and made again when the weight changed. Anything else runs the
@@ -141,14 +140,18 @@ class CompactLinear(nn.Module):
         self.activations = ACTIVATIONS_OF_X[OF_X[activations]]  # this very string: `Packed` compares by identity
         if kind == self.weights:
             return self
-        weight, scale = self.plain_weight().detach(), None
+        weight = self.plain_weight().detach()
         self._kept_in = weight.shape[1]
-        if kind in _QUANTIZE:
-            weight, scale = _QUANTIZE[kind](weight)
-        self.register_parameter("weight", _frozen(weight.to(DTYPES[kind])))
+        self.hold(*rounded_to(kind, weight))
+        return self
+
+    def hold(self, weight: Tensor, scale: Tensor | None) -> None:
+        """Hold this weight, and its scale where it has one, as they are from now on: what `rounded_to` made of a weight
+        [kept_out, kept_in]. `.weight` is a new parameter, which does not require a gradient.
+        """
+        self.register_parameter("weight", _frozen(weight))
         self.scale, self._packed = scale, None
         nones_last(self)
-        return self
 
     def plain_weight(self) -> Tensor:
         """[kept_out, kept_in] in floating point: the weight itself, or what its int8 or int4 values stand for."""
@@ -178,6 +181,8 @@ class CompactLinear(nn.Module):
             if weight.dtype is _f32 or fits(x, self, weight):
                 packed = self.packed()
         if packed is None:
+            if scale is not None and not _is_compiling():
+                check_codes(self)
             if weight.dtype is torch.uint8 and not fits(x, self, weight):  # the op cannot tell
                 got = x.shape[-1] if x.dim() else "a scalar"
                 raise ValueError(
@@ -230,44 +235,6 @@ class CompactLinear(nn.Module):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         return x.to(dtype), None if residual is None else residual.to(dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scale, self._packed = self.scale, None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
-        if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)  # 16 bits would cost int8 its accuracy; int4's is fp16 by its kind
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.scale is not None:
-            destination[prefix + "weight"] = self.plain_weight()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        self._packed = None
-        name, new = prefix + "weight", state_dict.get(prefix + "weight")
-        kind, shape = self.weights, (self.weight.shape[0], self.kept_in)
-        if kind == "int4" and new is not None and new.shape != shape:  # it could have the shape of the codes
-            errors.append(f"{name} must have shape {list(shape)} (got {list(new.shape)})")
-            return
-        if self.scale is not None and new is not None and new.shape == shape:
-            try:
-                q, scale = _QUANTIZE[kind](new)
-            except (TypeError, ValueError) as error:
-                errors.append(f"{name}: {error}")
-                return
-            state_dict = {**state_dict, name: q}
-            self.scale = scale.to(self.scale.device)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry the plain weight only; the copy packs its own.
         return {**self.__dict__, "_packed": None}
@@ -277,7 +244,6 @@ _AVAILABLE = _native.available()
 _is_compiling = torch.compiler.is_compiling
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
 _f32, _bf16 = torch.float32, torch.bfloat16
-_QUANTIZE = {"int8": quantize_weight, "int4": quantize_weight_int4}
 
 
 def packs(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:

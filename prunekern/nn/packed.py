@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from prunekern.ops.packing import KIND, is_packable, pack_weight, side_by_side
 from prunekern.ops.seen import ALL, FEW, Seen, is_unchanged
 
+from .offloaded import check_codes
+
 
 class Packed:
     """The weights of one or several layers, packed as one: their output channels follow one another.
@@ -26,7 +28,7 @@ class Packed:
 
     `is_fresh()` says whether the layers still hold what was packed; `prunekern.ops.seen` says what it can miss. A
     compiled graph asks the same when it runs, by `numbers`: one for each layer's weight. ValueError for weights that do
-    not go together.
+    not go together, and for codes that offload has lost (`check_codes`).
     """
 
     __slots__ = ("weight", "bias", "scale", "activations", "numbers", "same", "seen", "_seen")
@@ -40,6 +42,9 @@ class Packed:
         if any(layer.activations != self.activations for layer in layers):
             got = ", ".join(repr(layer.activations) for layer in layers)
             raise ValueError(f"Packed: activations must be the same of all layers (got {got})")
+        if layers[0].scale is not None:
+            for layer in layers:
+                check_codes(layer)
         self.bias = _joined_bias(layers)
         self.scale = _joined_scale(layers)
         owners: list[tuple[dict[str, Any], str]] = [

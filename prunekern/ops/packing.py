@@ -105,6 +105,8 @@ def _pack_int4(codes: Tensor, scale: Tensor | None) -> Tensor:
     check_scale("pack_weight", "scale", codes, n, scale)
     assert scale is not None
     packed = _empty_panels(panel_shape(n, groups * GROUP, torch.uint8), torch.uint8)  # [P, G, 18 w]
+    if not packed.numel():
+        return packed
     panels, width = packed.shape[0], packed.shape[2] // 18
     if n < panels * width:
         packed[-1].fill_(0x88)  # zeros

@@ -16,8 +16,8 @@ _BITS = {
 }  # fmt: skip
 
 
-def read_header(file: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """Shapes and byte ranges of a safetensors file's tensors.
+def read_header(file: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], int, int, str]]:
+    """Shapes, byte ranges and dtypes (by safetensors' names: F32, I8) of a safetensors file's tensors.
 
     ValueError, naming the file, for one that is truncated or malformed: a dtype that is none, sizes that are no whole
     numbers, ranges that do not fit them, overlap or leave a gap.
@@ -36,7 +36,7 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: has a malformed safetensors header ({error})") from None
     end = 0
-    for name, (_, first, last) in sorted(entries.items(), key=lambda item: item[1][1:]):
+    for name, (_, first, last, _) in sorted(entries.items(), key=lambda item: item[1][1:3]):
         if first != end:
             raise ValueError(f"{file}: has a malformed safetensors header ({name} begins at {first}, not at {end})")
         end = last
@@ -45,7 +45,7 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...]
     return entries
 
 
-def _entry(name: str, entry: dict[str, Any]) -> tuple[tuple[int, ...], int, int]:
+def _entry(name: str, entry: dict[str, Any]) -> tuple[tuple[int, ...], int, int, str]:
     shape, (first, last) = entry["shape"], entry["data_offsets"]
     for number in (*shape, first, last):
         if type(number) is not int or number < 0:
@@ -55,4 +55,4 @@ def _entry(name: str, entry: dict[str, Any]) -> tuple[tuple[int, ...], int, int]
         raise ValueError(f"{name}: dtype {entry['dtype']!r} is unknown")
     if 8 * (last - first) != math.prod(shape) * bits:
         raise ValueError(f"{name}: {last - first} bytes do not hold {list(shape)} of {entry['dtype']}")
-    return tuple(shape), first, last
+    return tuple(shape), first, last, entry["dtype"]

@@ -18,6 +18,8 @@ def read_json(file: Path, expected: str = "") -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: is not valid JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{file}: is not valid JSON (nested too deep)") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must hold a JSON object (got {type(content).__name__})")
     return content

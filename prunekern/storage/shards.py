@@ -26,18 +26,19 @@ def has_safetensors(folder: Path) -> bool:
 class Shards:
     """Tensors of safetensors files by name; a file is mapped only while a tensor of it is in use.
 
-    `where`: the file, or the index of several. `files`, `shapes`: of every tensor. Made of headers alone; each file's
-    length is checked against its header.
+    `where`: the file, or the index of several. `files`, `shapes`, `dtypes` (F32, I8, ...): of every tensor. Made of
+    headers alone; each file's length is checked against its header.
     """
 
     def __init__(self, where: Path, files: Mapping[str, Path]):
         self.where, self.files = where, dict(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         headers = {file: read_header(file) for file in sorted(set(self.files.values()))}
         for name, file in self.files.items():
             if name not in headers[file]:
                 raise ValueError(f"{file}: tensor {name!r} is missing, {where.name} says it is here")
-            self.shapes[name] = headers[file][name][0]
+            self.shapes[name], _, _, self.dtypes[name] = headers[file][name]
 
     @classmethod
     def of_file(cls, file: Path) -> Shards:

@@ -309,7 +309,7 @@ CHANGES = {
     "least_db": (lambda s: s["held"].update(least_db="20"), r"held: least_db must be a finite number \(got '20'\)"),
     "no mapping": (lambda s: s.update(held=[1]), r"held: must be a mapping with weights, .*\(got list\)"),
     "fields": (lambda s: s["held"].pop("plan"), r"held: must be a mapping with .*plan \(got \["),
-    "a newer format": (lambda s: s.update(format=3), r"format 3 was written by prunekern .*reads up to 2"),
+    "a newer format": (lambda s: s.update(format=4), r"format 4 was written by prunekern .*reads up to 3"),
 }
 
 

@@ -108,8 +108,8 @@ def section(change):
         ),
         (lambda c: c.update(quantization_config=[1]), "config.json: holds no prunekern plan"),
         (
-            section(lambda s: s.update(format=3)),
-            "format 3 was written by prunekern .*; this version reads up to 2. Upgrade",
+            section(lambda s: s.update(format=4)),
+            "format 4 was written by prunekern .*; this version reads up to 3. Upgrade",
         ),
         (section(lambda s: s.update(format="new")), "format 'new' was written by"),
         (section(lambda s: s.update(format=0)), "format 0"),
