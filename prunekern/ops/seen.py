@@ -5,7 +5,7 @@ A write is seen by one of these:
 - another tensor, or another address, in its place;
 - PyTorch's version counter: every in-place operation, and steps of optimisers (see `versions`);
 - a read of `parameter.data` or `parameter.numpy()`, which may have written: see `watched`;
-- on the CPU a fingerprint of some of its values (csrc/include/prunekern/fingerprint.h): 32 of them, or one of every
+- on the CPU a fingerprint of some of its values (csrc/include/prunekern/fingerprint.h): 9 of them, or one of every
   row and column where the version counter says nothing (tensors made under inference_mode) or somebody else holds the
   memory, too; every one where `look` says so.
 
@@ -30,6 +30,7 @@ from . import calls
 from .watched import WatchedParameter, watch
 
 FEW, LINES, ALL = 0, 1, 2  # csrc/include/prunekern/fingerprint.h
+FEW_OF_BUFFER = -1  # few, though nobody counts reads of `.data`: what is written to a part through it may be missed
 _FINGERPRINT: Callable[..., int] | None = _native.core().fingerprint if _native.available() else None
 _PARTS = 8  # of an entry
 _PLAIN = (Tensor, torch.nn.Parameter, WatchedParameter)
@@ -109,13 +110,10 @@ def _entry(tensor: Tensor, look: int) -> Entry:
     # The fingerprint last: what another thread writes meanwhile makes it another version.
     reads = watch(tensor)
     count, version = 0 if reads is None else reads[0], version_of(tensor)
-    if (
-        look == FEW
-        and tensor.is_cpu
-        and type(tensor) in _PLAIN
-        and (version < 0 or reads is None or _is_shared(tensor))
-    ):
-        look = LINES
+    if look in (FEW, FEW_OF_BUFFER):
+        unknown = version < 0 or (reads is None and look == FEW)
+        is_known_by_few = not (tensor.is_cpu and type(tensor) in _PLAIN) or not (unknown or _is_shared(tensor))
+        look = FEW if is_known_by_few else LINES
     return tensor, type(tensor), _address(tensor), version, reads, count, look, fingerprint(tensor, look)
 
 
