@@ -14,7 +14,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 define cpp_tests
 $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPRUNEKERN_TESTS=ON -DCMAKE_BUILD_TYPE=Release $(2) > /dev/null
 $(BIN)/cmake --build $(1)
-$(BIN)/ctest --test-dir $(1) --output-on-failure
+$(BIN)/ctest --test-dir $(1) -j 2 --output-on-failure
 endef
 
 .PHONY: venv peers-venv llama-venv demo test lint docs bench bench-check bench-baseline faults sanitize clean

@@ -5,11 +5,12 @@ import torch
 
 # Files of a minute and more, the longest first: begun last, one of them would keep a core busy while the others idle.
 LONGEST = (
-    "kernels/test_interpreter.py", "pruning/test_compact_files.py", "training/test_trainer.py",
-    "training/test_data_parallel.py", "structure/test_examples.py", "structure/test_build.py", "demo/test_run.py",
-    "cli/test_commands.py", "pruning/test_peft_out.py", "demo/test_models.py", "exporting/test_onnx.py",
-    "ops/test_compact_linear_tracing.py", "habits/test_export_alone.py", "habits/test_hooks.py",
-    "training/test_arguments.py", "cli/test_mistakes.py", "habits/test_process_wide.py",
+    "kernels/test_interpreter.py", "structure/test_build.py", "ops/test_instruction_sets.py",
+    "pruning/test_compact_files.py", "training/test_data_parallel.py", "training/test_trainer.py",
+    "structure/test_examples.py", "demo/test_run.py", "cli/test_commands.py", "pruning/test_peft_out.py",
+    "demo/test_models.py", "exporting/test_onnx.py", "ops/test_compact_linear_tracing.py",
+    "habits/test_export_alone.py", "habits/test_hooks.py", "training/test_arguments.py", "cli/test_mistakes.py",
+    "habits/test_process_wide.py",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ struct Int8Tiles {
   static void third() { _tile_dpbssd(2, 5, 6); }
   static void fourth() { _tile_dpbssd(3, 5, 7); }
   static void add(float* acc, const float* more) {
-    _mm512_storeu_si512(acc, _mm512_add_epi32(_mm512_loadu_si512(acc), _mm512_loadu_si512(more)));
+    Avx512::store_int(acc, Avx512::add_int(Avx512::load_int(acc), Avx512::load_int(more)));
   }
 };
 
@@ -30,9 +30,7 @@ struct Int8Rows {
   struct Sum {};  // sums begin at zero, whatever those of x are
   static Sum zero() { return {}; }
   static std::int32_t sum(Sum) { return 0; }
-  static void put(char* to, V::F scaled, Sum&) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled)));
-  }
+  static void put(char* to, V::F scaled, Sum&) { V::store_bytes(to, V::to_bytes(V::to_int(scaled))); }
 };
 
 template <class T>

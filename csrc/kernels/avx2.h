@@ -34,11 +34,11 @@ struct Avx2 {
   static __m256i first(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + 8 - n)); }
   static F load_part(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static void store_part(float* p, F a, int n) { _mm256_maskstore_ps(p, first(n), a); }
-  // Input I of the four that each channel of an int8 panel has side by side.
-  template <int I>
+  // This input of the four that each channel of an int8 panel has side by side.
+  template <int Input>
   static F load_one_of_four(const std::int8_t* p) {
     const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(four, 24 - 8 * I), 24));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(four, 24 - 8 * Input), 24));
   }
   // Lanes of eight codes of four bits: the one at this bit of each.
   template <int Shift>
@@ -139,6 +139,59 @@ struct Avx2 {
   static F mix(F a, F b) { return _mm256_xor_ps(a, b); }
   static F select_positive(F x, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+  }
+
+  // Integers: lanes of 32 bits, seen as two words or four bytes where a name says so.
+  using I = __m256i;
+  static I set_int(int x) { return _mm256_set1_epi32(x); }
+  static I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_int(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+  static I to_int(F a) { return _mm256_cvtps_epi32(a); }  // nearest even
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+  static int sum_int(I a) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  }
+  // Bytes 0 and 2 of every lane as words, with their sign; 1 and 3.
+  static I even_bytes(I a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+  static I odd_bytes(I a) { return _mm256_srai_epi16(a, 8); }
+  // The lower four bits of every byte; the upper.
+  static I low_codes(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+  static I high_codes(I a) { return low_codes(_mm256_srli_epi16(a, 4)); }
+  static I add_128_to_bytes(I a) {  // from signed to unsigned
+    return _mm256_xor_si256(a, _mm256_set1_epi8(static_cast<char>(0x80)));
+  }
+  // sum + the products of words, by twos.
+  static I dot_words(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static I add_twos(I words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+  // Words: sum + the products of unsigned bytes and signed ones, by twos, which saturate.
+  static I dot_twos(I sum, I a, I b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
+  // sum + the products of unsigned bytes and signed ones, by fours.
+#if defined(__AVXVNNI__)
+  static I dot_fours(I sum, I a, I b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+#elif defined(__AVX512VNNI__)  // the same instruction, for the tests of AVX-VNNI on a CPU that has only this
+  static I dot_fours(I sum, I a, I b) { return _mm256_dpbusd_epi32(sum, a, b); }
+#endif
+  // Lanes of less than 16 bits as words: in each four 0 1 2 3 -> 0 2 1 3.
+  static void store_words(void* p, I a) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8));
+  }
+  // Lanes of less than 8 bits as bytes, in their order.
+  static __m128i to_bytes(I a) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    return _mm_packs_epi16(words, words);
+  }
+  static void store_bytes(void* p, __m128i bytes) { _mm_storel_epi64(static_cast<__m128i*>(p), bytes); }
+  static int sum_bytes(__m128i bytes) {  // what adds them takes unsigned ones
+    const __m128i unsigned_bytes = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80)));
+    return _mm_cvtsi128_si32(_mm_sad_epu8(unsigned_bytes, _mm_setzero_si128())) - kWidth * 128;
+  }
+  template <int Four>
+  static int four_of(__m128i bytes) {
+    return _mm_extract_epi32(bytes, Four);
   }
 };
 

@@ -18,10 +18,11 @@ struct Avx512 {
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
   static F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store_part(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
-  // Input I of the four that each channel of an int8 panel has side by side.
-  template <int I>
+  // This input of the four that each channel of an int8 panel has side by side.
+  template <int Input>
   static F load_one_of_four(const std::int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * I), 24));
+    return _mm512_cvtepi32_ps(
+        _mm512_srai_epi32(_mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * Input), 24));
   }
   // Lanes of eight codes of four bits: the one at this bit of each.
   template <int Shift>
@@ -99,6 +100,52 @@ struct Avx512 {
   static F mix(F a, F b) { return _mm512_xor_ps(a, b); }
   static F select_positive(F x, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), no, yes);
+  }
+
+  // Integers: lanes of 32 bits, seen as two words or four bytes where a name says so.
+  using I = __m512i;
+  static I set_int(int x) { return _mm512_set1_epi32(x); }
+  static I load_int(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_int(void* p, I a) { _mm512_storeu_si512(p, a); }
+  static I to_int(F a) { return _mm512_cvtps_epi32(a); }  // nearest even
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+  static int sum_int(I a) { return _mm512_reduce_add_epi32(a); }
+  // Bytes 0 and 2 of every lane as words, with their sign; 1 and 3.
+  static I even_bytes(I a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+  static I odd_bytes(I a) { return _mm512_srai_epi16(a, 8); }
+  // The lower four bits of every byte; the upper.
+  static I low_codes(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+  static I high_codes(I a) { return low_codes(_mm512_srli_epi16(a, 4)); }
+  static I add_128_to_bytes(I a) {  // from signed to unsigned
+    return _mm512_xor_si512(a, _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  // sum + the products of words, by twos.
+  static I dot_words(I sum, I a, I b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+  static I add_twos(I words) { return _mm512_madd_epi16(words, _mm512_set1_epi16(1)); }
+  // Words: sum + the products of unsigned bytes and signed ones, by twos, which saturate.
+  static I dot_twos(I sum, I a, I b) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(a, b)); }
+#ifdef __AVX512VNNI__
+  // sum + the products of unsigned bytes and signed ones, by fours.
+  static I dot_fours(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#endif
+  // Lanes of less than 16 bits as words: in each four 0 1 2 3 -> 0 2 1 3.
+  static void store_words(void* p, I a) {
+    const __m256i words = _mm512_cvtepi32_epi16(a);
+    _mm256_storeu_si256(static_cast<__m256i*>(p),
+                        _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
+  }
+  // Lanes of less than 8 bits as bytes, in their order.
+  static __m128i to_bytes(I a) { return _mm512_cvtepi32_epi8(a); }
+  static void store_bytes(void* p, __m128i bytes) { _mm_storeu_si128(static_cast<__m128i*>(p), bytes); }
+  static int sum_bytes(__m128i bytes) {  // what adds them takes unsigned ones
+    const __m128i unsigned_bytes = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80)));
+    const __m128i sums = _mm_sad_epu8(unsigned_bytes, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - kWidth * 128;
+  }
+  template <int Four>
+  static int four_of(__m128i bytes) {
+    return _mm_extract_epi32(bytes, Four);
   }
 };
 

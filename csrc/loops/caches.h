@@ -27,17 +27,17 @@ inline bool is_amd() {
 }
 
 // Bytes of weights drawn into L2 ahead of the one being multiplied, where each is used once; `fast`: where
-// next to nothing is done between two of them. By what the CPU's own prefetchers leave to be done: an EPYC
-// reads one row's fp32 weights at 31 GB/s with 2,048 and at 20 with 8,192 (its memory gives 33), but eight
-// rows' at 16 and 24. On Sapphire Rapids 8,192 was the best for all.
+// next to nothing is done between two of them. By what the CPU's own prefetchers leave to be done: an EPYC's
+// nearly keep up with one row's fp32 weights, and prefetches far ahead make it slower; with eight rows they
+// make it faster. On Sapphire Rapids 8,192 was the best for all. `bench.cpu.layers` times layers by rows.
 inline std::int64_t stream_ahead(bool fast) { return fast && is_amd() ? 2048 : 8192; }
 
-// The same ahead of a product of the table where a block is one group of rows. On an EPYC one or two rows
-// read int8 weights at 27 GB/s with 2,048 and at 18 with 16,384, eight rows at 13 and 23.
+// The same ahead of a product of the table where a block is one group of rows: on an EPYC far prefetches make
+// one or two rows slower here too, and more rows faster.
 inline std::int64_t product_ahead(std::int64_t rows) { return rows <= 2 && is_amd() ? 2048 : 16384; }
 
-// The same of one row's bf16 weights on an EPYC, into L1 and past L2: a token of SmolLM2-135M's shape reads
-// its 1.4 MB layers at 26 to 30 GB/s so, at 20 to 24 with 2,048 into L2 (at 27 with 2,048, at 27 with 8,192).
+// The same of one row's bf16 weights on an EPYC, into L1 and past L2, through which they would only pass.
+// `bench.cpu.decode` times what that is for: a token of a language model.
 constexpr std::int64_t kStreamAheadL1 = 4096;
 
 // Lines of y drawn in for a row that a tile is about to write: a panel and its gaps, seldom more.

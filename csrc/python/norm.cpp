@@ -18,28 +18,6 @@ void norm(std::int64_t rows, std::int64_t n, Address x, std::int64_t x_stride, A
   rms_norm({rows, n, at<const float>(x), x_stride, at<const float>(weight), eps, at<float>(y), threads});
 }
 
-struct EagerNorm {
-  static constexpr const char* kName = "call_norm";
-  enum Argument { kX, kWeight, kEps, kThreads, kArguments };
-
-  bool read(PyObject* const* args) {
-    Element element;
-    if (!eager::view_input(args[kX], x, element) || element != Element::fp32) return false;
-    norm.rows = eager::count_rows(x);
-    norm.n = x.shape[x.ndim - 1];
-    if (norm.rows * norm.n == 0 || !eager::rows(x, norm.rows, norm.x_stride)) return false;
-    norm.x = static_cast<const float*>(x.data);
-    return eager::view_vector(args[kWeight], norm.n, norm.weight) && eager::to_float(args[kEps], norm.eps) &&
-           eager::read_threads(args[kThreads], norm.threads);
-  }
-  std::int64_t channels() const { return norm.n; }
-  void write_to(void* y) { norm.y = static_cast<float*>(y); }
-  void run() const { rms_norm(norm); }
-
-  dlpack::Tensor x;
-  NormCall norm;
-};
-
 void layer(std::int64_t rows, std::int64_t n, Address x, std::int64_t x_stride, Address weight, Address bias,
            float eps, Address y, int threads) {
   py::gil_scoped_release release;
@@ -47,27 +25,46 @@ void layer(std::int64_t rows, std::int64_t n, Address x, std::int64_t x_stride, 
               at<float>(y), threads});
 }
 
-struct EagerLayerNorm {
+// What the eager calls have in common. Call: NormCall or LayerNormCall.
+template <class Call>
+struct EagerRows {
+  // Everything of x: fp32 rows of one stride, some of them.
+  bool read_x(PyObject* object) {
+    Element element;
+    if (!eager::view_input(object, x, element) || element != Element::fp32) return false;
+    norm.rows = eager::count_rows(x);
+    norm.n = x.shape[x.ndim - 1];
+    norm.x = static_cast<const float*>(x.data);
+    return norm.rows * norm.n != 0 && eager::rows(x, norm.rows, norm.x_stride);
+  }
+  std::int64_t channels() const { return norm.n; }
+  void write_to(void* y) { norm.y = static_cast<float*>(y); }
+
+  dlpack::Tensor x;
+  Call norm;
+};
+
+struct EagerNorm : EagerRows<NormCall> {
+  static constexpr const char* kName = "call_norm";
+  enum Argument { kX, kWeight, kEps, kThreads, kArguments };
+
+  bool read(PyObject* const* args) {
+    return read_x(args[kX]) && eager::view_vector(args[kWeight], norm.n, norm.weight) &&
+           eager::to_float(args[kEps], norm.eps) && eager::read_threads(args[kThreads], norm.threads);
+  }
+  void run() const { rms_norm(norm); }
+};
+
+struct EagerLayerNorm : EagerRows<LayerNormCall> {
   static constexpr const char* kName = "call_layer_norm";
   enum Argument { kX, kWeight, kBias, kEps, kThreads, kArguments };
 
   bool read(PyObject* const* args) {
-    Element element;
-    if (!eager::view_input(args[kX], x, element) || element != Element::fp32) return false;
-    norm.rows = eager::count_rows(x);
-    norm.n = x.shape[x.ndim - 1];
-    if (norm.rows * norm.n == 0 || !eager::rows(x, norm.rows, norm.x_stride)) return false;
-    norm.x = static_cast<const float*>(x.data);
-    return eager::view_vector(args[kWeight], norm.n, norm.weight) &&
+    return read_x(args[kX]) && eager::view_vector(args[kWeight], norm.n, norm.weight) &&
            eager::view_vector(args[kBias], norm.n, norm.bias) && eager::to_float(args[kEps], norm.eps) &&
            eager::read_threads(args[kThreads], norm.threads);
   }
-  std::int64_t channels() const { return norm.n; }
-  void write_to(void* y) { norm.y = static_cast<float*>(y); }
   void run() const { layer_norm(norm); }
-
-  dlpack::Tensor x;
-  LayerNormCall norm;
 };
 
 }  // namespace

@@ -40,8 +40,12 @@ def run(
     seed: int = 0,
     console: Console | None = None,
     options: TrainOptions = OPTIONS,
+    seconds: float = 6.0,
 ) -> dict[str, Any]:
-    """Everything, into the folder `out`: compact/, dense/, adapter/, report.json, report.png. Returns the report."""
+    """Everything, into the folder `out`: compact/, dense/, adapter/, report.json, report.png. Returns the report.
+
+    seconds: how long the models are timed, of each shape.
+    """
     from .plot import plot
 
     console = console or Console()
@@ -59,7 +63,7 @@ def run(
     finish(pruner, tokenizer, out)
     (out / "masked_logits.json").write_text(json.dumps({"logits": masked_logits.tolist()}))
     console.print("[bold]4[/] a new process loads the compact model, scores it and times it beside the dense one")
-    fresh = _in_new_process(out, options.max_length)
+    fresh = _in_new_process(out, options.max_length, seconds)
     (out / "masked_logits.json").unlink()
     report = _report(pruner, task, trained, before, fresh, out)
     report["seconds"] = time.perf_counter() - start
@@ -70,9 +74,10 @@ def run(
     return report
 
 
-def _in_new_process(out: Path, max_length: int) -> dict[str, Any]:
+def _in_new_process(out: Path, max_length: int, seconds: float) -> dict[str, Any]:
+    arguments = [str(out), str(max_length), str(seconds)]
     result = subprocess.run(
-        [sys.executable, "-m", "prunekern.demo.run", str(out), str(max_length)], stdout=subprocess.PIPE, check=False
+        [sys.executable, "-m", "prunekern.demo.run", *arguments], stdout=subprocess.PIPE, check=False
     )
     if result.returncode != 0:
         raise RuntimeError(f"demo: the process that reloads {out / 'compact'} ended with status {result.returncode}")
@@ -80,7 +85,7 @@ def _in_new_process(out: Path, max_length: int) -> dict[str, Any]:
     return fresh
 
 
-def reload_and_time(out: Path, max_length: int) -> dict[str, Any]:
+def reload_and_time(out: Path, max_length: int, seconds: float) -> dict[str, Any]:
     """In the new process: accuracy of the reloaded compact model, its difference to the masked one, latencies."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -96,7 +101,7 @@ def reload_and_time(out: Path, max_length: int) -> dict[str, Any]:
     times = {}
     for batch, tokens in SHAPES:
         with console.status(f"timing {batch} x {tokens}"):
-            times[f"{batch}x{tokens}"] = latency({"dense": dense, "compact": compact}, batch, tokens, seconds=6.0)
+            times[f"{batch}x{tokens}"] = latency({"dense": dense, "compact": compact}, batch, tokens, seconds=seconds)
     return {"metrics": metrics, "difference": difference, "same_predictions": same, "seconds": times}
 
 
@@ -159,4 +164,4 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(reload_and_time(Path(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(reload_and_time(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))))

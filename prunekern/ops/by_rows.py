@@ -1,7 +1,8 @@
 """The passes of `dora_linear` over [T, N] by element, on 16-bit tensors: in blocks of rows, in fp32, inside the cache.
 
-Whole fp32 copies of 16-bit tensors are fresh memory each time: a [512, 3072] one is 6 MB of pages that the kernel
-zeroes first. The three passes of the backward took 11.8 ms on it, in blocks 1.4 (AMD EPYC, one thread).
+Whole fp32 copies of 16-bit tensors are fresh memory each time: a [512, 3072] one is 6 MB of pages that the operating
+system zeroes first, and no pass finds what the one before it left in the cache. What a training step costs under bf16
+autocast, `python -m bench.cpu.train_step --bf16` says.
 """
 
 from __future__ import annotations

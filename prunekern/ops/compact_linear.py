@@ -13,15 +13,22 @@ from prunekern import _native, kernels
 
 from . import calls, checks
 from .activations import ACTIVATIONS, NUMBER, activate, activate_backward
+from .compact_linear_checks import (
+    OP,
+    check_indices,
+    check_packed_call,
+    check_plain_call,
+    check_shapes,
+    given_inputs,
+    sizes,
+)
 from .compact_linear_triton import GATHER_ROWS, PAD_ROWS, STEP, lined_up, run_triton, triton_op
 from .flops import Shape, linear_flops
 from .int4 import dequantize_weight_int4
 from .packing import (
     ELEMENT,
     KIND,
-    check_panels,
     check_plain,
-    check_scale,
     dequantize_weight,
     is_packed,
     scale_beside,
@@ -30,9 +37,8 @@ from .quantized import OF_X, check_activations, linear_of_rounded
 from .registering import register
 from .seen import still_holds
 
-OP = "compact_linear"
 __all__ = [
-    "ACTIVATIONS", "GATHER_ROWS", "NUMBER", "OP", "PAD_ROWS", "STEP", "activate", "compact_linear",
+    "ACTIVATIONS", "GATHER_ROWS", "NUMBER", "OP", "PAD_ROWS", "STEP", "activate", "check_indices", "compact_linear",
     "compact_linear_reference", "lined_up", "run_triton", "triton_op", "widened",
 ]  # fmt: skip
 # The whole eager call in one C function, which gives None for a call that it leaves to the op.
@@ -100,7 +106,7 @@ def compact_linear(
     # Autograd through the reference itself, which keeps z; a GPU has a kernel behind the op.
     in_python = x.device.type == "cpu" and calls.plain_eager(x) and calls.short()
     if not is_packed(packed) and (in_python or calls.transformed()):
-        _check_plain(*args)
+        check_plain_call(*args)
         return compact_linear_reference(*args, activations)
     made: Tensor = torch.ops.prunekern.compact_linear(*args, activations)
     return made
@@ -148,81 +154,6 @@ def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, k: int) ->
     return weight.to(dtype) if scale is None else dequantize_weight(weight, scale.detach(), dtype)
 
 
-# --- checks -----------------------------------------------------------------------------------------------------
-
-
-def _check_shapes(
-    x: Tensor, packed: Tensor, n: int, k: int, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
-    n_out: int, activation: str, residual: Tensor | None, scale: Tensor | None,
-) -> None:  # fmt: skip
-    """All that can be told without reading an index. n, k: what the weight makes and reads."""
-    checks.activation(OP, activation, ACTIVATIONS)
-    if x.dim() == 0:
-        raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
-    checks.floating(OP, "x", x)
-    checks.dtypes(OP, x, {"packed": packed}, {"bias": bias}, residual)
-    others = {"packed": packed, "bias": bias, "in_index": in_index, "out_index": out_index, "residual": residual}
-    checks.same_device(OP, "x", x.device, **others)
-    check_scale(OP, "scale", packed, n, scale)
-    for name, index, length in (("in_index", in_index, k), ("out_index", out_index, n)):
-        if index is None:
-            continue
-        if index.dtype != torch.int64:
-            raise TypeError(f"{OP}: {name} must be int64 (got {index.dtype})")
-        checks.shape(OP, name, index, (length,))
-    if in_index is None and x.shape[-1] != k:
-        raise ValueError(f"{OP}: x must have {k} channels, the weight's inputs (got {x.shape[-1]})")
-    if out_index is None and n_out != n:
-        raise ValueError(f"{OP}: n_out must be {n}, the weight's outputs, without out_index (got {n_out})")
-    if bias is not None:
-        checks.shape(OP, "bias", bias, (n,))
-    if residual is not None:
-        checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
-
-
-def _check_plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
-    activation: str, residual: Tensor | None, scale: Tensor | None,
-) -> None:  # fmt: skip
-    n, k = check_plain(OP, "packed", weight, _given(x, in_index))
-    _check_shapes(x, weight, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
-    check_indices(OP, in_index, x.shape[-1], out_index, n_out)
-
-
-def check_indices(op: str, in_index: Tensor | None, width: int, out_index: Tensor | None, n_out: int) -> None:
-    """ValueError or TypeError unless both hold kept channels, of `width` and of `n_out`."""
-    for name, index, size in (("in_index", in_index, width), ("out_index", out_index, n_out)):
-        if index is not None:
-            checks.kept_index_anywhere(op, name, index, size)
-
-
-def _check_packed(
-    x: Tensor, packed: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
-    activation: str, residual: Tensor | None, scale: Tensor | None,
-) -> tuple[int, int]:  # fmt: skip
-    n, k = _sizes(x, packed, in_index, out_index, n_out)
-    check_panels(OP, "packed", packed, n, k)
-    _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
-    if x.dtype not in ELEMENT:
-        raise TypeError(f"{OP}: x must be float32 or bfloat16 with a packed weight (got {x.dtype})")
-    return n, k
-
-
-def _sizes(x: Tensor, packed: Tensor, in_index: Tensor | None, out_index: Tensor | None, n_out: int) -> tuple[int, int]:
-    """Outputs and inputs of a packed weight. Panels of 16 bits and less pad inputs: there the caller's count stands."""
-    n = n_out if out_index is None else out_index.numel()
-    if packed.dim() == 3 and packed.dtype == torch.float32:
-        return n, packed.shape[1]
-    return n, _given(x, in_index)
-
-
-def _given(x: Tensor, in_index: Tensor | None) -> int:
-    """Inputs that a call gives to its weight."""
-    if in_index is not None:
-        return in_index.numel()
-    return x.shape[-1] if x.dim() else 0
-
-
 # --- the C++ path -----------------------------------------------------------------------------------------------
 
 
@@ -230,7 +161,7 @@ def _run_packed(
     x: Tensor, packed: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, n_out: int,
     activation: str, residual: Tensor | None, scale: Tensor | None, activations: str,
 ) -> Tensor:  # fmt: skip
-    n, k = _check_packed(x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
+    n, k = check_packed_call(x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     y = x.new_empty((*x.shape[:-1], n_out))
     if y.numel() == 0:  # the core, which checks indices, is not asked
         check_indices(OP, in_index, x.shape[-1], out_index, n_out)
@@ -270,7 +201,7 @@ def _forward(
     args = (x, packed, bias, in_index, out_index, n_out, activation, residual, scale)
     if is_packed(packed):
         return _run_packed(*args, activations)
-    _check_plain(*args)
+    check_plain_call(*args)
     if packed.dtype != torch.uint8 and kernels.usable(x, packed, bias, residual):
         return run_triton(*args)
     return compact_linear_reference(*args, activations).contiguous()
@@ -289,10 +220,10 @@ def _fake(
 ) -> Tensor:  # fmt: skip
     check_activations(OP, activations, x, {"packed": packed}, False)
     if is_packed(packed):
-        n, k = _sizes(x, packed, in_index, out_index, n_out)
+        n, k = sizes(x, packed, in_index, out_index, n_out)
     else:
-        n, k = check_plain(OP, "packed", packed, _given(x, in_index))
-    _check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
+        n, k = check_plain(OP, "packed", packed, given_inputs(x, in_index))
+    check_shapes(x, packed, n, k, bias, in_index, out_index, n_out, activation, residual, scale)
     return x.new_empty((*x.shape[:-1], n_out))
 
 

@@ -14,13 +14,13 @@ from prunekern import _native, kernels
 
 from . import calls, checks
 from .compact_linear import ACTIVATIONS, NUMBER, check_indices, compact_linear, compact_linear_reference, lined_up
+from .compact_mlp_checks import OP, by_layer, check_shapes
 from .flops import Shape, count, of_product
-from .packing import ELEMENT, KIND, check_panels, check_scale, is_packed, plain_shape, scale_beside
+from .packing import ELEMENT, KIND, check_panels, is_packed, scale_beside
 from .quantized import OF_X, check_activations
 from .registering import register
 from .seen import still_holds
 
-OP = "compact_mlp"
 T = TypeVar("T")  # a tensor, or its shape
 # The whole eager call in one C function, which gives None for a call that it leaves to the op.
 _EAGER: Callable[..., Tensor | None] | None = _native.core().call_mlp if calls.EAGER else None
@@ -78,7 +78,7 @@ def compact_mlp(
         if y is not None:
             return y
     optional = {"gate": gate, "in_index": in_index, "out_index": out_index, "residual": residual}
-    optional |= _named(up_bias, down_bias, gate_bias, "_bias") | _named(up_scale, down_scale, gate_scale, "_scale")
+    optional |= by_layer(up_bias, down_bias, gate_bias, "_bias") | by_layer(up_scale, down_scale, gate_scale, "_scale")
     checks.tensors(OP, {"x": x, "up": up, "down": down}, optional)
     checks.activation(OP, activation, ACTIVATIONS)
     packed = is_packed(up)
@@ -90,14 +90,14 @@ def compact_mlp(
         n_hidden, n_out = up.shape[0], down.shape[0] if n_out is None else n_out
     args = (x, up, down, gate, up_bias, down_bias, gate_bias, up_scale, down_scale, gate_scale, in_index, out_index,
             n_hidden, n_out, activation, residual, activations)  # fmt: skip
-    weights = {name: w for name, w in _named(up, down, gate).items() if w is not None}
+    weights = {name: w for name, w in by_layer(up, down, gate).items() if w is not None}
     check_activations(OP, activations, x, weights, calls.needs_grad(x, *weights.values(), residual))
     if not packed and not is_packed(down):
         tensors = (x, up, down, gate, up_bias, down_bias, gate_bias, residual)
         if x.device.type == "cuda" and not calls.needs_grad(*tensors):
             made: Tensor = torch.ops.prunekern.compact_mlp(*args)
             return made
-        _check_shapes(*args)
+        check_shapes(*args)
         return _composed(compact_linear, *args)  # differentiable and traceable, layer by layer
     made = torch.ops.prunekern.compact_mlp(*args)
     return made
@@ -122,55 +122,6 @@ def _composed(
         hidden = linear(x, gate, gate_bias, in_index, None, n_hidden, activation, None, gate_scale, activations)
         hidden = hidden * linear(x, up, up_bias, in_index, None, n_hidden, "none", None, up_scale, activations)
     return linear(hidden, down, down_bias, None, out_index, n_out, "none", residual, down_scale, activations)
-
-
-# --- checks -----------------------------------------------------------------------------------------------------
-
-
-def _check_shapes(
-    x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
-    gate_bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None, gate_scale: Tensor | None,
-    in_index: Tensor | None, out_index: Tensor | None, n_hidden: int, n_out: int, activation: str,
-    residual: Tensor | None, activations: str = "auto",
-) -> None:  # fmt: skip
-    """All that can be told without reading an index."""
-    checks.activation(OP, activation, ACTIVATIONS)
-    if x.dim() == 0:
-        raise ValueError(f"{OP}: x must have at least 1 dimension (got a scalar)")
-    checks.floating(OP, "x", x)
-    weights, biases = _named(up, down, gate), _named(up_bias, down_bias, gate_bias, "_bias")
-    check_activations(OP, activations, x, {name: w for name, w in weights.items() if w is not None}, False)
-    scales = _named(up_scale, down_scale, gate_scale, "_scale")
-    checks.dtypes(OP, x, weights, biases, residual)
-    others = {"in_index": in_index, "out_index": out_index, "residual": residual}
-    checks.same_device(OP, "x", x.device, **weights, **biases, **others)
-    k = x.shape[-1] if in_index is None else in_index.numel()
-    n = n_out if out_index is None else out_index.numel()
-    for name, weight in weights.items():
-        if weight is None:
-            if biases[name + "_bias"] is not None or scales[name + "_scale"] is not None:
-                raise ValueError(f"{OP}: {name}_bias and {name}_scale go with a {name} (got None)")
-            continue
-        shape = (n, n_hidden) if name == "down" else (n_hidden, k)
-        if is_packed(weight) != is_packed(up):
-            raise ValueError(f"{OP}: {name} must be {'packed' if is_packed(up) else 'plain'} like up")
-        if not is_packed(weight):
-            checks.shape(OP, name, weight, plain_shape(*shape, weight.dtype))
-        bias = biases[name + "_bias"]
-        if bias is not None:
-            checks.shape(OP, name + "_bias", bias, (shape[0],))
-        check_scale(OP, name + "_scale", weight, shape[0], scales[name + "_scale"])
-    for name, index, size in (("in_index", in_index, x.shape[-1]), ("out_index", out_index, n_out)):
-        if index is not None and (index.dtype != torch.int64 or index.dim() != 1 or index.numel() > size):
-            raise (TypeError if index.dtype != torch.int64 else ValueError)(
-                f"{OP}: {name} must be 1-D int64 of at most {size} channels (got {list(index.shape)} {index.dtype})"
-            )
-    if residual is not None:
-        checks.shape(OP, "residual", residual, (*x.shape[:-1], n_out))
-
-
-def _named(up: Tensor | None, down: Tensor | None, gate: Tensor | None, suffix: str = "") -> dict[str, Tensor | None]:
-    return {"up" + suffix: up, "down" + suffix: down, "gate" + suffix: gate}
 
 
 # --- the C++ path -----------------------------------------------------------------------------------------------
@@ -274,7 +225,7 @@ _CACHED_SCHEMA = "_compact_mlp_cached(Tensor x, Tensor[] weights, Tensor[] packe
 
 
 def _forward(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: Any) -> Tensor:
-    _check_shapes(x, up, down, gate, *rest)
+    check_shapes(x, up, down, gate, *rest)
     if is_packed(up):
         return _run_packed(x, up, down, gate, *rest)
     if not any(w is not None and w.dtype == torch.uint8 for w in (up, down, gate)) and kernels.usable(
@@ -293,7 +244,7 @@ def _forward_cached(
 
 
 def _fake(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, *rest: Any) -> Tensor:
-    _check_shapes(x, up, down, gate, *rest)
+    check_shapes(x, up, down, gate, *rest)
     n_out: int = rest[9]
     return x.new_empty((*x.shape[:-1], n_out))
 

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..compacting.plan import Plan, check, from_kept, masks_of
+from ..compacting.plan import Plan, check
 from ..families import Table
-from ..nn import ChannelMask, MaskedDoRALinear
+from ..nn import ChannelMask
 from . import budget, whole_heads
+from .attached import AttachedModel
 from .budget import Scores
 from .config import PruneConfig
 from .criteria import criterion_scores
 from .followed import FollowedSteps
-from .kept import kept_probability, kept_shares, report
 from .learned import refuse_flat, refuse_nothing_gathered
 from .rules import check_rule, choose
 from .saliency import Saliency, start_from_saliency
@@ -27,12 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Pruner:
+class Pruner(AttachedModel):
     """Returned by `attach`. `step()` goes after `optimizer.step()`, `finalize()` between the two stages."""
 
     def __init__(self, model: PreTrainedModel, config: PruneConfig, table: Table):
-        self.model, self.config, self.table = model, config, table
-        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, MaskedDoRALinear)}
+        super().__init__(model, config, table)
         self.steps, self.flips = 0, 0  # flips: groups whose deterministic mask the last step turned
         self.warm_steps, self.ramp_steps = config.warm_steps or 0, config.ramp_steps
         self._make_saliency: Callable[[Mapping[str, ChannelMask]], Saliency] = Saliency
@@ -41,16 +40,6 @@ class Pruner:
         self._base_norms: dict[str, float] | None = None  # once channels are dropped
         self._followed = FollowedSteps(model, list(self.layers.values()))
         self._open_while_warm()
-
-    @property
-    def masks(self) -> dict[str, ChannelMask]:
-        """Channel masks by the module name of their carrier."""
-        return masks_of(self.model)
-
-    @property
-    def finalized(self) -> bool:
-        """Whether the masks are final."""
-        return all(mask.is_final for mask in self.masks.values())
 
     # -- for the optimiser ---------------------------------------------------------------------------------------
 
@@ -116,32 +105,6 @@ class Pruner:
 
     def _has_saliency(self) -> bool:
         return any(not mask.saliency.is_meta and bool(mask.saliency.any()) for mask in self.masks.values())
-
-    @torch.no_grad()
-    def logits(self) -> dict[str, np.ndarray]:
-        """Mask logits as they are now, float64 [groups] by carrier."""
-        masks = self.masks
-        if not masks:
-            return {}
-        flat = torch.cat([mask.logits for mask in masks.values()]).double().cpu().numpy()  # one transfer
-        sizes = np.cumsum([mask.logits.numel() for mask in masks.values()])[:-1]
-        return dict(zip(masks, np.split(flat, sizes), strict=True))
-
-    def expected_sparsity(self) -> float:
-        """Share removed in expectation over the mask noise (exact once final), of `config.cost`."""
-        return budget.removed_share(self.table, kept_probability(self.masks), self.config.cost)
-
-    def kept_shares(self) -> dict[str, float]:
-        """Expected share of groups kept: by kind of group ("ffn"), then by carrier."""
-        return kept_shares(self.masks, self.table)
-
-    def sparsity(self) -> float:
-        """Share that `compact` would remove with the masks as they are now, of `config.cost`."""
-        return self.plan().sparsity(self.config.cost)
-
-    def plan(self) -> Plan:
-        """As `prunekern.plan(model)`."""
-        return from_kept(self.table, {c: m.kept() for c, m in self.masks.items()})
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -260,11 +223,6 @@ class Pruner:
     def _head_counts(self) -> tuple[int, ...]:
         return whole_heads.head_counts(self.model.config)
 
-    @property
-    def shrunk(self) -> bool:
-        """Whether the pruned channels are dropped."""
-        return any(getattr(layer, "is_shrunk", False) for layer in self.layers.values())
-
     def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After `finalize()`: drop the pruned channels from the masked model, in place; training goes on with the rest.
 
@@ -286,10 +244,6 @@ class Pruner:
     def _shrink(self, plan: Plan, state: dict[Any, Any] | None = None) -> None:
         self._base_norms = self.base_norms()
         shrink_model(self.model, plan, state)
-
-    def report(self) -> dict[str, Any]:
-        """What the masks keep now, as `finalize` returns it."""
-        return report(self.masks, self.table, self.config)
 
     # -- resuming ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..storage.headers import read_header
@@ -54,6 +54,16 @@ def refuse_unfit(checkpoint: str | os.PathLike[str]) -> None:
             f"resume_from_checkpoint: {folder} has no {missing[0]} (written with save_only_model?); a run resumed from "
             "it would not end as one that was never stopped. Use it with prunekern.load_adapter"
         )
+
+
+def finished_state(checkpoint: str | os.PathLike[str], args: TrainingArguments) -> TrainerState | None:
+    """The state of a checkpoint that has taken all the steps there are: Trainer would take one more."""
+    file = Path(checkpoint) / TRAINER_STATE_NAME
+    state = TrainerState.load_from_json(str(file)) if file.is_file() else None
+    if state is None or (args.max_steps <= 0 and state.num_train_epochs != args.num_train_epochs):
+        return None
+    most = args.max_steps if args.max_steps > 0 else state.max_steps
+    return state if state.global_step >= most else None
 
 
 @contextmanager

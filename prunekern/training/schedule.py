@@ -1,4 +1,6 @@
-"""Learning rates by step: of adapters and head as `lr_scheduler_type` says, of mask logits while they learn."""
+"""The usual schedule, and learning rates by step: of adapters and head as `lr_scheduler_type` says, of mask logits
+while they learn.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,23 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 Rate = Callable[[int], float]  # step from 0 -> factor of the group's learning rate
+
+# docs/learning-to-prune.md tells what set these.
+SCHEDULE: dict[str, float | None] = {
+    "stage_one": 0.65,
+    "warm": 0.6,
+    "ramp": 0.2,
+    "final_learning_rate": None,
+    "mask_learning_rate": 5e-2,
+}
+# Ali et al., ASP-DAC 2025: two constant rates; of masks the paper says only that they are learned.
+PAPER_SCHEDULE: dict[str, float | None] = {
+    "stage_one": 0.6,
+    "warm": 0.0,
+    "ramp": 0.5,
+    "final_learning_rate": 1e-5,
+    "mask_learning_rate": 2e-2,
+}
 
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 

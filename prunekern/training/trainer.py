@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
@@ -21,28 +19,11 @@ from ..pruning.adapter import load_adapter_state, save_adapter
 from ..pruning.budget import Scores
 from ..pruning.pruner import Pruner
 from .arguments import check_arguments
-from .checkpoints import last_checkpoint, refuse_unfit, save_beside, weights_only
+from .checkpoints import finished_state, last_checkpoint, refuse_unfit, save_beside, weights_only
 from .data_parallel import wrapped_anew
 from .sampler import ByEpoch
-from .schedule import adapter_rate, is_usual, mask_rate, refuse_schedule
+from .schedule import PAPER_SCHEDULE, SCHEDULE, adapter_rate, is_usual, mask_rate, refuse_schedule
 from .stages import Stages
-
-# docs/learning-to-prune.md tells what set these.
-SCHEDULE: dict[str, float | None] = {
-    "stage_one": 0.65,
-    "warm": 0.6,
-    "ramp": 0.2,
-    "final_learning_rate": None,
-    "mask_learning_rate": 5e-2,
-}
-# Ali et al., ASP-DAC 2025: two constant rates; of masks the paper says only that they are learned.
-PAPER_SCHEDULE: dict[str, float | None] = {
-    "stage_one": 0.6,
-    "warm": 0.0,
-    "ramp": 0.5,
-    "final_learning_rate": 1e-5,
-    "mask_learning_rate": 2e-2,
-}
 
 
 class PruneTrainer(Trainer):
@@ -281,21 +262,12 @@ class PruneTrainer(Trainer):
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
             refuse_unfit(resume_from_checkpoint)
-            state = self._finished(Path(resume_from_checkpoint))
+            state = finished_state(resume_from_checkpoint, self.args)
             if state is not None:
                 load_adapter_state(self.pruner, resume_from_checkpoint)
                 self.state, self.report = state, self.pruner.report()
                 return TrainOutput(state.global_step, math.nan, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _finished(self, checkpoint: Path) -> TrainerState | None:
-        """The state of a checkpoint that has taken all the steps there are: Trainer would take one more."""
-        file = checkpoint / TRAINER_STATE_NAME
-        state = TrainerState.load_from_json(str(file)) if file.is_file() else None
-        if state is None or (self.args.max_steps <= 0 and state.num_train_epochs != self.args.num_train_epochs):
-            return None
-        most = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
-        return state if state.global_step >= most else None
 
 
 def _around(model: nn.Module, pruner: Pruner) -> str:

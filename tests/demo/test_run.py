@@ -14,7 +14,7 @@ from prunekern.demo import run as demo
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     options = dataclasses.replace(demo.OPTIONS, max_steps=12)
-    return out, demo.run(out, sparsity=0.3, options=options)
+    return out, demo.run(out, sparsity=0.3, options=options, seconds=0.5)
 
 
 def test_budget_is_met_and_nothing_changes_at_removal(report):

@@ -1,7 +1,8 @@
-"""One process of a training run, to be started alone or by torch.distributed.run: OUT BATCH STOP.
+"""One process of training runs, to be started alone or by torch.distributed.run: BATCH OUT STOP [OUT STOP ...].
 
-Trains on rows in order, without dropout; STOP > 0: ends there, as a kill would; a checkpoint in OUT is resumed from.
-Writes OUT/rank-R.json: losses, plan, thresholds, a digest of all that was learned.
+A run trains on rows in order, without dropout; STOP > 0: ends there, as a kill would; a checkpoint in OUT is resumed
+from. Writes OUT/rank-R.json: losses, plan, thresholds, a digest of all that was learned. Several runs, one after the
+other, share what a process takes to start, which is more than they take themselves.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import prunekern as pk
 from prunekern.training.trainer import last_checkpoint
@@ -32,19 +33,20 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Watch(TrainerCallback):
-    def __init__(self, stop):
-        self.stop, self.thresholds, self.flips = stop, [], []
+    def __init__(self, pruner, stop):
+        self.pruner, self.stop, self.thresholds, self.flips = pruner, stop, [], []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.thresholds.append(float(next(iter(trainer.pruner.masks.values())).threshold))
-        self.flips.append(trainer.pruner.flips)
+        self.thresholds.append(float(next(iter(self.pruner.masks.values())).threshold))
+        self.flips.append(self.pruner.flips)
         control.should_training_stop |= state.global_step == self.stop
 
 
-if __name__ == "__main__":
-    out, batch, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    watch = Watch(stop)
+def train(out, batch, stop):
+    out.mkdir(parents=True, exist_ok=True)
+    set_seed(0)  # what a run begins with is not what the one before it left
+    pruner = attached(build(**OFF), sparsity=0.4)
+    watch = Watch(pruner, stop)
     trainer = pk.PruneTrainer(
         args=TrainingArguments(
             output_dir=str(out / "run"),
@@ -60,7 +62,7 @@ if __name__ == "__main__":
             train_sampling_strategy="sequential",
             dataloader_pin_memory=False,
         ),
-        pruner=attached(build(**OFF), sparsity=0.4),
+        pruner=pruner,
         train_dataset=Rows(),
         callbacks=[watch],
         mask_learning_rate=0.1,
@@ -76,12 +78,18 @@ if __name__ == "__main__":
             {
                 "world": trainer.args.world_size,
                 "losses": {e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e},
-                "plan": trainer.pruner.plan().to_dict(),
-                "shrunk": trainer.pruner.shrunk,
+                "plan": pruner.plan().to_dict(),
+                "shrunk": pruner.shrunk,
                 "thresholds": watch.thresholds,
                 "flips": watch.flips,
-                "saliency": [m.saliency.tolist() for m in trainer.pruner.masks.values()],
+                "saliency": [m.saliency.tolist() for m in pruner.masks.values()],
                 "digest": hashlib.sha256(learned).hexdigest(),
             }
         )
     )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for folder, stop in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+        train(Path(folder), int(sys.argv[1]), int(stop))

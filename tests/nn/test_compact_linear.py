@@ -266,7 +266,9 @@ def test_mlp(activation, gated):
         hidden = act(gate(x)) * up(x) if gated else act(up(x))
         torch.testing.assert_close(mlp(x), down(hidden), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mlp(x, residual), down(hidden) + residual, rtol=1e-4, atol=1e-5)
-        compiled = torch.compile(mlp, fullgraph=True)
+        # What is generated of the graphs differs by a function alone: one of each shape is compiled to the end.
+        backend = "inductor" if activation == "gelu" else "aot_eager"
+        compiled = torch.compile(mlp, fullgraph=True, backend=backend)
         torch.testing.assert_close(compiled(x, residual), mlp(x, residual))
     assert mlp.up.weight.data_ptr() == up.weight.data_ptr()
     assert copy.deepcopy(mlp)(x).equal(mlp(x))

@@ -41,23 +41,6 @@ def test_packed_against_float64(m, n, k):
             assert_close(compact_linear(x, weight, *args), *naive(x, weight, *args, torch_tails=True))
 
 
-@native
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The same numbers test in a child process per instruction set."""
-    if isa not in _native._C.supported_isas():
-        with pytest.raises(AssertionError, match=f"cannot run {isa}"):
-            _child("from prunekern import _native; _native.core()", PRUNEKERN_ISA=isa)
-        return
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "against_float64 or strided"],
-        env={**os.environ, "PRUNEKERN_ISA": isa}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-2000:]
-    assert "skipped" not in result.stdout
-    assert _child("from prunekern import _native; print(_native.core().isa())", PRUNEKERN_ISA=isa) == isa
-
-
 def test_unknown_instruction_set_is_refused():
     text = _child("from prunekern import _native; print(_native.available(), _native.why_not())", PRUNEKERN_ISA="sse9")
     if _native._C is not None:

@@ -4,10 +4,7 @@ and, with x rounded too, against the reference; what is refused.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -240,20 +237,6 @@ def test_opcheck_and_compile():
         torch.library.opcheck(torch.ops.prunekern.compact_linear, args)
         compiled = torch.compile(lambda *a: compact_linear(*a) + 1, fullgraph=True)
         torch.testing.assert_close(compiled(*args), compact_linear(*args) + 1, rtol=1e-5, atol=1e-5)
-
-
-@native
-@pytest.mark.parametrize(
-    "isa", ["generic", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
-)  # fmt: skip
-def test_every_instruction_set(isa):
-    """The same numbers test in a child process per instruction set."""
-    if isa not in _native._C.supported_isas():
-        pytest.skip(f"this CPU has no {isa}; the core says so, see test_quantized.py")
-    tests = [f"{__file__}::{name}" for name in ("test_packing", "test_what_each_word_does", "test_mlp")]
-    child = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-                           env={**os.environ, "PRUNEKERN_ISA": isa}, capture_output=True, text=True)  # fmt: skip
-    assert child.returncode == 0, child.stdout
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------

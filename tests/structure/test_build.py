@@ -28,10 +28,8 @@ def tool(name: str) -> str:
     return str(beside) if beside.exists() else shutil.which(name)
 
 
-@pytest.fixture
-def sources(tmp_path) -> Path:
-    """A copy of what the build reads: builds leave files beside their sources."""
-    copy = tmp_path / "sources"
+def copied(copy: Path) -> Path:
+    """What the build reads: builds leave files beside their sources."""
     copy.mkdir()
     for name in BUILD_INPUTS:
         if (ROOT / name).is_dir():
@@ -39,6 +37,26 @@ def sources(tmp_path) -> Path:
         else:
             shutil.copy(ROOT / name, copy)
     return copy
+
+
+@pytest.fixture
+def sources(tmp_path) -> Path:
+    return copied(tmp_path / "sources")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """A wheel, and the folder in which CMake built its core: compiled once, for all who want one or the other."""
+    folder = tmp_path_factory.mktemp("built")
+    sources = copied(folder / "sources")
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, sources],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    (wheel,) = folder.glob(f"prunekern-{prunekern.__version__}-*.whl")
+    (cache,) = sources.glob("build/temp.*/**/CMakeCache.txt")
+    return wheel, cache.parent
 
 
 def build(sources: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -63,13 +81,8 @@ def test_the_version_stands_in_one_place():
 
 
 @compiler
-def test_wheel_has_the_core_and_the_core_needs_no_torch(sources, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, sources],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    (wheel,) = tmp_path.glob(f"prunekern-{prunekern.__version__}-*.whl")
+def test_wheel_has_the_core_and_the_core_needs_no_torch(built, tmp_path):
+    wheel, _ = built
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
@@ -111,7 +124,7 @@ def test_code_that_does_not_compile_is_no_missing_compiler(sources):
 
 
 @compiler
-def test_a_cpp_program_links_the_installed_library(tmp_path):
+def test_a_cpp_program_links_the_installed_library(built, tmp_path):
     """examples/cpp against an install of everything (CTest installs the C++ component only)."""
 
     def cmake(*arguments: object) -> None:
@@ -119,9 +132,7 @@ def test_a_cpp_program_links_the_installed_library(tmp_path):
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
     prefix, ninja = tmp_path / "prefix", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
-    cmake("-S", ROOT, "-B", tmp_path / "library", "-G", "Ninja", ninja)
-    cmake("--build", tmp_path / "library")
-    cmake("--install", tmp_path / "library", "--prefix", prefix)
+    cmake("--install", built[1], "--prefix", prefix)
     (version,) = prefix.rglob("prunekernConfigVersion.cmake")
     assert f'set(PACKAGE_VERSION "{prunekern.__version__}")' in version.read_text()
     cmake("-S", ROOT / "examples/cpp", "-B", tmp_path / "build", "-G", "Ninja", ninja, f"-DCMAKE_PREFIX_PATH={prefix}")

@@ -12,26 +12,41 @@ import pytest
 WORKER = Path(__file__).parents[1] / "helpers" / "ddp_worker.py"
 
 
-def start(out, batch, stop=0, processes=1):
-    out.mkdir(exist_ok=True)
+STOPS = (5, 10)  # in stage one, and in stage two, after the channels are gone
+
+
+def start(batch, *runs, processes=1):
+    """What every rank wrote of each run (folder, step to stop at or 0), made one after the other."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     path = os.pathsep.join([str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *launch, str(WORKER), str(out), str(batch), str(stop)],
+        [sys.executable, *launch, str(WORKER), str(batch), *(str(word) for run in runs for word in run)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+    return [[json.loads((out / f"rank-{r}.json").read_text()) for r in range(processes)] for out, _ in runs]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    (one,) = start(folder / "one", 8)
-    return one, start(folder / "two", 4, processes=2)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """(of one process, of each of two); runs of two processes that stopped lie beside them."""
+    ((one,),) = start(8, (folder / "one", 0))
+    two, *_ = start(4, (folder / "two", 0), *((folder / f"cut-{stop}", stop) for stop in STOPS), processes=2)
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def resumed(runs, folder):
+    """The runs that stopped, ended by two new processes, by where they stopped."""
+    return dict(zip(STOPS, start(4, *((folder / f"cut-{stop}", 0) for stop in STOPS), processes=2), strict=True))
 
 
 def test_both_ranks_end_alike(runs):
@@ -52,10 +67,11 @@ def test_equal_to_one_process_with_the_joined_batch(runs):
     np.testing.assert_allclose(list(one["losses"].values()), list(two["losses"].values()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("stop", [5, 10])
-def test_resumed_as_two_processes(runs, tmp_path, stop):
-    """Stopped in stage one, and in stage two, after the channels are gone; checkpoints are two steps apart."""
-    start(tmp_path / "cut", 4, stop, processes=2)
-    first, second = start(tmp_path / "cut", 4, processes=2)
+@pytest.mark.parametrize("stop", STOPS)
+def test_resumed_as_two_processes(runs, resumed, stop):
+    """Checkpoints are two steps apart."""
+    first, second = resumed[stop]
     whole = runs[1][0]
+    assert list(first["losses"]) == [str(s) for s in range(1, 13)]
+    assert len(first["thresholds"]) == 12 - stop // 2 * 2  # the steps that were left
     assert first["digest"] == second["digest"] == whole["digest"] and first["plan"] == whole["plan"]
