@@ -49,6 +49,13 @@ def multiplies_bf16() -> bool:
         return _seconds(wide, weight) > FASTER * _seconds(*narrow)
 
 
+def multiplies_in_bf16(x: Tensor, weight: Tensor) -> bool:
+    """Whether x and a plain weight on the CPU are multiplied in bf16: autocast says so, and `multiplies_bf16` does."""
+    if not x.is_cpu or not torch.is_autocast_enabled("cpu") or torch.float64 in (x.dtype, weight.dtype):
+        return False
+    return torch.get_autocast_dtype("cpu") is torch.bfloat16 and multiplies_bf16()
+
+
 def _seconds(x: Tensor, weight: Tensor) -> float:
     """Of one product, the least of several."""
     least = float("inf")
