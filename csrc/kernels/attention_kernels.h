@@ -24,6 +24,13 @@ struct PackValuesArgs {
   float* panels;
 };
 
+// Rows that will be read next: begun to be drawn while the last ones of a call are multiplied.
+struct NextRows {
+  const float* data = nullptr;
+  const std::int64_t* row = nullptr;  // [n]: where each starts, in elements from `data`
+  std::int64_t n = 0, d = 0;
+};
+
 // Up to kMaxLoneRows queries x keys that are read where they lie: scores as tiles would leave them, times
 // scale.
 struct ScoreArgs {
@@ -34,6 +41,7 @@ struct ScoreArgs {
   std::int64_t n, d;
   float scale;
   float* scores;  // [ceil(n / w), rows, w]; past n, up to a whole vector, anything
+  NextRows next;
 };
 
 // acc = p times values that are read where they lie.
@@ -44,6 +52,7 @@ struct WeighArgs {
   const std::int64_t* row;  // [n]
   std::int64_t n, d;
   float* acc;  // [ceil(d / w), rows, w]
+  NextRows next;
 };
 
 // One block of keys of the online softmax, logits in units of log 2:

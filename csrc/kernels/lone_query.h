@@ -15,6 +15,16 @@ __attribute__((always_inline)) inline void draw_row(const float* row, std::int64
   for (std::int64_t c = 0; c < floats; c += 16) __builtin_prefetch(row + c, 0, 3);
 }
 
+// Row i of n, or what comes after them.
+__attribute__((always_inline)) inline void draw_ahead(const float* data, const std::int64_t* row,
+                                                      std::int64_t i, std::int64_t n, std::int64_t floats,
+                                                      const NextRows& next) {
+  if (i < n)
+    draw_row(data + row[i], floats);
+  else if (i - n < next.n)
+    draw_row(next.data + next.row[i - n], next.d);
+}
+
 // Keys a vector at a time: partial sums of each, then all their lanes at once.
 template <class V, int R>
 void score_rows(const ScoreArgs& args) {
@@ -29,7 +39,7 @@ void score_rows(const ScoreArgs& args) {
     const std::int64_t keys = args.n - first < kVector ? args.n - first : kVector;
     for (std::int64_t i = 0; i < keys; ++i) {
       const float* key = args.keys + args.row[first + i];
-      if (first + i + kKeysAhead < args.n) draw_row(args.keys + args.row[first + i + kKeysAhead], args.d);
+      draw_ahead(args.keys, args.row, first + i + kKeysAhead, args.n, args.d, args.next);
       F sum[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sum[r] = V::set(0.0f);
@@ -76,7 +86,7 @@ void weigh_part(const WeighArgs& args, std::int64_t column) {
     for (int c = 0; c < C; ++c) sum[r][c] = V::set(0.0f);
   for (std::int64_t i = 0; i < args.n; ++i) {
     const float* value = args.values + args.row[i] + column;
-    if (i + kKeysAhead < args.n) draw_row(args.values + args.row[i + kKeysAhead] + column, channels);
+    draw_ahead(args.values + column, args.row, i + kKeysAhead, args.n, channels, args.next);
     F x[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)

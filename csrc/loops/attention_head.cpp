@@ -113,6 +113,7 @@ struct InPlace {
   const float *keys, *values;
   const std::int64_t *k_row, *v_row;
   float scale;
+  NextRows next;  // of the head that comes after this one
 };
 
 // Queries x all allowed keys of one head.
@@ -170,8 +171,16 @@ struct Head {
   void score(Range keys, const float* a, std::int64_t a_stride, std::int64_t count, const Workspace& work,
              Ahead& ahead) const {
     if (in_place != nullptr)
-      return kernel.attention.score({a, a_stride, count, in_place->keys, in_place->k_row + keys.begin,
-                                     keys.size(), qk, in_place->scale, work.scores});
+      return kernel.attention.score({a,
+                                     a_stride,
+                                     count,
+                                     in_place->keys,
+                                     in_place->k_row + keys.begin,
+                                     keys.size(),
+                                     qk,
+                                     in_place->scale,
+                                     work.scores,
+                                     {in_place->values, in_place->v_row + keys.begin, keys.size(), v}});
     for (std::int64_t p = 0; pairs != nullptr && p * kernel.width < keys.size(); ++p) {
       multiply(work.q_tile, qk, count,
                work.key_pairs + (keys.begin / kernel.width + p) * steps(*pairs, qk) * pairs->panel_step_bytes,
@@ -190,12 +199,18 @@ struct Head {
     }
   }
 
+  // What is multiplied after a block's values: its next block's keys, or the next head's.
+  NextRows next_keys(Range keys) const {
+    if (keys.end == keys_there) return in_place->next;
+    return {in_place->keys, in_place->k_row + keys.end, keys_there - keys.end, qk};
+  }
+
   // Powers of scores x a block of values: sums of the panel of channels from c on. In place all come at once.
   const float* weigh(Range keys, std::int64_t c, Range rows, const Workspace& work, Ahead& ahead) const {
     if (in_place != nullptr) {
       if (c == 0)
         kernel.attention.weigh({work.p, work.p_stride, rows.size(), in_place->values,
-                                in_place->v_row + keys.begin, keys.size(), v, work.sums});
+                                in_place->v_row + keys.begin, keys.size(), v, work.sums, next_keys(keys)});
       return work.sums + c * rows.size();
     }
     const std::int64_t columns = std::min<std::int64_t>(kernel.width, v - c);
@@ -274,6 +289,15 @@ void count_seen(const AttentionCall& call, const std::vector<std::int64_t>& keys
     seen[i] = std::upper_bound(keys.begin(), keys.end(), call.keys - call.queries + i) - keys.begin();
 }
 
+// Keys of the next head, where a lone query reads them: in the same sequence the same rows.
+NextRows next_head(const AttentionCall& call, const Item& item, const Item* next, std::size_t keys,
+                   const std::int64_t* rows) {
+  if (next == nullptr || next->sequence != item.sequence) return {};
+  const std::int64_t first = call.qk_first[next->head];
+  return {call.k + next->sequence * call.k_batch_stride + first, rows, static_cast<std::int64_t>(keys),
+          call.qk_first[next->head + 1] - first};
+}
+
 }  // namespace
 
 void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item, const Item* next) {
@@ -300,8 +324,11 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
     v_row[i] = keys[i] * call.v_stride;
   }
   const InPlace in_place{call.k + sequence * call.k_batch_stride + qk_first,
-                         call.v + sequence * call.v_batch_stride + v_first, k_row.data(), v_row.data(),
-                         call.scale * kLog2E};
+                         call.v + sequence * call.v_batch_stride + v_first,
+                         k_row.data(),
+                         v_row.data(),
+                         call.scale * kLog2E,
+                         next_head(call, item, next, keys.size(), k_row.data())};
   // A lone query sees all keys, in every head that shares them: the heads are the rows of its tile.
   const bool is_lone = call.queries == 1, is_packed = !is_lone || shared > kMaxLoneRows;
   const Product* pairs =

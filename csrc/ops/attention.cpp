@@ -64,7 +64,7 @@ void compact_attention(Isa isa, const AttentionCall& call) {
   parallel(threads, [&](int, int count) {
     for (std::int64_t i = taken++; i < items; i = taken++) {
       const Item next = item(i + count);
-      run_item(call, kernel, item(i), is_large && i + count < items ? &next : nullptr);
+      run_item(call, kernel, item(i), (is_large || call.queries == 1) && i + count < items ? &next : nullptr);
     }
   });
 }

@@ -1,5 +1,6 @@
 // prunekern._C: whether modules and tensors still are what something was made of.
 #include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -58,11 +59,10 @@ void draw_objects(PyObject* const* seen) {
 void draw_tensor(PyObject* const* seen) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(seen[kTensor])) != seen[kType]) return;
   // Its C++ half: what its object points to first. Only drawn, never read.
-  void* words[3];
+  std::uintptr_t words[3];
   __builtin_memcpy(words, seen[kTensor], sizeof(words));
-  for (int word = 2; word < 4; ++word)
-    for (int line = 0; line < 4; ++line)
-      __builtin_prefetch(static_cast<const char*>(words[word]) + 64 * line);
+  for (std::uintptr_t line = 0; line < 4; ++line)
+    __builtin_prefetch(reinterpret_cast<const void*>(words[2] + 64 * line));
   if (PyList_CheckExact(seen[kReads])) __builtin_prefetch(PySequence_Fast_ITEMS(seen[kReads]));
 }
 
