@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.int4 import dequantize_weight_int4, quantize_weight_int4
 from .compensating import compensated
-from .listening import Listener
-from .walking import walk
+from .listening import Inputs, Listener
+from .walking import Walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,34 +43,34 @@ class Gram(Listener):
 
 
 @torch.no_grad()
-def compensated_layers(model: PreTrainedModel, batches: Iterable[Any], rows: int) -> dict[str, Int4]:
+def compensated_layers(
+    model: PreTrainedModel, batches: Iterable[Any], rows: int
+) -> tuple[dict[str, Int4], list[Inputs]]:
     """By name, the weights of all block linears that saw rows, rounded one block after another. The model's weights are
     what they were afterwards; while a block's inputs are made, those before it are rounded.
     """
     found: dict[str, Int4] = {}
-    kept: dict[str, Tensor] = {}
-    try:
-        for block, look in walk(model, batches, rows):
-            _put(model, kept)
-            names = dict.fromkeys(n for n in (block.q, block.k, block.v, block.o, block.up, block.down) if n)
-            names |= dict.fromkeys([block.gate] if getattr(block, "gate", None) else [])  # type: ignore[attr-defined]
-            grams = [Gram(name, model.get_submodule(name), rows) for name in names]
-            look(grams)
-            kept = {}
-            for gram in grams:
-                weight: nn.Parameter = gram.module.weight  # type: ignore[assignment]
-                if gram.sum is not None:
-                    found[gram.name] = Int4(compensated(weight.detach(), gram.sum))
-                    kept[gram.name] = weight.detach()
-            rounded = {name: found[name].weight() for name in kept}
-            kept = {name: w.clone() for name, w in kept.items()}
-            _put(model, rounded)
-    finally:
-        _put(model, kept)
-    return found
+    walk = Walk(model, batches, rows)
+    for block in walk.blocks:
+        names = [getattr(block.names, part, None) for part in ("q", "k", "v", "o", "gate", "up", "down")]
+        grams = [Gram(name, model.get_submodule(name), rows) for name in names if name is not None]
+        walk.look(block, grams)
+        weights: dict[str, Tensor] = {g.name: g.module.weight.detach() for g in grams if g.sum is not None}
+        for gram in grams:
+            if gram.sum is not None:
+                found[gram.name] = Int4(compensated(weights[gram.name], gram.sum))
+        before = {name: weight.clone() for name, weight in weights.items()}
+        try:
+            put(model, {name: found[name].weight() for name in weights})
+            walk.pass_on(block)
+        finally:
+            put(model, before)
+    return found, walk.used
 
 
-def _put(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+@torch.no_grad()
+def put(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Write weights, by layer, over those of the model."""
     for name, weight in weights.items():
         module: Any = model.get_submodule(name)
         module.weight.copy_(weight)
