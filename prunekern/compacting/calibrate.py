@@ -14,11 +14,11 @@ from .. import families
 from ..families.wrapped import unwrapped
 from ..ops.packing import WEIGHTS
 from .checkpoint import check_kinds, set_weights
-from .choosing import by_cost, by_decibels
+from .choosing import WIDE, by_cost, by_decibels
 from .compensated import Int4, compensated_layers, put
 from .costs import costs
 from .head import word_head
-from .held import Held, digest
+from .held import HEAD, Held, digest
 from .listening import run
 from .losing import Loss, decibels, rounded
 from .plan import Plan
@@ -39,7 +39,8 @@ MOST_ROWS = 4096  # of each layer's inputs
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What one layer loses: `db` in the kind that was asked for, `held_db` in the one it is held in, `held`.
+    """What one layer loses: `db` in the kind that was asked for, `held_db` in the one it is held in, `held`: a kind of
+    weights, or "int8, x in fp32", where x is not rounded.
 
     Signal to noise of its products against fp32, in dB (see `calibrate`); infinite where it is held in fp32 or nothing
     was computed.
@@ -68,7 +69,8 @@ class Calibration:
     @property
     def held(self) -> dict[str, str]:
         """Kinds by name, of the layers that are not held in what was asked for."""
-        return {layer.name: layer.held for layer in self.layers if layer.held != self.weights}
+        kinds = {layer.name: _weights(layer.held) for layer in self.layers}
+        return {name: kind for name, kind in kinds.items() if kind != self.weights}
 
     def __str__(self) -> str:
         wide = max(len("layer"), *(len(layer.name) for layer in self.layers))
@@ -116,7 +118,8 @@ def calibrate(
     the layers of an MLP.
     - least_db None: as few bytes as do, for layers that together cost at most `most_nats` a prediction (of a token, or
       a text's class), by a Fisher estimate (`costs`). None: 0.008 for int8 and bf16, 0.03 for int4: so much does the
-      loss grow, times 100 about so many percent the perplexity.
+      loss grow, times 100 about so many percent the perplexity. Among what is tried are int8 weights
+      that read x as it is, which is not a byte more.
     - least_db given, or a model that predicts no classes, then 25 dB for int8 and bf16, 15 dB for int4: a layer below
       it is held in the first kind with more bits that reaches it, fp32 at last. It is the signal to noise of a layer's
       products, before bias, activation and residual, against fp32, in every row, averaged in dB. Every token counts
@@ -137,7 +140,9 @@ def calibrate(
     in_int4: dict[str, Int4] = {}
     if compensates and weights == "int4":
         in_int4, batches = compensated_layers(model, batches, most_rows)
-    losses = {n: Loss(n, module, kinds, activations, most_rows, in_int4.get(n)) for n, module in modules.items()}
+    head = next((name for name in modules if name not in plan.layers), None)
+    more = (*kinds, WIDE) if least_db is None and weights != "bf16" and activations != "float" else kinds
+    losses = {n: Loss(n, module, more, activations, most_rows, in_int4.get(n)) for n, module in modules.items()}
     used = run(model, batches, list(losses.values()))
 
     units, found = _units(model, losses), None
@@ -155,9 +160,11 @@ def calibrate(
         least_db = math.floor(10 * least) / 10 if math.isfinite(least) else LEAST_DB[weights]
     least = float(LEAST_DB[weights] if least_db is None else least_db)
 
-    head = next((name for name in chosen if name not in plan.layers), None)
-    careful = {name: kind for name, kind in chosen.items() if kind != weights and name != head}
-    _write(model, Held(weights, activations, least, careful, weights if head is None else chosen[head], digest(plan)))
+    kept = {name: _weights(kind) for name, kind in chosen.items()}
+    careful = {name: kind for name, kind in kept.items() if kind != weights and name != head}
+    float_x = [HEAD if name == head else name for name, kind in chosen.items() if kind == WIDE]
+    held_head = weights if head is None else kept[head]
+    _write(model, Held(weights, activations, least, careful, held_head, digest(plan), tuple(float_x)))
     put(model, {name: weight.weight() for name, weight in in_int4.items() if chosen[name] == "int4"})
     if hold:
         set_weights(small, weights, activations)
@@ -176,6 +183,11 @@ def _check(weights: str, activations: str, least_db: Any, most_rows: Any, most_n
         raise ValueError(f"calibrate: most_nats must be a finite number, 0 or more (got {most_nats!r})")
     if most_nats is not None and least_db is not None:
         raise ValueError(f"calibrate: most_nats must be None beside least_db (got {most_nats!r}): one rule chooses")
+
+
+def _weights(held: str) -> str:
+    """The kind of weights of what a layer is held in."""
+    return "int8" if held == WIDE else held
 
 
 def _is_finite(number: Any) -> bool:

@@ -22,6 +22,7 @@ from ..storage.json_files import read_json
 from ..storage.shards import Shards
 from . import card
 from .head import plain_head, set_head_weights, word_head
+from .held import HEAD
 from .plan import dense_sizes
 
 if TYPE_CHECKING:
@@ -138,9 +139,11 @@ def set_weights(model: PreTrainedModel, weights: str, activations: str = "auto")
         raise ValueError(f"set_weights: weights {weights!r} needs a compact model (got {got})")
     for name, layer in layers.items():
         kind = weights if choice is None else choice.kind(name, weights)
-        layer.set_weights(kind, _going_with(kind, activations))
+        x = activations if choice is None else choice.x(name, kind, activations)
+        layer.set_weights(kind, _going_with(kind, x))
     kind = weights if choice is None else choice.head_kind(weights)
-    set_head_weights(inner, kind, _going_with(kind, activations))
+    x = activations if choice is None else choice.x(HEAD, kind, activations)
+    set_head_weights(inner, kind, _going_with(kind, x))
     pack_all(inner)
     return model
 

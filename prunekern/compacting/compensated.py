@@ -55,7 +55,7 @@ def compensated_layers(
         names = [getattr(block.names, part, None) for part in ("q", "k", "v", "o", "gate", "up", "down")]
         grams = [Gram(name, model.get_submodule(name), rows) for name in names if name is not None]
         walk.look(block, grams)
-        weights: dict[str, Tensor] = {g.name: g.module.weight.detach() for g in grams if g.sum is not None}
+        weights: dict[str, Tensor] = {g.name: g.module.weight for g in grams if g.sum is not None}  # type: ignore[misc]
         for gram in grams:
             if gram.sum is not None:
                 found[gram.name] = Int4(compensated(weights[gram.name], gram.sum))

@@ -60,7 +60,8 @@ def _upper(gram: Tensor) -> Tensor:
     diagonal = damped.diagonal()
     diagonal.add_(DAMPING * diagonal).add_(_LEAST * diagonal.mean() + 1e-30)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper.float()
 
 
 def _round_group(group: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

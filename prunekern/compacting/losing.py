@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import CompactLinear
 from ..ops.quantized import quantize_rows
+from .choosing import WIDE
 from .compensated import Int4
 from .listening import Listener
 
@@ -39,6 +40,7 @@ class Loss(Listener):
 
     def rounded(self, kind: str) -> Tensor:
         """The weight [N, K] as it is held in a kind, in fp32."""
+        kind = "int8" if kind == WIDE else kind
         if kind == "int4" and self.compensated is not None:
             return self.compensated.weight()
         return rounded(self.module.weight.detach(), kind)  # type: ignore[operator]
@@ -71,7 +73,7 @@ def rounded(weight: Tensor, kind: str) -> Tensor:
 
 def rounded_rows(x: Tensor, kind: str, activations: str) -> Tensor:
     """x [rows, K] as it is multiplied with weights of a kind, in fp32."""
-    if activations == "float":
+    if activations == "float" or kind == WIDE:
         return x
     if kind == "bf16":
         return x.bfloat16().float()

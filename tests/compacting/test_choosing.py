@@ -61,7 +61,7 @@ def test_a_costly_layer_alone_is_held_in_more_bits():
 
 def test_what_a_later_step_made_needless_is_taken_back():
     """First the small unit, which buys most for a byte; then the large one, which alone would have done."""
-    costs = {"a": {"int8": 0.01}, "b": {"int8": 1.0}}
+    costs = {"a": {"int8": 0.01, "bf16": 0.0}, "b": {"int8": 1.0, "bf16": 0.0}}
     kinds = by_cost([("a",), ("b",)], ("int8", "bf16"), costs, {"a": 1, "b": 1000}, 0.5)
     assert kinds == {"a": "int8", "b": "bf16"}
 
