@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # bench/accuracy/calibration.py. (int4, in groups of 32, is about 20 dB for normal weights; its number is a guess.)
 LEAST_DB = {"bf16": 25.0, "int8": 25.0, "int4": 15.0}
 # By kind: nats of a prediction that all layers together may cost.
-MOST_NATS = {"bf16": 0.01, "int8": 0.008, "int4": 0.03}
+MOST_NATS = {"bf16": 0.006, "int8": 0.006, "int4": 0.025}
 MOST_ROWS = 4096  # of each layer's inputs
 
 
@@ -57,7 +57,8 @@ class Calibration:
     """What `calibrate` found and chose; as text, a table.
 
     layers: a LayerLoss for every block linear, in the order of the plan, then of the head of a causal language model.
-    rows: how many rows of inputs each layer was measured on, at most.
+    rows: how many rows of inputs each layer was measured on, at most. nats: what all layers together are estimated to
+    cost a prediction, as they are held; None where `least_db` chose.
     """
 
     weights: str
@@ -65,6 +66,7 @@ class Calibration:
     least_db: float
     rows: int
     layers: Sequence[LayerLoss]
+    nats: float | None = None
 
     @property
     def held(self) -> dict[str, str]:
@@ -82,6 +84,8 @@ class Calibration:
             f"{len(self.held)} of {len(self.layers)} layers are held in more bits than {self.weights}, for at least "
             f"{self.least_db:g} dB on {self.rows:,} rows"
         )
+        if self.nats is not None:
+            lines[-1] += f"; together they cost about {self.nats:.4f} nats a prediction"
         return "\n".join(lines)
 
 
@@ -117,7 +121,7 @@ def calibrate(
     What is held in more bits: query, key and value of an attention, which are one product, are held alike, and so are
     the layers of an MLP.
     - least_db None: as few bytes as do, for layers that together cost at most `most_nats` a prediction (of a token, or
-      a text's class), by a Fisher estimate (`costs`). None: 0.008 for int8 and bf16, 0.03 for int4: so much does the
+      a text's class), by a Fisher estimate (`costs`). None: 0.006 for int8 and bf16, 0.025 for int4: so much does the
       loss grow, times 100 about so many percent the perplexity. Among what is tried are int8 weights
       that read x as it is, which is not a byte more.
     - least_db given, or a model that predicts no classes, then 25 dB for int8 and bf16, 15 dB for int4: a layer below
@@ -168,7 +172,9 @@ def calibrate(
     put(model, {name: weight.weight() for name, weight in in_int4.items() if chosen[name] == "int4"})
     if hold:
         set_weights(small, weights, activations)
-    return Calibration(weights, activations, least, max(loss.rows for loss in losses.values()), layers)
+    rows = max(loss.rows for loss in losses.values())
+    nats = None if found is None else sum(found[name].get(kind, 0.0) for name, kind in chosen.items())
+    return Calibration(weights, activations, least, rows, layers, nats)
 
 
 def _check(weights: str, activations: str, least_db: Any, most_rows: Any, most_nats: Any) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from ..ops.int4 import GROUP, LEAST_STEPS, STEPS, round_groups
 
 # Of a Gram matrix, added to every entry of its diagonal, as a share of it: inputs that go together in these texts do
-# not always. By channel, not by their mean as in the paper: one channel is a hundred times as large as the rest.
-DAMPING = 0.01
+# not always. By channel, not by their mean as in the paper: one channel is a hundred times as large as the rest. On
+# texts that were not seen, 2,048 rows seen, a down projection of 1,281 inputs has 24.2 dB with 0.2, 23.1 with 0.01, and
+# 22.1 plainly rounded.
+DAMPING = 0.3
 _LEAST = 1e-6  # of the mean, in each entry: inputs that were never seen
 
 
