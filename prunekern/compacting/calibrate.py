@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 # bench/accuracy/calibration.py. (int4, in groups of 32, is about 20 dB for normal weights; its number is a guess.)
 LEAST_DB = {"bf16": 25.0, "int8": 25.0, "int4": 15.0}
 # By kind: nats of a prediction that all layers together may cost.
-MOST_NATS = {"bf16": 0.006, "int8": 0.006, "int4": 0.025}
+MOST_NATS = {"bf16": 0.0065, "int8": 0.0065, "int4": 0.025}
 MOST_ROWS = 4096  # of each layer's inputs
+MEASURED_ROWS = 1024  # of them: what is lost is a mean, and is told to a tenth of a dB by so many
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,15 @@ def calibrate(
 
     small: a compact model in fp32, as `compact` and `load` return it. batches: mappings of what the model is called
     with, tensors or lists of equal length ([rows, tokens], or [tokens] of one text); labels are left out, and padding
-    (zeros in attention_mask) is not measured. Used until every layer has seen `most_rows` rows, and then again.
+    (zeros in attention_mask) is not measured. Used until every layer has seen `most_rows` rows, and then again; what is lost is
+    measured on the first 1,024 of them.
     weights, activations: as of `load`. "auto" counts the rounding of x, as other machines may do it where this one does
     not.
 
     What is held in more bits: query, key and value of an attention, which are one product, are held alike, and so are
     the layers of an MLP.
     - least_db None: as few bytes as do, for layers that together cost at most `most_nats` a prediction (of a token, or
-      a text's class), by a Fisher estimate (`costs`). None: 0.006 for int8 and bf16, 0.025 for int4: so much does the
+      a text's class), by a Fisher estimate (`costs`). None: 0.0065 for int8 and bf16, 0.025 for int4: so much does the
       loss grow, times 100 about so many percent the perplexity. Among what is tried are int8 weights
       that read x as it is, which is not a byte more.
     - least_db given, or a model that predicts no classes, then 25 dB for int8 and bf16, 15 dB for int4: a layer below
@@ -146,7 +148,10 @@ def calibrate(
         in_int4, batches = compensated_layers(model, batches, most_rows)
     head = next((name for name in modules if name not in plan.layers), None)
     more = (*kinds, WIDE) if least_db is None and weights != "bf16" and activations != "float" else kinds
-    losses = {n: Loss(n, module, more, activations, most_rows, in_int4.get(n)) for n, module in modules.items()}
+    losses = {
+        n: Loss(n, module, more, activations, min(most_rows, MEASURED_ROWS), in_int4.get(n))
+        for n, module in modules.items()
+    }
     used = run(model, batches, list(losses.values()))
 
     units, found = _units(model, losses), None
