@@ -115,8 +115,8 @@ def calibrate(
 
     small: a compact model in fp32, as `compact` and `load` return it. batches: mappings of what the model is called
     with, tensors or lists of equal length ([rows, tokens], or [tokens] of one text); labels are left out, and padding
-    (zeros in attention_mask) is not measured. Used until every layer has seen `most_rows` rows, and then again; what is lost is
-    measured on the first 1,024 of them.
+    (zeros in attention_mask) is not measured. Used until every layer has seen `most_rows` rows, and then again; what is
+    lost is measured on the first 1,024 of them.
     weights, activations: as of `load`. "auto" counts the rounding of x, as other machines may do it where this one does
     not.
 

@@ -85,7 +85,7 @@ def test_x_is_left_as_it_is_before_bits_are_added(tmp_path):
 
 @pytest.mark.parametrize("make", [decoder, small_model])
 def test_int4_loses_less_compensated(make):
-    """In all layers together, and on texts that were not seen. Rows of a tiny model's inputs are few and alike: 1 dB."""
+    """In all layers together, and on texts that were not seen. Rows of a tiny model's inputs are few: 1 dB."""
     which, db, error = (tiny_decoders.batch if make is decoder else batch), {}, {}
     for compensates in (False, True):
         small = make()
