@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # bench/accuracy/calibration.py. (int4, in groups of 32, is about 20 dB for normal weights; its number is a guess.)
 LEAST_DB = {"bf16": 25.0, "int8": 25.0, "int4": 15.0}
 # By kind: nats of a prediction that all layers together may cost.
-MOST_NATS = {"bf16": 0.005, "int8": 0.005, "int4": 0.025}
+MOST_NATS = {"bf16": 0.005, "int8": 0.005, "int4": 0.02}
 MOST_ROWS = 4096  # of each layer's inputs
 MEASURED_ROWS = 1024  # of them: what is lost is a mean, and is told to a tenth of a dB by so many
 
@@ -123,7 +123,7 @@ def calibrate(
     What is held in more bits: query, key and value of an attention, which are one product, are held alike, and so are
     the layers of an MLP.
     - least_db None: as few bytes as do, for layers that together cost at most `most_nats` a prediction (of a token, or
-      a text's class), by a Fisher estimate (`costs`). None: 0.005 for int8 and bf16, 0.025 for int4: so much does the
+      a text's class), by a Fisher estimate (`costs`). None: 0.005 for int8 and bf16, 0.02 for int4: so much does the
       loss grow, times 100 about so many percent the perplexity. Among what is tried are int8 weights
       that read x as it is, which is not a byte more.
     - least_db given, or a model that predicts no classes, then 25 dB for int8 and bf16, 15 dB for int4: a layer below
