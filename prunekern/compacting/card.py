@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from .head import is_tied, word_head
+from .held import HEAD
 from .plan import Plan
 from .plan import plan as plan_of
 from .stored import Stored
@@ -88,7 +89,11 @@ def _held(model: PreTrainedModel) -> list[str]:
     held = choice_of(model)
     if held is None:
         return []
-    layers = dict(held.layers) if held.head == held.weights else {**held.layers, "the head": held.head}
+    layers = dict(held.layers) if held.head == held.weights else {**held.layers, HEAD: held.head}
+    for name in held.float_x:
+        layers[name] = layers.get(name, held.weights) + ", x not rounded"
+    if HEAD in layers:
+        layers["the head"] = layers.pop(HEAD)
     text = f"Calibrated for `{held.weights}` weights, at least {held.least_db:g} dB in every layer: "
     if not layers:
         return ["", f"{text}all layers reach it."]

@@ -21,6 +21,7 @@ from ..storage.folders import replacing
 from ..storage.json_files import read_json
 from . import card
 from .head import is_tied, plain_head, set_head_weights, word_head
+from .held import HEAD
 from .plan import dense_sizes
 from .plan import plan as plan_of
 from .stored import Stored, remember, remembered
@@ -196,13 +197,19 @@ def set_weights(model: PreTrainedModel, weights: str | None, activations: str = 
         remember(inner, None)
     for name, layer in layers.items():
         kind = layer.weights if weights is None else weights if choice is None else choice.kind(name, weights)
-        layer.set_weights(kind, _going_with(kind, activations))
-    if weights is None and isinstance(head, CompactLinear):
-        head.set_weights(head.weights, _going_with(head.weights, activations))
+        x = activations if choice is None else choice.x(name, kind, activations)
+        layer.set_weights(kind, _going_with(kind, x))
+    as_it_is = head if weights is None and isinstance(head, CompactLinear) else None
+    if as_it_is is not None:
+        kind = as_it_is.weights
     else:
         kind = weights or "fp32"
         kind = kind if choice is None else choice.head_kind(kind)
-        set_head_weights(inner, kind, _going_with(kind, activations))
+    x = _going_with(kind, activations if choice is None else choice.x(HEAD, kind, activations))
+    if as_it_is is not None:
+        as_it_is.set_weights(kind, x)
+    else:
+        set_head_weights(inner, kind, x)
     pack_all(inner)
     return model
 

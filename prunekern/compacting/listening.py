@@ -51,12 +51,12 @@ def run(model: PreTrainedModel, batches: Iterable[Any], listeners: Sequence[List
     ValueError or TypeError for what is no batch, and for none.
     """
     device, used = next(model.parameters()).device, []
-    with _listening(model, listeners), torch.no_grad():
+    with heard(model, listeners), torch.no_grad():
         for batch in batches:
             inputs = _inputs(batch, device)
-            mask = inputs.get("attention_mask")
+            mask = mask_of(inputs)
             for one in listeners:
-                one.mask = mask.bool() if mask is not None and mask.dim() == 2 else None
+                one.mask = mask
             model(**inputs)
             used.append(inputs)
             if all(one.rows >= one.most_rows for one in listeners if one.rows):
@@ -66,8 +66,14 @@ def run(model: PreTrainedModel, batches: Iterable[Any], listeners: Sequence[List
     return used
 
 
+def mask_of(inputs: Inputs) -> Tensor | None:
+    """[batch, tokens] bool: which are no padding; None where nothing says so."""
+    mask = inputs.get("attention_mask")
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
 @contextmanager
-def _listening(model: PreTrainedModel, listeners: Sequence[Listener]) -> Iterator[None]:
+def heard(model: PreTrainedModel, listeners: Sequence[Listener]) -> Iterator[None]:
     """In eval mode, with the hooks set; as it was afterwards, whatever happens."""
     training = [module for module in model.modules() if module.training]
     handles = []

@@ -10,9 +10,9 @@ from . import checks
 GROUP = 32  # inputs
 _HALF = GROUP // 2
 # What the weight that is largest in size may become, in steps (csrc/ops/int4.cpp says why these).
-_STEPS = (-8.5, -8.0, -7.0, -6.0)
-_LEAST_STEPS = 6.0
-_MOST = 65504 * _LEAST_STEPS  # else fp16 does not hold the scale
+STEPS = (-8.5, -8.0, -7.0, -6.0)
+LEAST_STEPS = 6.0
+_MOST = 65504 * LEAST_STEPS  # else fp16 does not hold the scale
 _CHUNK = 2**17  # weights at a time: they stay in the caches
 
 
@@ -53,7 +53,7 @@ def quantize_weight_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
         part = weight[first : first + rows].float()
         padded = part.new_zeros(part.shape[0], GROUP * groups_of(k))
         padded[:, :k] = part
-        q, steps = _round(padded.view(-1, GROUP))
+        q, steps = round_groups(padded.view(-1, GROUP))
         byte = (q + 8).to(torch.uint8)
         codes[first : first + rows] = (byte[:, :_HALF] | byte[:, _HALF:] << 4).view(part.shape[0], -1)
         scale[first : first + rows] = steps.view(part.shape[0], -1)
@@ -68,18 +68,21 @@ def dequantize_weight_int4(codes: Tensor, scale: Tensor, k: int, dtype: torch.dt
     return q.mul_(scale.to(dtype)[:, :, None]).reshape(n, GROUP * groups)[:, :k]
 
 
-def _round(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """groups [M, 32] float32 -> q [M, 32] float32 and scales [M] float16."""
+def round_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """groups [M, at most 32] float32, a group a row -> q of the same shape, float32, and scales [M] float16.
+
+    What `quantize_weight_int4` does; the q that is largest in size is 6, 7 or 8, or they are all 0.
+    """
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # [M, 1]
     scale, least = largest, groups.new_full((groups.shape[0], 1), float("inf"))
-    for steps in _STEPS:
+    for steps in STEPS:
         one = (largest / steps).half().float()
         lost = (groups - _rounded(groups, one) * one).square_().sum(1, keepdim=True)
         scale, least = torch.where(lost < least, one, scale), torch.minimum(lost, least)
     q = _rounded(groups, scale)
     square = q.square().sum(1, keepdim=True)
     fitted = torch.where(square > 0, (groups * q).sum(1, keepdim=True) / square, 0.0).half().float()
-    stays = _rounded(largest, fitted).abs() >= _LEAST_STEPS  # NaN and infinities do not
+    stays = _rounded(largest, fitted).abs() >= LEAST_STEPS  # NaN and infinities do not
     scale = torch.where(stays & fitted.isfinite(), fitted, scale)
     return _rounded(groups, scale), scale[:, 0].half()
 

@@ -38,7 +38,8 @@ def quantize(
     seed: int = 0,
 ) -> Calibration:
     """Calibrate the compact model with training rows of the task, drawn by seed, and write the choice to OUT/compact,
-    which holds fp32 weights as before; then hold the model so. On the CPU, where it stays.
+    which holds fp32 weights, of layers in int4 such as int4 holds exactly (see `calibrate`); then hold the model so. On
+    the CPU, where it stays.
     """
     small.to("cpu")
     found = calibrate(small, _batches(task, tokenizer, max_length, batch_size, seed), weights=kind, hold=False)

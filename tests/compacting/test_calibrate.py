@@ -116,7 +116,7 @@ def test_at_most_so_many_rows(small):
 
 def test_blocks_of_rows_change_nothing(small, monkeypatch):
     whole = pk.calibrate(small_model(), batches()).layers
-    monkeypatch.setattr("prunekern.compacting.calibrate._BLOCK", 200)
+    monkeypatch.setattr("prunekern.compacting.losing.BLOCK", 200)
     for a, b in zip(whole, pk.calibrate(small, batches()).layers, strict=True):
         assert a.db == pytest.approx(b.db, abs=1e-3)
 

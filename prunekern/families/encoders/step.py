@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from ..linears import Activation
 from ..made_from import MadeFrom, parts_of
 from .norms import CompactLayerNorm
 
-if TYPE_CHECKING:
-    from .blocks import CompactSelfAttention
-
 # csrc/python/encoder_block.cpp
 _RUN: Callable[..., Tensor | None] | None = _native.core().call_encoder_block if calls.EAGER else None
 _f32 = torch.float32
@@ -36,8 +33,8 @@ class Parts:
     forward that the family gave them.
     """
 
-    # Any: of the classes that the family made, unless somebody put others there.
-    attention: CompactSelfAttention
+    # Any: of the classes that the family made, unless somebody put others there; attention is CompactSelfAttention.
+    attention: Any
     o: Any
     norm: Any
     up: Any
