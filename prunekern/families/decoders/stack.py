@@ -81,7 +81,8 @@ class CompactDecoderModel(nn.Module):
     ) -> BaseModelOutputWithPast:
         """As transformers'."""
         whole = None
-        if past_key_values is not None and input_ids is not None and inputs_embeds is None and not any(kwargs.values()):
+        asks_more = any(value is not None and value is not False for value in kwargs.values())
+        if past_key_values is not None and input_ids is not None and inputs_embeds is None and not asks_more:
             whole = self._whole(input_ids, attention_mask, past_key_values)
         if whole is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None

@@ -25,6 +25,9 @@ from .norms import CompactLayerNorm
 # csrc/python/encoder_block.cpp
 _RUN: Callable[..., Tensor | None] | None = _native.core().call_encoder_block if calls.EAGER else None
 _f32 = torch.float32
+# Of rows, batch x tokens. The core keeps the memory of what is between the parts, 12 KB a row of BERT-base's shape, and
+# with many rows nothing is gained: at 1,024 Python is 1 % of a block.
+_MOST_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def takes(x: Tensor) -> bool:
     """Whether a call is one a `Step` may be made for: float32 on the CPU, nobody looks on."""
     if _RUN is None or type(x) is not Tensor or x.dtype is not _f32 or x.device.type != "cpu":
         return False
-    return x.dim() == 3 and calls.short()
+    return x.dim() == 3 and x.shape[0] * x.shape[1] <= _MOST_ROWS and calls.short()
 
 
 def make_step(block: nn.Module, parts: Parts) -> Step | None:

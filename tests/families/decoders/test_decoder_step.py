@@ -344,6 +344,25 @@ def test_a_token_is_one_call(family, size, stacks):
     assert type(out).__name__ == "BaseModelOutputWithPast" and out.past_key_values is not None
 
 
+def test_generation_is_one_call_a_token(stacks):
+    small = compact()
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with by_parts():
+        want = small.generate(IDS[:, :8], **greedy)
+    assert torch.equal(small.generate(IDS[:, :8], **greedy), want)
+    assert stacks == [LAYERS] * 4  # the first of the five comes with the prompt
+
+
+def test_tensors_among_the_other_arguments(stacks):
+    """They are transformers' to understand, or to ignore."""
+    small = compact()
+    with by_parts(), torch.no_grad():
+        want = small.model(IDS[:, 8:9], past_key_values=start(small)).last_hidden_state
+    with torch.no_grad():
+        got = small.model(IDS[:, 8:9], past_key_values=start(small), cache_position=torch.arange(8, 9).repeat(2))
+    assert torch.equal(got.last_hidden_state, want) and LAYERS not in stacks
+
+
 def test_a_model_alone_calls_its_blocks(stacks):
     """Its class is transformers' own, as everybody expects."""
     small = compact()

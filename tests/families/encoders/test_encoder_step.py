@@ -59,6 +59,19 @@ def test_one_call_equals_its_parts(family, kind, padded, monkeypatch):
     assert calls == WHOLE
 
 
+def test_many_rows_run_by_parts(monkeypatch):
+    """Else the core would keep memory for them for good."""
+    small, inputs = compact(), batch(padded=False)
+    want = logits(small, inputs)
+    rows = inputs["input_ids"].numel()
+    calls = watch(monkeypatch)
+    monkeypatch.setattr(encoder_step, "_MOST_ROWS", rows - 1)
+    assert torch.equal(logits(small, inputs), want) and "encoder_block" not in calls
+    calls.clear()
+    monkeypatch.setattr(encoder_step, "_MOST_ROWS", rows)
+    assert torch.equal(logits(small, inputs), want) and calls == WHOLE
+
+
 @pytest.mark.parametrize("share", (0.0, 0.97, 1.0))
 def test_little_or_nothing_left(share):
     small, inputs = compact(share=share), batch()
