@@ -1,5 +1,5 @@
-// An encoder block as one call: what stands between its parts in Python takes 0.2 ms a block, whatever the
-// number of tokens. `python -m bench.cpu.where` says of how much.
+// An encoder block as one call: between its parts Python asks the same questions whatever the number of
+// tokens.
 #include "prunekern/encoder_block.h"
 
 #include <stdexcept>

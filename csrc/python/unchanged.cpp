@@ -50,8 +50,8 @@ bool is_same(PyObject* const* seen, MatrixView& matrix) {
 Look look_of(PyObject* const* seen) { return static_cast<Look>(PyLong_AsLong(seen[kLook])); }
 
 // What an entry asks lies in memory, cold and scattered: the tuple's objects, what a tensor's object points
-// to, the values, a page from one another. One after the other they take 1.8 us an entry; drawn while entries
-// before them are asked, a third of it (Zen 5).
+// to, the values, a page from one another. Asked one after the other, each would be waited for; they
+// are drawn while entries before them are asked.
 void draw_objects(PyObject* const* seen) {
   for (int part = 0; part < kParts; ++part) __builtin_prefetch(seen[part]);
 }

@@ -184,9 +184,9 @@ def calibrate(
 
 
 def _check(weights: str, activations: str, least_db: Any, most_rows: Any, most_nats: Any) -> None:
-    check_kinds(weights, activations, "calibrate")
     if weights not in LEAST_DB:
         raise ValueError(f"calibrate: weights must be one of {', '.join(LEAST_DB)} (got {weights!r})")
+    check_kinds(weights, activations, "calibrate")
     if least_db is not None and not _is_finite(least_db):
         raise ValueError(f"calibrate: least_db must be a finite number of dB (got {least_db!r})")
     if isinstance(most_rows, bool) or not isinstance(most_rows, int) or most_rows < 1:

@@ -130,8 +130,10 @@ def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
     """Turn every block into a compact one, in place."""
     heads, activation = _heads(model), activation_name(model.config.hidden_act)
     for module in model.modules():
-        if module is not model:  # a model is what it was: a base model alone calls its blocks one by one
-            module.__class__ = _MODELS.get(type(module), type(module))
+        if (
+            module is not model and type(module) in _MODELS
+        ):  # a base model alone stays what it was, and calls its blocks
+            module.__class__ = _MODELS[type(module)]
     for module, block, parts in _found(model):
         attention, mlp = module.self_attn, module.mlp
         linears, layout = compact_decoder_attention(make, plan, block, heads)

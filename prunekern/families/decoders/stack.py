@@ -81,7 +81,8 @@ class CompactDecoderModel(nn.Module):
     ) -> BaseModelOutputWithPast:
         """As transformers'."""
         whole = None
-        asks_more = any(value is not None and value is not False for value in kwargs.values())
+        # Of these False asks for nothing; another value of another argument may ask for anything (return_dict=False).
+        asks_more = any(value is not None and not (name in _ASKS and value is False) for name, value in kwargs.items())
         if past_key_values is not None and input_ids is not None and inputs_embeds is None and not asks_more:
             whole = self._whole(input_ids, attention_mask, past_key_values)
         if whole is not None:

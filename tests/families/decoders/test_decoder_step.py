@@ -10,22 +10,11 @@ from transformers import DynamicCache
 
 import prunekern as pk
 from prunekern import _native
-from prunekern.compacting import checkpoint
 from prunekern.families.decoders import step as decoder_step
 from prunekern.families.decoders.norms import FAST_NORMS
+from tests.helpers.decoder_steps import IDS, ONE_CALL, by_parts, compact, go_on, start
 from tests.helpers.tiny_decoders import FAMILIES, LAYERS, batch, build
 from tests.helpers.tiny_models import attached, prune
-
-IDS = torch.arange(3, 27)[None]  # [1, 24]
-ONE_CALL = ("llama", "mistral", "qwen2")  # Qwen3 has norms between product and positions
-
-
-def compact(family="llama", kind="fp32", share=0.4, **changes):
-    model = build(family, **changes)
-    prune(attached(model), share, seed=1)
-    small = pk.compact(model)
-    checkpoint.set_weights(small, kind)
-    return small
 
 
 @pytest.fixture
@@ -42,31 +31,6 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(decoder_step, "_RUN", spy)
     return calls
-
-
-class by_parts:
-    """While it lasts, blocks run call by call."""
-
-    def __enter__(self):
-        self.run, decoder_step._RUN = decoder_step._RUN, None
-
-    def __exit__(self, *_):
-        decoder_step._RUN = self.run
-
-
-@torch.no_grad()
-def start(model, ids=IDS, tokens=8):
-    """A cache that holds the first tokens."""
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :tokens], past_key_values=cache)
-    return cache
-
-
-@torch.no_grad()
-def go_on(model, cache, ids=IDS, tokens=4):
-    """Logits of the next tokens, [batch, tokens, vocabulary]."""
-    first = cache.get_seq_length()
-    return torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(first, first + tokens)], 1)
 
 
 def same(a: DynamicCache, b: DynamicCache) -> bool:
@@ -312,170 +276,3 @@ def test_norms_stay_what_they_are(family):
             *(torch.autograd.grad(norm(hard).square().sum(), hard)[0] for norm in (ours, theirs)), rtol=0, atol=0
         )
         assert torch.equal(ours.double()(part.double()), theirs.double()(part.double()))
-
-
-# -- all blocks as one call ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stacks(monkeypatch):
-    """How many blocks each call of the core ran."""
-    real, stacks = decoder_step._RUN, []
-
-    def spy(*args):
-        y = real(*args)
-        if y is not None:
-            stacks.append(len(args[-1]))
-        return y
-
-    monkeypatch.setattr(decoder_step, "_RUN", spy)
-    return stacks
-
-
-@pytest.mark.parametrize("size", (1, 3))
-@pytest.mark.parametrize("family", ONE_CALL)
-def test_a_token_is_one_call(family, size, stacks):
-    small, ids = compact(family), batch(size, 24, padded=False)["input_ids"]
-    with by_parts():
-        want = go_on(small, start(small, ids), ids)
-    assert torch.equal(go_on(small, start(small, ids), ids), want)
-    assert stacks == [LAYERS] * 4
-    out = small.model(ids[:, 8:9], past_key_values=start(small, ids))
-    assert type(out).__name__ == "BaseModelOutputWithPast" and out.past_key_values is not None
-
-
-def test_generation_is_one_call_a_token(stacks):
-    small = compact()
-    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with by_parts():
-        want = small.generate(IDS[:, :8], **greedy)
-    assert torch.equal(small.generate(IDS[:, :8], **greedy), want)
-    assert stacks == [LAYERS] * 4  # the first of the five comes with the prompt
-
-
-def test_tensors_among_the_other_arguments(stacks):
-    """They are transformers' to understand, or to ignore."""
-    small = compact()
-    with by_parts(), torch.no_grad():
-        want = small.model(IDS[:, 8:9], past_key_values=start(small)).last_hidden_state
-    with torch.no_grad():
-        got = small.model(IDS[:, 8:9], past_key_values=start(small), cache_position=torch.arange(8, 9).repeat(2))
-    assert torch.equal(got.last_hidden_state, want) and LAYERS not in stacks
-
-
-def test_a_model_alone_calls_its_blocks(stacks):
-    """Its class is transformers' own, as everybody expects."""
-    small = compact()
-    bare = pk.compact(attached_base())
-    cache = DynamicCache(config=bare.config)
-    with torch.no_grad():
-        bare(IDS[:, :8], past_key_values=cache)
-        bare(IDS[:, 8:9], past_key_values=cache)
-    assert stacks == [1] * LAYERS and type(bare).__module__.startswith("transformers.")
-    assert type(small.model).__name__ == "LlamaModel" and str(type(small.model)) == str(type(bare))
-
-
-def attached_base():
-    model = build("llama").model
-    prune(attached(model), 0.4, seed=1)
-    return model
-
-
-def asked_for_hidden_states(small):
-    return {"output_hidden_states": True}
-
-
-def hook_on_a_block(small):
-    small.model.layers[1].register_forward_hook(lambda *args: None)
-    return {}
-
-
-def block_replaced(small):
-    small.model.layers[0] = Wrapped(small.model.layers[0])
-    return {}
-
-
-def block_forward_replaced(small):
-    block = small.model.layers[1]
-    block.forward = lambda *args, inner=block.forward, **kwargs: inner(*args, **kwargs)
-    return {}
-
-
-def blocks_swapped(small):
-    small.model.layers = nn.ModuleList([small.model.layers[1], small.model.layers[0]])
-    return {}
-
-
-def fewer_layers(small):
-    small.config.num_hidden_layers = 1
-    return {}
-
-
-def config_asks(small):
-    small.config.output_hidden_states = True
-    return {}
-
-
-class Wrapped(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        return self.inner(*args, **kwargs)
-
-
-@pytest.mark.parametrize(
-    "change",
-    (
-        asked_for_hidden_states,
-        hook_on_a_block,
-        block_replaced,
-        block_forward_replaced,
-        blocks_swapped,
-        fewer_layers,
-        config_asks,
-    ),
-)
-def test_what_happens_around_blocks_is_seen(change, stacks):
-    """Each of these after a token that was one call."""
-    small = compact()
-    cache = start(small)
-    go_on(small, cache, tokens=1)
-    assert stacks == [LAYERS]
-    stacks.clear()
-    more = change(small)
-    with torch.no_grad():
-        got = small(IDS[:, 9:10], past_key_values=copy.deepcopy(cache), **more)
-        assert LAYERS not in stacks
-        with by_parts():
-            want = small(IDS[:, 9:10], past_key_values=copy.deepcopy(cache), **more)
-    assert torch.equal(got.logits, want.logits)
-    if change in (asked_for_hidden_states, config_asks):
-        assert all(map(torch.equal, got.hidden_states, want.hidden_states)) and len(got.hidden_states) == LAYERS + 1
-
-
-def test_weights_of_any_block_are_seen(stacks):
-    small = compact(kind="int8")
-    cache = start(small)
-    go_on(small, cache, tokens=1)
-    for block in small.model.layers:
-        with torch.no_grad():
-            block.post_attention_layernorm.weight.mul_(1.5)
-            block.mlp.down_proj.scale.mul_(1.5)
-        with by_parts():
-            want = go_on(small, copy.deepcopy(cache), tokens=1)
-        assert torch.equal(go_on(small, copy.deepcopy(cache), tokens=1), want)
-    assert stacks == [LAYERS] * (LAYERS + 1)
-
-
-def test_copies_have_stacks_of_their_own(stacks):
-    small = compact()
-    go_on(small, start(small), tokens=1)
-    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
-        with torch.no_grad():
-            other.model.layers[0].mlp.down_proj.weight.mul_(2)
-        with by_parts():
-            want = go_on(other, start(other))
-        assert torch.equal(go_on(other, start(other)), want)
-        assert not torch.equal(go_on(small, start(small)), want)
