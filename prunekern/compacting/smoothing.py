@@ -48,9 +48,9 @@ class Largest(Listener):
 
 def smoothings_of(model: PreTrainedModel, plan: Plan) -> list[Smoothing]:
     """Where a compact model can be smoothed: nowhere, in an encoder."""
-    from ..families.decoders.llama import MODEL_TYPES
+    from ..families.decoders import llama
 
-    return list(smoothings(model, plan)) if model.config.model_type in MODEL_TYPES else []
+    return list(smoothings(model, plan)) if families.of(model) is llama else []
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -15,12 +16,17 @@ from .table import COSTS, Group, Layer, Table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-def _families() -> tuple[Family, ...]:
-    from .decoders import llama
-    from .encoders import bert, distilbert
-
-    return distilbert, bert, llama
+# transformers' `config.model_type`: the module here that knows it. Only that one is imported: each brings its
+# architecture's own file of transformers along.
+FILES: dict[str, str] = {
+    "distilbert": "encoders.distilbert",
+    "bert": "encoders.bert",
+    "roberta": "encoders.bert",
+    "llama": "decoders.llama",
+    "mistral": "decoders.llama",
+    "qwen2": "decoders.llama",
+    "qwen3": "decoders.llama",
+}
 
 
 def of(model: nn.Module) -> Family:
@@ -28,15 +34,15 @@ def of(model: nn.Module) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     family = of_type(model_type)
     if family is None:
-        known = {t for family in _families() for t in family.MODEL_TYPES}
         what = f"model type {model_type!r}" if model_type else "it is no transformers model"
-        raise ValueError(f"model: {type(model).__name__} has no family ({what}); accepted: {', '.join(sorted(known))}")
+        raise ValueError(f"model: {type(model).__name__} has no family ({what}); accepted: {', '.join(sorted(FILES))}")
     return family
 
 
 def of_type(model_type: str | None) -> Family | None:
     """The family of transformers' `model_type`; None where there is none."""
-    return next((family for family in _families() if model_type in family.MODEL_TYPES), None)
+    file = FILES.get(model_type or "")
+    return None if file is None else cast(Family, importlib.import_module(f".{file}", __name__))
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:

@@ -69,8 +69,6 @@ class StockConfig:
 class Family(Protocol):
     """A module of `families/encoders` or `families/decoders`, one for each kind of block."""
 
-    MODEL_TYPES: tuple[str, ...]
-
     def table(self, model: PreTrainedModel) -> Table:
         """Layers and channel groups of a dense, masked or shrunk model. ValueError for a config not supported."""
         ...

@@ -24,8 +24,6 @@ from .table import DecoderBlock, DecoderHeads, decoder_table, heads_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MODEL_TYPES: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3")
-
 
 class CompactLlamaAttention(CompactCausalAttention, modeling_llama.LlamaAttention):
     eager = staticmethod(modeling_llama.eager_attention_forward)

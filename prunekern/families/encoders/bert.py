@@ -22,8 +22,6 @@ from .table import EncoderBlock, encoder_table
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MODEL_TYPES: tuple[str, ...] = ("bert", "roberta")
-
 
 class _CompactAttention(CompactSelfAttention):
     names = ("query", "key", "value")

@@ -21,8 +21,6 @@ from .table import EncoderBlock, encoder_table
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MODEL_TYPES: tuple[str, ...] = ("distilbert",)
-
 
 class CompactDistilBertAttention(CompactSelfAttention, hf.DistilBertSelfAttention):
     """The block adds o's product to the residual in one call, where nobody listens."""
