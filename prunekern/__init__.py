@@ -32,6 +32,10 @@ _WHERE = {
     "from_peft": "pruning.peft_in",
     "to_peft": "pruning.peft_out",
     "PruneTrainer": "training.trainer",
+    "PruneCallback": "training.callback",
+    "optimizer": "training.optimizer",
+    "Distillation": "training.distillation",
+    "DistilLoss": "training.embeddings",
     "info": "machine.info",
 }
 _ROOMS = (

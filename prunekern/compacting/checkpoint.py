@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..families.sentence import is_sentence_model
 from ..families.sizes import check_sizes
 from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
@@ -24,6 +25,7 @@ from .head import is_tied, plain_head, set_head_weights, word_head
 from .held import HEAD
 from .plan import dense_sizes
 from .plan import plan as plan_of
+from .sentence_folders import is_sentence_folder, load_sentence, save_sentence
 from .stored import Stored, remember, remembered
 from .storing import stored_tensors
 from .tensors import dense_shapes
@@ -70,6 +72,9 @@ def save(
     """
     if weights is not None:
         check_kinds(weights, "auto", "save")
+    if is_sentence_model(model):
+        save_sentence(model, path, lambda inner, at: save(inner, at, max_shard_size, command, weights))
+        return
     model = unwrapped(model, "save")
     if not any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
@@ -133,6 +138,8 @@ def load(path: str | os.PathLike[str], weights: str | None = None, activations: 
 
     check_kinds(weights, activations, "load")
     path = Path(path)
+    if is_sentence_folder(path):
+        return load_sentence(path, lambda inner: set_weights(inner, weights, activations))
     config = read_config(path)
     section = config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != hf.METHOD:

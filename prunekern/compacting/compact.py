@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import families
+from ..families.sentence import around, is_sentence_model
 from ..families.wrapped import take_off_mixed_precision, unwrapped
 from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
 from .asked import warn_if_short
@@ -27,8 +28,9 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     autocast that a Trainer with `bf16` or `fp16` leaves around the masked one's forward pass. The result is in eval
     mode, frozen, ready for `save`. Warns where masks that are not final remove less than was asked for. ValueError for
     a model never attached, or compact already. A model inside `torch.compile` or a data parallel wrapper is taken out
-    of it; other wrappers are refused by name.
+    of it; other wrappers are refused by name. Of a SentenceTransformer or CrossEncoder: a copy around the compact model.
     """
+    outer = model
     model = unwrapped(model, "compact")
     if any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"compact: {type(model).__name__} is compact already")
@@ -46,7 +48,8 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
         return CompactLinear(weight, bias, in_index, out_index, out_features, activation).to(weight.device)
 
     families.of(model).rebuild(small, plan, make)
-    return mark(small.requires_grad_(False).eval(), plan)
+    small = mark(small.requires_grad_(False).eval(), plan)
+    return around(outer, model, small) if is_sentence_model(outer) else small
 
 
 def _merged(module: nn.Linear | MaskedDoRALinear, kept: LayerPlan) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ models. The plan travels in `config.json` under `quantization_config`; before th
 from __future__ import annotations
 
 import copy
-from collections.abc import ItemsView, KeysView, ValuesView
+from collections.abc import Callable, ItemsView, KeysView, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -243,14 +243,20 @@ def _named_for(
     model: PreTrainedModel, plan: Plan, held: Held | None, stored: Stored | None
 ) -> tuple[Plan, Held | None, Stored | None]:
     """All by the layer names of `model`: a base model's lack the prefix that they have under a task head."""
+    rename = renamer(model)
+    renamed = Plan({rename(name): layer for name, layer in plan.layers.items()})
+    return renamed, held and held.renamed(rename), stored and stored.renamed(rename)
+
+
+def renamer(model: PreTrainedModel) -> Callable[[str], str]:
+    """From layer names of a base model, or of one under a task head, to those of `model`."""
     prefix: str = model.base_model_prefix + "."
     bare = model.base_model is model
 
     def rename(name: str) -> str:
         return name.removeprefix(prefix) if bare else name if name.startswith(prefix) else prefix + name
 
-    renamed = Plan({rename(name): layer for name, layer in plan.layers.items()})
-    return renamed, held and held.renamed(rename), stored and stored.renamed(rename)
+    return rename
 
 
 def choice_of(model: PreTrainedModel) -> Held | None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .sentence import is_sentence_model, transformer_in
+
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 # Where the module lies that a wrapper of torch's was made of. By name: none of them need be imported.
 INSIDE = {
@@ -26,7 +28,7 @@ REFUSED = {
 def unwrapped(model: nn.Module, who: str, in_place: bool = False) -> Any:
     """The transformers model of `model`, whose module names are those that plans, adapters and checkpoints hold.
 
-    Taken out of `torch.compile`, DistributedDataParallel and DataParallel. who: the caller, for messages. in_place:
+    Taken out of `torch.compile`, DistributedDataParallel and DataParallel, and of a model of sentence-transformers. who: the caller, for messages. in_place:
     the caller replaces parameters, which a data parallel wrapper would not notice: its gradients would no longer be
     summed over processes, so that it is refused. ValueError besides, naming wrapper and what to pass: weights that are
     split (FSDP, DeepSpeed), PEFT, a module with the transformers model in an attribute, and parts of the model that
@@ -39,6 +41,8 @@ def unwrapped(model: nn.Module, who: str, in_place: bool = False) -> Any:
                 "parameters there are now); pass model.module, and wrap it afterwards"
             )
         model = getattr(model, INSIDE[kind])
+    if is_sentence_model(model):
+        model = transformer_in(model, who)
     for (package, name), why in REFUSED.items():
         if any(c.__name__ == name and c.__module__.startswith(package) for c in type(model).__mro__):
             layers = (f", layer {n!r} is a {_named(m)}" for n, m in model.named_modules() if hasattr(m, "base_layer"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import ops
 from ..ops import calls, checks
@@ -34,6 +35,9 @@ class MaskedDoRALinear(nn.Module):
     v_sqnorm: Tensor
     inv_norm: Tensor
     _narrow: Tensor | None = None  # weight in the dtype of autocast
+    # While this is not None the layer is what training began with (`pruning.original`): V, for an empty tuple, or V
+    # with (A, B, gain) of then.
+    began: tuple[()] | tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -170,12 +174,21 @@ class MaskedDoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
+        if self.began is not None:
+            return self._before(x, self.began)
         m_b = self.mask_values()
         bias = self.bias if self.bias is None or m_b is None else m_b * self.bias
         x_lora = self.dropout(x) if self.training and self.dropout.p > 0 else None
         probe = None if m_b is None or self.mask is None else self.mask.probe_rows()
         gain = self.gain(m_b)  # before V: it looks whether V is still what it was
         return ops.dora_linear(x, self._frozen(), self.A, self.B, gain, bias, self.scale, x_lora, probe)
+
+    def _before(self, x: Tensor, began: tuple[()] | tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Without a mask; x [..., K] -> [..., N]."""
+        if not began:
+            return F.linear(x, self.weight, self.bias)
+        A, B, gain = began
+        return ops.dora_linear(x, self.weight, A, B, gain, self.bias, self.scale)
 
     @torch.no_grad()
     def merged(self, rows: Tensor | None = None, cols: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

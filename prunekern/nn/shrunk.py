@@ -22,11 +22,14 @@ _ACTIVATIONS = {
 class _Shrunk(nn.Module):
     """scatter(act(layer(x))) + residual, of a layer whose weight holds the kept rows and columns only.
 
-    `dense_shape` is the (rows, columns) the layer had. `take_place` says where the output channels belong.
+    `dense_shape` is the (rows, columns) the layer had, `rows` and `cols` are those that it kept: they are part of its
+    state, so that a state tells what model it fits. `take_place` says where the output channels belong.
     """
 
     is_shrunk = True
     out_index: Tensor | None
+    rows: Tensor  # int64, sorted
+    cols: Tensor
 
     def take_place(self, out_index: Tensor | None, out_features: int, activation: str) -> None:
         """out_index: int64, the channels of y [..., out_features] this layer makes; None: all."""
@@ -73,6 +76,7 @@ def shrink_linear(layer: Any, rows: Tensor, cols: Tensor, state: dict[Any, Any] 
         if layer.bias is not None:
             _keep(layer.bias, ((0, rows),), state)
         layer.__class__ = ShrunkLinear
+        _remember(layer, rows, cols)
         layer.out_features, layer.in_features = layer.weight.shape
         layer.dense_shape = dense_shape
         return layer
@@ -88,6 +92,7 @@ def shrink_linear(layer: Any, rows: Tensor, cols: Tensor, state: dict[Any, Any] 
         if parameter is not None:
             _keep(parameter, sides, state)
     layer.__class__ = ShrunkDoRALinear
+    _remember(layer, rows, cols)
     layer.out_features, layer.in_features = layer.weight.shape
     layer.v_sqnorm = layer.v_sqnorm.index_select(0, rows)
     layer.inv_norm = full.clone()
@@ -99,6 +104,11 @@ def shrink_linear(layer: Any, rows: Tensor, cols: Tensor, state: dict[Any, Any] 
     if state is not None and layer.magnitude in state:
         _rescale(state[layer.magnitude], ratio)
     return layer
+
+
+def _remember(layer: nn.Module, rows: Tensor, cols: Tensor) -> None:
+    layer.register_buffer("rows", rows.clone())
+    layer.register_buffer("cols", cols.clone())
 
 
 def _keep(parameter: nn.Parameter, sides: tuple[tuple[int, Tensor], ...], state: dict[Any, Any] | None) -> None:

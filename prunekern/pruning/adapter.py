@@ -84,7 +84,9 @@ def save_adapter(
         config |= other_flags(model)
         config["base_model"] = getattr(model.config, "_name_or_path", "") or None
         config["architecture"] = type(model).__name__
-        config["model_config"] = model.config.to_diff_dict()
+        fields = model.config.to_diff_dict()
+        fields.pop("quantization_config", None)  # of a run of `PruneCallback`: the adapter says it all itself
+        config["model_config"] = fields
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

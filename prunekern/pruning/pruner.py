@@ -233,7 +233,7 @@ class Pruner(AttachedModel):
         if not self.finalized:
             raise RuntimeError("shrink: the masks are not final; call pruner.finalize() first")
         if not self.shrunk:
-            self._shrink(self.plan(), None if optimizer is None else optimizer.state)
+            self.drop(self.plan(), None if optimizer is None else optimizer.state)
 
     def base_norms(self) -> dict[str, float]:
         """Sum of squares of every adapted layer's frozen weight before `shrink`, by module name: tells base models
@@ -241,7 +241,8 @@ class Pruner(AttachedModel):
         """
         return base_norms(self.layers) if self._base_norms is None else self._base_norms
 
-    def _shrink(self, plan: Plan, state: dict[Any, Any] | None = None) -> None:
+    def drop(self, plan: Plan, state: dict[Any, Any] | None = None) -> None:
+        """All channels but those of `plan`, for a state that is to be loaded without them; see `shrink`."""
         self._base_norms = self.base_norms()
         shrink_model(self.model, plan, state)
 
@@ -255,6 +256,13 @@ class Pruner(AttachedModel):
         if own:  # of an adapter that PEFT trained with rank_pattern or alpha_pattern
             state["low_rank"] = own
         return {**state, "shrunk": self.plan().to_dict()} if self.shrunk else state
+
+    def resume_at(self, steps: int, warm_steps: int, ramp_steps: int) -> None:
+        """Continue after so many steps of such a schedule, once the model's state is loaded."""
+        self.steps, self.warm_steps, self.ramp_steps = steps, warm_steps, ramp_steps
+        self._open_while_warm()
+        if not self.finalized and not self.warm:
+            self._draw()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after `state["steps"]` steps. Call it before the model's state is loaded: a state of a shrunk
@@ -270,7 +278,7 @@ class Pruner(AttachedModel):
                 raise ValueError("load_state_dict: the model is shrunk already, to other channels than the state's")
             if not self.shrunk:
                 check(plan, self.table)
-                self._shrink(plan)
+                self.drop(plan)
         self.steps = int(state["steps"])
         self.schedule(int(state["warm_steps"]), int(state["ramp_steps"]))
         if self.steps and not self.finalized and not self.warm:

@@ -1,4 +1,4 @@
-"""What `PruneTrainer` makes of each of transformers' TrainingArguments: honoured, or refused by name before anything
+"""What `PruneTrainer` and `PruneCallback` make of each of transformers' TrainingArguments: honoured, or refused by name before anything
 is trained.
 """
 
@@ -17,7 +17,7 @@ OURS = frozenset(
     "output_dir learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay "
     "num_train_epochs max_steps gradient_accumulation_steps average_tokens_across_devices label_smoothing_factor bf16 "
     "fp16 torch_compile torch_compile_backend torch_compile_mode auto_find_batch_size save_only_model save_strategy "
-    "save_on_each_node train_sampling_strategy seed data_seed resume_from_checkpoint "
+    "save_on_each_node load_best_model_at_end train_sampling_strategy seed data_seed resume_from_checkpoint "
     "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph".split()
 )
@@ -46,7 +46,6 @@ BELONGING = {
 }
 # name: (what it must be, why). Anything that counts as true is refused.
 REFUSED = {
-    "load_best_model_at_end": ("False", "the best checkpoint may lie before the budget was met"),
     "fsdp": (
         "off",
         "it splits the parameters that masks and shrinking need whole; data parallel training is supported",
@@ -79,43 +78,45 @@ def check_arguments(
     args: TrainingArguments,
     final_learning_rate: float | None,
     objective: Callable[..., Any] | None = None,
+    who: str = "PruneTrainer",
 ) -> None:
     """ValueError for an argument that pruning cannot honour; RuntimeError for bf16 where it would kill the process.
 
-    final_learning_rate: what the caller of `PruneTrainer` gave, None where nothing. objective: as of `PruneTrainer`.
+    final_learning_rate: what the caller gave, None where nothing. objective: as of `PruneTrainer`.
+    who: the caller, for messages.
     """
     for name, (accepted, why) in REFUSED.items():
         value = getattr(args, name)
         if value:
-            raise ValueError(f"PruneTrainer: {name} must be {accepted} (got {value!r}): {why}")
+            raise ValueError(f"{who}: {name} must be {accepted} (got {value!r}): {why}")
     if args.bf16 and args.device.type == "cpu" and bf16_matmul_crashes():
-        raise RuntimeError(f"PruneTrainer: bf16 must be False: {BF16_REASON}")
-    _refuse_optimizer(str(getattr(args.optim, "value", args.optim)))
-    refuse_schedule(args, final_learning_rate)
+        raise RuntimeError(f"{who}: bf16 must be False: {BF16_REASON}")
+    _refuse_optimizer(str(getattr(args.optim, "value", args.optim)), who)
+    refuse_schedule(args, final_learning_rate, who)
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if (getattr(args, name) or {}).get("use_reentrant"):
             raise ValueError(
-                f"PruneTrainer: {name} must not have use_reentrant (got True): embeddings are frozen, and no gradient "
+                f"{who}: {name} must not have use_reentrant (got True): embeddings are frozen, and no gradient "
                 "would reach the blocks behind them"
             )
     if objective is not None and args.label_smoothing_factor:
         raise ValueError(
-            "PruneTrainer: label_smoothing_factor must be 0 with an objective, which computes the loss "
+            f"{who}: label_smoothing_factor must be 0 with an objective, which computes the loss "
             f"(got {args.label_smoothing_factor})"
         )
     if args.torch_compile and args.world_size > 1:
         raise ValueError(
-            "PruneTrainer: torch_compile must be False with several processes (got True): their wrapper is made anew "
+            f"{who}: torch_compile must be False with several processes (got True): their wrapper is made anew "
             "between the stages, and a compiled one would hide it"
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"PruneTrainer: one process must have one GPU (got {args.n_gpu}): start it by torchrun, one process a "
+            f"{who}: one process must have one GPU (got {args.n_gpu}): start it by torchrun, one process a "
             "GPU, or set CUDA_VISIBLE_DEVICES"
         )
 
 
-def _refuse_optimizer(name: str) -> None:
+def _refuse_optimizer(name: str, who: str) -> None:
     for start, why in OPTIMIZERS.items():
         if name.startswith(start):
-            raise ValueError(f"PruneTrainer: optim must not be {name!r}: {why}")
+            raise ValueError(f"{who}: optim must not be {name!r}: {why}")

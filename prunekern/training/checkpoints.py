@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,26 @@ from ..storage.headers import read_header
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a run: a kill while one was written leaves it out."""
+    """The newest complete checkpoint of a `PruneTrainer`: a kill while one was written leaves it out."""
+
+    def read(path: Path) -> None:
+        json.loads((path / "adapter_config.json").read_text())
+        read_header(path / "adapter.safetensors")
+
+    return _newest(output_dir, read)
+
+
+def last_full_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of a Trainer that writes whole models."""
+
+    def read(path: Path) -> None:
+        read_header(next(path.rglob("*.safetensors"), path / "model.safetensors"))
+
+    return _newest(output_dir, read)
+
+
+def _newest(output_dir: str | os.PathLike[str], read: Callable[[Path], None]) -> Path | None:
+    """read: raises ValueError or OSError for a checkpoint whose files are not whole."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -27,8 +46,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
         if number and state.is_file():
             try:
                 json.loads(state.read_text())
-                json.loads((path / "adapter_config.json").read_text())
-                read_header(path / "adapter.safetensors")
+                read(path)
             except (ValueError, OSError):
                 continue
             found.append((int(number[1]), path))

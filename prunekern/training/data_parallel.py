@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def wrapped_anew(old: DistributedDataParallel) -> DistributedDataParallel:
-    """The module of a wrapper in a new one like it, whose buckets are laid out for the parameters there are now."""
+def lay_out_anew(model: nn.Module) -> None:
+    """Lay out the buckets of every DistributedDataParallel around `model`, in place, for the parameters there are now.
+
+    Whoever holds the wrapper goes on with it: a Trainer's loop has it in a local variable.
+    """
+    wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
+    for old in wrappers:
+        if any(module is model for module in old.module.modules()):
+            old.__dict__ = _wrapped_anew(old).__dict__
+
+
+def _wrapped_anew(old: DistributedDataParallel) -> DistributedDataParallel:
     return DistributedDataParallel(
         old.module,
         device_ids=old.device_ids,

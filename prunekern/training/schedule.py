@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from ..pruning.pruner import Pruner
+
 Rate = Callable[[int], float]  # step from 0 -> factor of the group's learning rate
 
 # docs/learning-to-prune.md tells what set these.
@@ -28,6 +30,14 @@ PAPER_SCHEDULE: dict[str, float | None] = {
     "mask_learning_rate": 2e-2,
 }
 
+
+def usual(pruner: Pruner, name: str, value: float | None) -> float:
+    """`value`, or what is usual for the pruner's preset where it is None."""
+    found = (PAPER_SCHEDULE if pruner.config.preset == "paper" else SCHEDULE)[name] if value is None else value
+    assert found is not None, name
+    return found
+
+
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -36,29 +46,29 @@ def is_usual(args: TrainingArguments) -> bool:
     return _type(args) == "linear" and not args.lr_scheduler_kwargs
 
 
-def refuse_schedule(args: TrainingArguments, final_learning_rate: float | None) -> None:
+def refuse_schedule(args: TrainingArguments, final_learning_rate: float | None, who: str = "PruneTrainer") -> None:
     """ValueError for a schedule that depends on metrics, or does not go with a `final_learning_rate`."""
     name = _type(args)
     if name in BY_METRIC:
         raise ValueError(
-            f"PruneTrainer: lr_scheduler_type must not be one of {BY_METRIC} (got {name!r}): they follow a metric, "
+            f"{who}: lr_scheduler_type must not be one of {BY_METRIC} (got {name!r}): they follow a metric, "
             "which jumps where channels go"
         )
     if final_learning_rate is not None:
         if not args.learning_rate > 0:
             raise ValueError(
-                f"PruneTrainer: learning_rate must be positive with a final_learning_rate (got {args.learning_rate})"
+                f"{who}: learning_rate must be positive with a final_learning_rate (got {args.learning_rate})"
             )
         if not is_usual(args):
             raise ValueError(
-                f"PruneTrainer: lr_scheduler_type must be 'linear', without lr_scheduler_kwargs, with a "
+                f"{who}: lr_scheduler_type must be 'linear', without lr_scheduler_kwargs, with a "
                 f"final_learning_rate, which says what the rates are (got {name!r}, {args.lr_scheduler_kwargs})"
             )
     try:
         theirs(args, 10)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"PruneTrainer: lr_scheduler_kwargs must fit lr_scheduler_type {name!r} (got {args.lr_scheduler_kwargs}): "
+            f"{who}: lr_scheduler_kwargs must fit lr_scheduler_type {name!r} (got {args.lr_scheduler_kwargs}): "
             f"{error}"
         ) from None
 

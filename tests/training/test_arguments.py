@@ -254,13 +254,15 @@ def test_saved_on_each_node(tmp_path, monkeypatch):
 
 
 def test_bucket_size_of_data_parallel_is_kept_over_the_boundary(tmp_path):
-    from prunekern.training.data_parallel import wrapped_anew
+    from prunekern.training.data_parallel import lay_out_anew
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         for given, want in ({}, None), ({"bucket_cap_mb": 7}, 7 * 2**20):
             old = torch.nn.parallel.DistributedDataParallel(attached(build()).model, **given)
-            assert wrapped_anew(old).bucket_bytes_cap == old.bucket_bytes_cap
+            before, buckets = old.bucket_bytes_cap, old.reducer
+            lay_out_anew(old.module)
+            assert old.bucket_bytes_cap == before and old.reducer is not buckets
             assert want is None or old.bucket_bytes_cap == want
     finally:
         torch.distributed.destroy_process_group()

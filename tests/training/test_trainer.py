@@ -332,11 +332,6 @@ def test_nan_gradient_stops_before_the_weights_are_touched(tmp_path):
 # -- refusals --------------------------------------------------------------------------------------------------
 
 
-def test_best_model_at_end_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"load_best_model_at_end must be False \(got True\)"):
-        fresh(tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
-
-
 @pytest.mark.parametrize(
     "options,message",
     [

@@ -1,0 +1,154 @@
+"""From a SentenceTransformer and texts without labels to a trained, compact one: `prunekern train --task embeddings`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformerTrainer as Trainer
+from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from transformers import PrinterCallback, set_seed
+
+from ..pruning.attach import attach
+from ..pruning.config import PruneConfig
+from ..pruning.pruner import Pruner
+from .callback import PruneCallback
+from .checkpoints import last_full_checkpoint
+from .embeddings import DistilLoss
+from .optimizer import optimizer
+from .progress import RichProgress
+from .recipe import TrainOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TEXT = "text"  # the column
+_TOGETHER = 50  # batches whose texts are sorted by length: as many as still make batches of all kinds
+
+
+class ByLength(DefaultBatchSampler):
+    """Batches of texts of like length, in an order that is a function of seed and epoch alone.
+
+    Padding to the longest of texts as they come is half of all tokens where lengths differ as they do in the world.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool = False, seed: int = 0, **kwargs: Any):
+        super().__init__(range(len(dataset)), batch_size, drop_last, **kwargs, seed=seed)
+        self.lengths = np.array([len(text) for text in dataset[TEXT]])
+        self.size, self.drops, self.by = batch_size, drop_last, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """What `__iter__` starts from next; the Trainer calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draw = np.random.default_rng((self.by, self.epoch))
+        order = draw.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(order), _TOGETHER * self.size):
+            some = order[start : start + _TOGETHER * self.size]
+            some = some[np.argsort(self.lengths[some], kind="stable")]
+            batches += [some[i : i + self.size] for i in range(0, len(some), self.size)]
+        if self.drops:
+            batches = [batch for batch in batches if len(batch) == self.size]
+        for at in draw.permutation(len(batches)):
+            yield batches[at].tolist()
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.lengths), self.size)
+        return whole + (rest > 0 and not self.drops)
+
+
+def read_texts(file: Path) -> list[str]:
+    """The lines of a text file, blank ones left out. ValueError for a file without any, or that is not UTF-8."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected a text a line")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: must be UTF-8 ({error.reason} at byte {error.start})") from None
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"{file}: holds no text: {len(lines)} lines, all of them empty")
+    return texts
+
+
+def distil_sentences(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    config: PruneConfig,
+    options: TrainOptions,
+    out: Path,
+    resume: bool = False,
+    console: Console | None = None,
+) -> tuple[Pruner, dict[str, Any]]:
+    """Attach, distil in both stages, finalise. Returns the pruner and its report (what was kept; seconds of training).
+
+    ValueError where there are fewer texts than a batch has: their cosines are what is learnt from.
+    """
+    if len(texts) < options.batch_size:
+        raise ValueError(f"texts must be at least {options.batch_size}, one batch (got {len(texts)})")
+    set_seed(options.seed)
+    pruner = attach(model, config)
+    if options.max_length and model.max_seq_length is not None:
+        model.max_seq_length = min(options.max_length, model.max_seq_length)
+    loss = DistilLoss(model, pruner)
+    progress = RichProgress(pruner, console)
+    args = Arguments(
+        output_dir=str(out / "checkpoints"),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup_steps=options.warmup_steps,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        batch_sampler=ByLength,
+        dataloader_drop_last=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        seed=options.seed,
+        bf16=options.bf16,
+        use_cpu=options.bf16 and not torch.accelerator.is_available(),
+    )
+    pruning = PruneCallback(
+        pruner,
+        stage_one=options.stage_one,
+        warm=options.warm,
+        ramp=options.ramp,
+        final_learning_rate=options.final_learning_rate,
+        mask_learning_rate=options.mask_learning_rate,
+        rule=options.rule,
+        distil=loss,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=Dataset.from_dict({TEXT: list(texts)}),
+        loss=loss,
+        callbacks=[pruning, progress],
+        optimizers=(optimizer(pruner, args, options.mask_learning_rate, model), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    newest = last_full_checkpoint(out / "checkpoints") if resume else None
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    finally:
+        progress.close()
+    return pruner, {
+        **(pruning.report or pruner.report()),
+        "train_seconds": time.perf_counter() - start,
+        "steps": trainer.state.global_step,
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
