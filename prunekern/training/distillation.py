@@ -45,7 +45,7 @@ class Distillation:
         self.on, self.weight, self.temperature, self.chunk = on, float(weight), float(temperature), int(chunk)
 
     def of(self, pruner: Pruner) -> SelfTaught:
-        """Of a run over the pruner's model."""
+        """Of a run over the pruner's model, which teaches as it is now."""
         return SelfTaught(self, pruner)
 
 
@@ -57,7 +57,7 @@ class SelfTaught:
     def __init__(self, how: Distillation, pruner: Pruner):
         self.how, self.pruner = how, pruner
         self.rests = False
-        self._original: Original | None = None
+        self._original = Original(pruner)  # now: a run that is resumed loads what it has learnt later
         self._handles: list[RemovableHandle] = []
         self._teaching = False
         self._taught: dict[str, Tensor] = {}  # what the teacher said of this batch
@@ -68,11 +68,9 @@ class SelfTaught:
     # -- the run -------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Listen to the model, which is its own teacher as it is now."""
+        """Listen to the model."""
         self.end()
         model = self.pruner.model
-        if self._original is None:
-            self._original = Original(self.pruner)
         base, words = model.base_model, _words(model)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -115,7 +113,6 @@ class SelfTaught:
         lone = kwargs.get("labels") is None and "start_positions" not in kwargs
         if not lone and self.pruner.warm:
             return None
-        assert self._original is not None
         quiet = {k: v for k, v in kwargs.items() if k not in ("labels", "start_positions", "end_positions")}
         # Of all logits of a language model, one token's are enough: those of the rest are made in chunks.
         few = {"logits_to_keep": 1} if _words(model) is not None and _keeps_logits(model) else {}

@@ -50,7 +50,7 @@ class DistilLoss(nn.Module):
         self.weight, self.cosines = float(weight), float(cosines)
         self.pruner = pruner
         self.scores = any(c.__name__ == "CrossEncoder" for c in type(model).__mro__)
-        self._original: Original | None = None
+        self._original = Original(pruner)  # now: a run that is resumed loads what it has learnt later
         self.rests = False
         self._sum, self._count = 0.0, 0
 
@@ -63,9 +63,7 @@ class DistilLoss(nn.Module):
         return self
 
     def begin(self) -> None:
-        """The model as it is now teaches."""
-        if self._original is None:
-            self._original = Original(self.pruner)
+        """Nothing to do."""
 
     def end(self) -> None:
         """Nothing to undo."""
@@ -105,9 +103,6 @@ class DistilLoss(nn.Module):
         return [{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}]
 
     def _taught(self, columns: Iterable[dict[str, Any]]) -> Tensor:
-        if self._original is None:
-            self.begin()
-        assert self._original is not None
         rest = [m for m in self.model.modules() if m.training]  # modules around the transformer: a dropout, say
         try:
             for module in rest:
