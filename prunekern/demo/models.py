@@ -1,5 +1,5 @@
-"""The demo's models: all-MiniLM-L6-v2 (6 layers, hidden 384, FFN 1536) as DistilBERT, BERT and RoBERTa, and a decoder
-(smollm2.py).
+"""The demo's models: all-MiniLM-L6-v2 (6 layers, hidden 384, FFN 1536) as DistilBERT, BERT and RoBERTa, as the
+sentence encoder it is (sentences.py), and a decoder (smollm2.py).
 
 No registry package carries a DistilBERT or RoBERTa checkpoint, but a BERT checkpoint is one, up to the names
 of its tensors and its position table:
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..tasks.sources.fetch import MINILM, SMOLLM2, Archive, cache_dir, fetch, read_member, scratch, unpack
-from . import smollm2
+from . import sentences, smollm2
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "mini-distilbert"
 ENCODERS = ("mini-distilbert", "mini-bert", "mini-roberta")
-MODEL_NAMES = (*ENCODERS, smollm2.NAME)
+MODEL_NAMES = (*ENCODERS, smollm2.NAME, sentences.NAME)
 
 _RECORD = "prunekern_source.json"  # written last: the source, and the size of every file in the folder
 _FORMAT = 1  # raise when the conversion changes, so that folders made by an older version are made anew
@@ -54,7 +54,8 @@ def demo_model(name: str = DEFAULT_MODEL) -> Path:
     with scratch(folder.parent) as part:
         made = part / name
         convert(name, archive, part, made)
-        sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
+        files = [path for path in sorted(made.rglob("*")) if path.is_file()]
+        sizes = {path.relative_to(made).as_posix(): path.stat().st_size for path in files}
         record = {"format": _FORMAT, "source": source.requirement, "sha256": source.sha256, "files": sizes}
         (made / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if folder.exists() and not _is_whole(folder):
@@ -70,7 +71,9 @@ def demo_model(name: str = DEFAULT_MODEL) -> Path:
 
 def _source(name: str) -> tuple[Archive, Callable[[str, Path, Path, Path], None]]:
     """The archive a model is made of, and the function that makes it."""
-    return (SMOLLM2, smollm2.convert) if name == smollm2.NAME else (MINILM, convert_encoder)
+    if name == smollm2.NAME:
+        return SMOLLM2, smollm2.convert
+    return MINILM, sentences.convert if name == sentences.NAME else convert_encoder
 
 
 def _is_whole(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from ..pruning.attach import attach
 from ..pruning.config import PruneConfig
 from ..pruning.pruner import Pruner
 from .callback import PruneCallback
-from .checkpoints import last_full_checkpoint
+from .checkpoints import finished_state, last_full_checkpoint
 from .embeddings import DistilLoss
 from .optimizer import optimizer
 from .progress import RichProgress
@@ -141,9 +141,14 @@ def distil_sentences(
     )
     trainer.remove_callback(PrinterCallback)
     newest = last_full_checkpoint(out / "checkpoints") if resume else None
+    finished = None if newest is None else finished_state(newest, args)
     start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        if finished is None:
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        else:  # transformers would take one more step
+            trainer._load_from_checkpoint(str(newest))
+            trainer.state, pruner.steps = finished, finished.global_step
     finally:
         progress.close()
     return pruner, {
@@ -152,3 +157,35 @@ def distil_sentences(
         "steps": trainer.state.global_step,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
+
+
+def held_out(texts: Sequence[str], most: int = 500) -> tuple[list[str], list[str]]:
+    """(for training, for the score): every twentieth text is held out, of those in an order of their own, `most` at
+    most; the draw depends on the number of texts only. Texts that are there twice count once.
+    """
+    once = list(dict.fromkeys(texts))
+    order = np.random.default_rng(len(once)).permutation(len(once))
+    count = min(most, len(once) // 20)
+    score = set(order[:count].tolist())
+    return [t for i, t in enumerate(once) if i not in score], [once[i] for i in sorted(score)]
+
+
+def embed(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+    """float64 unit rows [texts, width]."""
+    found = model.encode(list(texts), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    rows: np.ndarray = np.asarray(found, dtype=np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """How near embeddings are to those of another model of the same texts, both [texts, width], unit rows.
+
+    cosine: the mean between both of one text. spearman: rank correlation of the cosines of all pairs of texts; NaN
+    of fewer than three texts.
+    """
+    from scipy.stats import spearmanr
+
+    upper = np.triu_indices(len(ours), 1)
+    pairs = [(x @ x.T)[upper] for x in (ours, theirs)]
+    rank = float(spearmanr(*pairs).statistic) if len(ours) > 2 else float("nan")
+    return {"cosine": float((ours * theirs).sum(1).mean()), "spearman": rank}

@@ -1,0 +1,88 @@
+"""prunekern train --task embeddings: a SentenceTransformer distilled from itself on texts without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from .errors import reading
+from .options import console
+
+if TYPE_CHECKING:
+    from ..pruning.config import PruneConfig
+    from ..training.recipe import TrainOptions
+
+TASK = "embeddings"
+
+
+def refuse_others(**given: Any) -> None:
+    """ValueError for an option of other tasks: texts have no columns, labels or splits."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} must not be given with --task {TASK} (got {value!r})")
+
+
+def train_embeddings(
+    model: str, source: str, data: Path | None, config: PruneConfig, options: TrainOptions, out: Path, resume: bool,
+    weights: str | None,
+) -> None:  # fmt: skip
+    """Train, save OUT/compact, OUT/adapter, OUT/report.json and .png, and say how near the embeddings are.
+
+    weights: bits that OUT/compact is to be scored in besides.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ImportError(f"--task {TASK} needs sentence-transformers: pip install 'prunekern[st]'") from None
+    from ..compacting.checkpoint import load, save
+    from ..compacting.compact import compact
+    from ..pruning.adapter import save_adapter
+    from ..training.curves import plot
+    from ..training.recipe import refuse_missing, write_report
+    from ..training.sentences import agreement, distil_sentences, embed, held_out, read_texts
+
+    if data is None:
+        raise ValueError(f"--data must name a file with a text a line for --task {TASK}")
+    train, score = held_out(read_texts(data))
+    refuse_missing(source)
+    with reading(source):
+        dense = SentenceTransformer(source)
+    longest = dense.max_seq_length
+    theirs = embed(dense, score) if score else None
+    pruner, trained = distil_sentences(dense, train, config, options, out, resume, console)
+    if longest is not None:
+        dense.max_seq_length = longest
+    save_adapter(pruner, out / "adapter")
+    small = compact(dense)
+    save(small, out / "compact")
+    plan, scores = pruner.plan(), {}
+    if theirs is not None:
+        scores = {"compact": agreement(embed(small, score), theirs)}
+        if weights is not None:
+            scores[weights] = agreement(embed(load(out / "compact", weights=weights), score), theirs)
+    write_report(
+        out,
+        task=TASK,
+        model=model,
+        config=config,
+        options=options,
+        trained=trained,
+        score=scores,
+        texts={"train": len(train), "held_out": len(score)},
+        block_params={"compact": plan.params(), "dense": plan.dense_params()},
+    )
+    plot(trained["history"], trained, out / "report.png")
+    table = Table(title=f"{TASK}: {100 * trained['sparsity']:.2f} % of the block {config.cost} removed")
+    for column in ("kind", "kept", "of"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, (kept, of) in trained["by_kind"].items():
+        table.add_row(kind.replace("_", " / "), f"{kept:,}", f"{of:,}")
+    console.print(table)
+    for name, found in scores.items():
+        console.print(
+            f"{len(score)} texts held out, {name}: cosine with the original's embeddings {found['cosine']:.4f}, "
+            f"rank correlation of cosines {found['spearman']:.4f}"
+        )
+    console.print(f"{out / 'compact'}  {out / 'adapter'}  {out / 'report.json'}  {out / 'report.png'}")
