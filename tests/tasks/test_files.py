@@ -226,7 +226,9 @@ def test_unknown_task():
 def test_unsupported_extension(tmp_path):
     (tmp_path / "a.xlsx").write_text("x")
     refused(
-        tmp_path / "a.xlsx", r"extension must be one of \.csv, \.tsv, \.jsonl, \.parquet \(got '\.xlsx'\)", ValueError
+        tmp_path / "a.xlsx",
+        r"extension must be one of \.csv, \.tsv, \.jsonl, \.json, \.parquet \(got '\.xlsx'\)",
+        ValueError,
     )
     refused(tmp_path, r"extension must be one of", ValueError)
 
