@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +16,10 @@ _BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}  # as files 
 def number_sets(rows: Mapping[str, Rows], label: str, separator: str | None) -> tuple[str, ...]:
     """Replace the labels of every file by 0 or 1 for each class; returns the class names (the training file's).
 
-    A label is a list of classes; or, where there is a separator, a text with it between them, in CSV and TSV an empty
-    field being none. Lists that are 0 or 1 for every class are taken as such: all of one length, and one of them says
-    the same twice, or in true and false. Their classes are called "0", "1", ...
+    A label is a list of classes, in CSV and TSV as Python and JSON write one ("['a', 'b']"); or, where there is a
+    separator, a text with it between them, an empty field being none. Lists that are 0 or 1 for every class are taken
+    as such: all of one length, and one of them says the same twice, or in true and false. Their classes are called "0",
+    "1", ...
     """
     listed = {
         split: [_listed(v, w, label, separator, part.typed) for v, w in zip(part.labels, part.where, strict=True)]
@@ -60,21 +63,33 @@ def number_columns(rows: Mapping[str, Rows], columns: Sequence[str]) -> tuple[st
 
 
 def _listed(value: Any, where: str, label: str, separator: str | None, typed: bool) -> list[Any]:
-    if separator is not None and isinstance(value, str):
-        parts = [part.strip() for part in value.split(separator)] if value.strip() else []
+    if separator is not None and (isinstance(value, str) or value is None and not typed):
+        parts = [part.strip() for part in value.split(separator)] if value and value.strip() else []
         if "" in parts:
-            raise DataError(
-                f"{where}: label {label!r}: a class between separators {separator!r} is blank (got {value!r})"
-            )
+            between = f"between separators {separator!r}"
+            raise DataError(f"{where}: label {label!r}: a class {between} is blank (got {value!r})")
         return parts
-    if separator is not None and value is None and not typed:  # an empty field: CSV has no other way to say none
-        return []
-    if value is None:
+    found = value if typed else _written(value)
+    if found is None and typed:
         raise DataError(f"{where}: label {label!r} is null; no class at all is []")
-    if not isinstance(value, list):
-        split = " label_separator (--label-separator) splits a text into them" if separator is None else ""
-        raise DataError(f"{where}: label {label!r} must be a list of classes (got {value!r}){split and ';' + split}")
-    return value
+    if not isinstance(found, list):
+        split = "; label_separator (--label-separator) splits a text into them" if separator is None else ""
+        got = "null" if value is None else repr(value)
+        raise DataError(f"{where}: label {label!r} must be a list of classes (got {got}){split}")
+    return found
+
+
+def _written(value: str | None) -> Any:
+    """The list that a CSV's field is the text of, as Python and JSON write one; None for any other text.
+
+    NumPy writes no commas, ['a' 'b'], which Python reads as one text 'ab': what is read must be written the same.
+    """
+    try:
+        found = ast.literal_eval((value or "").strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    again = (repr(found), json.dumps(found, ensure_ascii=False), json.dumps(found)) if isinstance(found, list) else ()
+    return found if "".join((value or "").split()) in ("".join(text.split()) for text in again) else None
 
 
 def _are_bits(lists: Sequence[Sequence[Any]]) -> bool:
