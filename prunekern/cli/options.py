@@ -46,11 +46,16 @@ Data = Annotated[
         "of --task."
     ),
 ]
-Text = Annotated[str | None, typer.Option(help="Text column of --data; two with a comma between for pairs.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="Text column of --data: text, or of tokens tokens, without it; two with a comma between for pairs."
+    ),
+]
 Choices = Annotated[
     str | None, typer.Option(help="Column of --data with each row's choices: multiple choice, for decoders.")
 ]
-Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
+Label = Annotated[str | None, typer.Option(help="Label column of --data: label, or of tokens tags, without it.")]
 TaskType = Annotated[
     str | None,
     typer.Option(

@@ -30,7 +30,9 @@ class Asked:
     @property
     def label(self) -> str:
         """The label's column; of several, what the task calls them together."""
-        return self.label_columns[0] if len(self.label_columns) == 1 else "labels"
+        if len(self.label_columns) == 1:
+            return self.label_columns[0]
+        return "labels" if "labels" not in self.text else "classes"
 
     def for_rows(self, train: Rows) -> Asked:
         """With the task type that lists among labels say; scalars may still be classes or scores."""

@@ -158,6 +158,32 @@ def test_metrics_by_hand(tmp_path):
             metrics.score_tokens(logits, wrong, task.label_names)
 
 
+def test_scores_of_batches_are_those_of_rows(tmp_path, tokenizer):
+    """Two batches of unlike widths, in the order of lengths; by our `evaluate` and by transformers' Trainer."""
+    from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
+
+    from prunekern.training.recipe import evaluate
+
+    rows = [([f"w{n}", *["cat", "dogs", "an"] * (n % 5)], ["O", *["B-X", "I-X", "O"] * (n % 5)]) for n in range(90)]
+    task = tasks.get(lines(tmp_path / "a.jsonl", rows), test=lines(tmp_path / "t.jsonl", rows))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = BertConfig(**shape, vocab_size=len(tokenizer), initializer_range=1.0, **task.model_kwargs())
+    model = BertForTokenClassification(config).eval()
+    encoded, right, total = task.encode(tokenizer, 24)["test"], 0, 0
+    found, logits = evaluate(model, tokenizer, task, 24)
+    for n, row in enumerate(encoded):
+        alone = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        torch.testing.assert_close(logits[n, : row["length"]], alone, rtol=1e-4, atol=1e-5)
+        counted = [(tag, want) for tag, want in zip(alone.argmax(1).tolist(), row["labels"], strict=True) if want >= 0]
+        right, total = right + sum(tag == want for tag, want in counted), total + len(counted)
+    assert total == sum(len(words) for words, _ in rows) and found["accuracy"] == pytest.approx(right / total)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True)
+    trainer = Trainer(model, arguments, task.collator(tokenizer), compute_metrics=task.compute_metrics)
+    theirs = trainer.evaluate(encoded)
+    assert {name: theirs[f"eval_{name}"] for name in found} == pytest.approx(found)
+
+
 def test_rows_of_which_nothing_is_left(tmp_path, tokenizer):
     far = (["a", "b", "c", "d"], [-100, -100, -100, "O"])
     task = tasks.get(lines(tmp_path / "train.jsonl", [*ROWS, far]), validation=lines(tmp_path / "v.jsonl", ROWS),
