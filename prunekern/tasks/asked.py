@@ -78,19 +78,19 @@ def asked_of(
     task_type = _task_type(path, task_type, regression, metric, label_columns, label_separator)
     tagged = task_type == "tokens"
     texts = ("tokens" if tagged else "text",) if text is None else (text,) if isinstance(text, str) else tuple(text)
-    labels = tuple(label_columns or (label or ("tags" if tagged else "label"),))
+    labels = tuple(label_columns or (("tags" if tagged else "label") if label is None else label,))
     if len(texts) not in (1, 2) or len({*texts, *labels}) != len(texts) + len(labels):
         shown = labels[0] if len(labels) == 1 else labels
         raise ValueError(f"text must be one or two columns, not the label's (got {texts!r}, {shown!r})")
-    if path.suffix.lower() in conll.ALWAYS and (text is not None or label is not None):
+    if tagged and path.suffix.lower() in conll.EXTENSIONS and (text is not None or label is not None):
         raise ValueError(
             f"data file {path} has no named columns: text and label must not be given (got {texts!r}, {labels[0]!r})"
         )
     if task_type is None and text is None and path.suffix.lower() in LISTS:
         names = column_names(path)
         if "text" not in names and "tokens" in names:
-            texts, labels = ("tokens",), (label or "tags",)
-    if label is not None and "," in label and path.suffix.lower() not in conll.ALWAYS:
+            texts, labels = ("tokens",), ("tags" if label is None else label,)
+    if label is not None and "," in label:
         names = column_names(path)
         if label not in names and {part.strip() for part in label.split(",")} <= {*names}:
             raise ValueError(

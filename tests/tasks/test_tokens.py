@@ -251,6 +251,8 @@ def test_data_that_does_not_fit(tmp_path):
             "task_type must be 'tokens' with extension '.conll'",
         ),
         (tmp_path / "a.conll", {"label": "ner"}, "has no named columns: text and label must not be given"),
+        (conll(tmp_path / "a.tsv"), {"task_type": "tokens", "text": "w"}, "a.tsv has no named columns"),
+        (path, {"label": ""}, "column '' is missing; there are tokens, tags"),
         (tmp_path / "no.conll", {}, "no.conll does not exist"),
         (conll(tmp_path / "a.txt"), {"task_type": "multi-label"}, "takes no option 'task_type'"),
     ):
