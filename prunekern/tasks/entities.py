@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 OUTSIDE = "O"
+IGNORED = -100  # number of no tag: neither losses nor metrics count it, as PyTorch and transformers have it
 _SINGLE, _BEGINS, _INSIDE, _ENDS = ("S", "U"), ("B",), ("I", "M"), ("E", "L")  # BIO, IOBES, BILOU and BMES
 _PREFIXES = _SINGLE + _BEGINS + _INSIDE + _ENDS
 

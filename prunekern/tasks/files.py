@@ -11,14 +11,14 @@ from typing import Any
 
 from . import tagged
 from .asked import LISTS, Asked, asked_of
-from .entities import OUTSIDE, marks_spans
+from .entities import IGNORED, OUTSIDE, marks_spans
 from .label_sets import number_columns, number_sets
 from .labels import Rows, is_regression, number_classes, to_numbers
 from .multi_label import MultiLabelTask
 from .sources import conll
 from .sources.readers import READERS, read
 from .split import draw, text_key
-from .task import IGNORED, SPLITS, DataError, Task, label_dataset
+from .task import SPLITS, DataError, Task, label_dataset
 from .tokens import TokenTask
 
 EXTENSIONS = (*READERS, *conll.ALWAYS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .task import IGNORED
+from .entities import IGNORED, entity_f1, marks_spans
 
 CLASSIFICATION = ("accuracy", "matthews")
 REGRESSION = ("pearson", "spearman", "mse")
@@ -100,8 +100,6 @@ def score_tokens(predictions: Any, labels: Any, names: Sequence[str]) -> dict[st
     Raises ValueError: shapes that do not fit, no label at all, NaN or infinity in a prediction that counts, a label
     outside the classes.
     """
-    from .entities import entity_f1, marks_spans
-
     predictions, labels = (
         np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions),
         np.asarray(labels),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import entities
+from .entities import IGNORED, fits
 from .labels import Rows, class_name, class_names, unknown
-from .task import IGNORED, DataError
+from .task import DataError
 
 
 def check_words(where: str, column: str, value: Any, tags: Any) -> None:
@@ -45,7 +45,7 @@ def number_tags(rows: Mapping[str, Rows], label: str, metric: str | None) -> tup
     train = rows["train"]
     names = class_names((tag for tags in train.labels for tag in tags if tag is not None), train, label)
     begins = any(name.startswith(("B-", "I-")) for name in names)
-    odd = next((name for name in names if not entities.fits(name)), None)
+    odd = next((name for name in names if not fits(name)), None)
     if odd is not None and (metric == "entity_f1" or metric is None and begins):
         place = next(place for place, tags in enumerate(train.labels) if odd in tags)
         raise DataError(

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 TASK_TYPES = ("classification", "regression", "multi-label", "tokens")
-IGNORED = -100  # a label that neither losses nor metrics count, as PyTorch and transformers have it
 NO_LIMIT = 1 << 30  # of a length in tokens; tokenizers that know no limit say 10^30, and take no such number
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .task import IGNORED, NO_LIMIT, Task
+from .entities import IGNORED
+from .task import NO_LIMIT, Task
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

@@ -25,7 +25,7 @@ from ..pruning.pruner import Pruner
 from ..storage.progress import track
 from ..storage.tokenizer import load_tokenizer
 from ..tasks import AnyTask, ChoiceTask, Task
-from ..tasks.task import IGNORED
+from ..tasks.entities import IGNORED
 
 if TYPE_CHECKING:
     from rich.console import Console
