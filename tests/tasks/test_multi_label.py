@@ -83,6 +83,7 @@ def test_what_a_model_is_given(tmp_path, tokenizer):
     task = tasks.get(listed(tmp_path / "a.jsonl"))
     kwargs = task.model_kwargs()
     assert (kwargs["num_labels"], kwargs["problem_type"]) == (3, "multi_label_classification")
+    assert type(task.take(train=5)) is type(task) and len(task.take(train=5).splits["train"]) == 5
     encoded = task.encode(tokenizer)["train"]
     batch = task.collator(tokenizer)([encoded[n] for n in range(5)])
     assert batch["labels"].dtype == torch.float32 and batch["labels"].shape == (5, 3)
