@@ -11,17 +11,20 @@ import typer
 from rich.table import Table
 
 from .errors import reading
-from .fits import check_head, check_length
+from .fits import check_head, check_kind, check_length, say_cut
 from .options import (
     Activations,
     Choices,
     Data,
     Label,
+    LabelColumns,
+    LabelSeparator,
     MaxLength,
     Metric,
     Regression,
     Split,
     TaskName,
+    TaskType,
     Text,
     Threads,
     Weights,
@@ -43,6 +46,9 @@ def evaluate_command(
     text: Text = None,
     choices: Choices = None,
     label: Label = None,
+    label_columns: LabelColumns = None,
+    label_separator: LabelSeparator = None,
+    task_type: TaskType = None,
     regression: Regression = None,
     metric: Metric = None,
     validation: Split = None,
@@ -75,7 +81,8 @@ def evaluate_command(
     check_kinds(weights, activations, "eval")
     if not model.is_dir():
         raise FileNotFoundError(f"{model}: no such folder")
-    columns: dict[str, Any] = {"text": text, "choices": choices, "label": label, "regression": regression}
+    columns: dict[str, Any] = {"text": text, "choices": choices, "label": label, "label_columns": label_columns}
+    columns |= {"label_separator": label_separator, "task_type": task_type, "regression": regression}
     columns |= {"metric": metric, "validation": validation, "test": test}
     if tasks is not None:
         if any(o is not None for o in (task, data, *columns.values())):
@@ -88,12 +95,15 @@ def evaluate_command(
     loaded = _loaded(data_task.model_class(), model, (weights, activations), f"a task like {data_task.name}")
     if isinstance(data_task, Task) and loaded.config.num_labels != data_task.num_labels:
         raise ValueError(f"{model}: has {loaded.config.num_labels} labels, {data_task.name} has {data_task.num_labels}")
+    if isinstance(data_task, Task):
+        check_kind(loaded, model, data_task)
     if isinstance(data_task, Task) and data_task.label_names is not None:
         known = [loaded.config.id2label[i] for i in range(loaded.config.num_labels)]
         _compare_labels(model, known, data_task.name, data_task.label_names)
     check_length(loaded, model, max_length)
     with reading(model):
         tokenizer = load_tokenizer(model)
+    say_cut(data_task, tokenizer, max_length, (data_task.score_split,))
     metrics, scored = evaluate(loaded, tokenizer, data_task, max_length, console=console)
     for name, value in metrics.items():
         rows = f"{data_task.score_split} ({len(scored):,})"

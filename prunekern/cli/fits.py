@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from ..tasks import Task
+from .options import console
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..tasks import AnyTask
 
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # names of tables of positions
 
@@ -38,6 +45,28 @@ def check_head(auto_class: Any, model: str, purpose: str, **options: Any) -> Non
         raise ValueError(
             f"{model}: tensor {name!r} has shape {list(got)}, where its config and {purpose} ask for {list(wanted)}"
         )
+
+
+def check_kind(model: PreTrainedModel, name: object, task: Task) -> None:
+    """ValueError where a model was trained for labels of another kind: its scores would be nonsense, and no error."""
+    known = getattr(model.config, "problem_type", None)
+    if None not in (known, task.problem_type) and known != task.problem_type:
+        raise ValueError(f"{name}: was trained for {known}, {task.name} is {task.problem_type}")
+    wanted = type(model).__name__
+    for trained in getattr(model.config, "architectures", None) or []:
+        if "ForTokenClassification" in wanted + trained and trained != wanted:
+            raise ValueError(f"{name}: was trained as {trained}, {task.name} asks for {wanted}")
+
+
+def say_cut(task: AnyTask, tokenizer: PreTrainedTokenizerBase, max_length: int, splits: Iterable[str]) -> None:
+    """A warning for each split with texts longer than max_length tokens."""
+    if not isinstance(task, Task):
+        return
+    for split in splits:
+        cut = task.count_cut(tokenizer, max_length, split)
+        if cut:
+            rows = f"{cut:,} of {len(task.splits[split]):,} rows of {split}"
+            console.print(f"[yellow]warning:[/] {rows} are longer than --max-length {max_length} and are cut to it")
 
 
 def check_positive(**options: float | None) -> None:

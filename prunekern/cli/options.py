@@ -40,23 +40,50 @@ TaskName = Annotated[
     ),
 ]
 Data = Annotated[
-    Path | None, typer.Option(help="Local .jsonl, .csv, .tsv, .parquet, or .txt of running text, instead of --task.")
+    Path | None,
+    typer.Option(
+        help="Local .csv, .tsv, .jsonl, .json or .parquet, .conll of words with tags, or .txt of running text, instead "
+        "of --task."
+    ),
 ]
-Text = Annotated[str | None, typer.Option(help="Text column of --data; two with a comma between for pairs.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="Text column of --data: text, or of tokens tokens, without it; two with a comma between for pairs."
+    ),
+]
 Choices = Annotated[
     str | None, typer.Option(help="Column of --data with each row's choices: multiple choice, for decoders.")
 ]
-Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
+Label = Annotated[str | None, typer.Option(help="Label column of --data: label, or of tokens tags, without it.")]
+TaskType = Annotated[
+    str | None,
+    typer.Option(
+        help="What the labels of --data are: classification, regression, multi-label, or tokens (a tag for every "
+        "word). Without it they decide: numbers that are not all whole are a regression, lists are multi-label, or "
+        "tags where the text is a list, too."
+    ),
+]
+LabelColumns = Annotated[
+    str | None,
+    typer.Option(help="Columns of 0 or 1 instead of --label, one a class, with commas between: multi-label."),
+]
+LabelSeparator = Annotated[
+    str | None, typer.Option(help="What stands between the classes in --label, as | in a|b: multi-label.")
+]
 Regression = Annotated[
     bool | None,
     typer.Option(
         "--regression/--classes",
-        help="What --label holds: scores or classes. Without it: scores, where not all are whole.",
+        help="Short for --task-type regression, and --task-type classification.",
     ),
 ]
 Metric = Annotated[
     str | None,
-    typer.Option(help="Of --data: accuracy (default) or matthews; of scores pearson (default), spearman or mse."),
+    typer.Option(
+        help="Of --data, the first where none is given: accuracy, matthews; of a regression pearson, spearman, mse; of "
+        "multi-label micro_f1, macro_f1, exact_match; of tokens entity_f1, accuracy."
+    ),
 ]
 Split = Annotated[Path | None, typer.Option(help="A file of its own for this split of --data.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
@@ -87,9 +114,13 @@ def task_of(task: str | None, data: Path | None, **columns: Any) -> AnyTask:
     if data is None:
         assert task is not None
         if any(o is not None for o in columns.values()):
-            listed = [f"--{name}" if name != "regression" else "--regression/--classes" for name in columns]
+            named = {"regression": "regression/--classes"}
+            listed = [f"--{named.get(name, name).replace('_', '-')}" for name in columns]
             raise typer.BadParameter(f"{', '.join(listed[:-1])} and {listed[-1]} go with --data")
         return tasks.get(task)
+    several = columns["label_columns"]
+    if several is not None:
+        columns["label_columns"] = tuple(t.strip() for t in several.split(","))
     text = columns["text"]
     if text is not None and "," in text:
         columns["text"] = tuple(t.strip() for t in text.split(","))

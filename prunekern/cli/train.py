@@ -8,18 +8,21 @@ import typer
 from rich.table import Table
 
 from .errors import reading
-from .fits import check_bf16, check_head, check_length, check_positive
+from .fits import check_bf16, check_head, check_length, check_positive, say_cut
 from .options import (
     Bf16,
     Choices,
     Data,
     Label,
+    LabelColumns,
+    LabelSeparator,
     MaxLength,
     Metric,
     Out,
     Regression,
     Split,
     TaskName,
+    TaskType,
     Text,
     Threads,
     app,
@@ -40,6 +43,9 @@ def train(
     text: Text = None,
     choices: Choices = None,
     label: Label = None,
+    label_columns: LabelColumns = None,
+    label_separator: LabelSeparator = None,
+    task_type: TaskType = None,
     regression: Regression = None,
     metric: Metric = None,
     validation: Split = None,
@@ -111,8 +117,11 @@ def train(
         seed=seed,
         bf16=bf16,
     )
-    columns = {"text": text, "choices": choices, "label": label, "regression": regression, "metric": metric}
-    data_task = task_of(task, data, **columns, validation=validation, test=test)
+    data_task = task_of(
+        task, data,
+        text=text, choices=choices, label=label, label_columns=label_columns, label_separator=label_separator,
+        task_type=task_type, regression=regression, metric=metric, validation=validation, test=test,
+    )  # fmt: skip
     source = str(demo_model(model)) if model in MODEL_NAMES else model
     with reading(source):
         try:
@@ -121,6 +130,7 @@ def train(
             check_head(data_task.model_class(), source, data_task.name, **data_task.model_kwargs())
             raise
     check_length(dense, source, max_length)
+    say_cut(data_task, tokenizer, max_length, ("train", data_task.score_split))
     pruner, trained = fine_tune(dense, tokenizer, data_task, config, options, out, resume, console)
     masked, _ = evaluate(pruner.model, tokenizer, data_task, max_length, console=console)
     small = finish(pruner, tokenizer, out, rule)

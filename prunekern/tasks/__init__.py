@@ -5,7 +5,10 @@
                                                                   # "topics", "tweets"
     task = get("wikipedia")                                       # running text, for causal language models
     task = get("winogrande")                                      # multiple choice, for the same; "science"
-    task = get("train.jsonl", text="body", label="topic")         # .csv, .tsv, .jsonl, .parquet; .txt: running text
+    task = get("train.jsonl", text="body", label="topic")         # .csv, .tsv, .json, .jsonl, .parquet: classes, scores
+    task = get("train.csv", label_columns=("sport", "economy"))   # several classes to a text; or lists, or "a|b"
+    task = get("train.conll")                                     # a tag for every word; or columns of lists
+    task = get("train.txt")                                       # running text
     task = get("items.jsonl", choices="options", label="answer")  # multiple choice: .jsonl, .parquet
     # DatasetDict: input_ids, attention_mask, labels, length
     encoded = task.encode(tokenizer, max_length=128)
@@ -23,11 +26,13 @@ from typing import Any
 
 from .choice import ChoiceTask
 from .language import LanguageTask
+from .multi_label import MultiLabelTask
 from .task import DataError, Task
+from .tokens import TokenTask
 
 AnyTask = Task | LanguageTask | ChoiceTask  # what `get` returns
 
-__all__ = ["ChoiceTask", "DataError", "LanguageTask", "Task", "get", "names"]
+__all__ = ["ChoiceTask", "DataError", "LanguageTask", "MultiLabelTask", "Task", "TokenTask", "get", "names"]
 
 
 def names() -> tuple[str, ...]:
@@ -40,9 +45,9 @@ def names() -> tuple[str, ...]:
 def get(name_or_path: str | os.PathLike[str], **options: Any) -> AnyTask:
     """The task of that name, or the one a local file describes.
 
-    name_or_path: one of `names()` (case, "-" and "_" do not matter), or the path of a .csv, .tsv, .jsonl or
-        .parquet file, or of a .txt of running text.
-    options: for a file those of `files.load` (text, label, validation, test, regression, ...), with `choices` of
+    name_or_path: one of `names()` (case, "-" and "_" do not matter), or the path of a file
+        (`files.EXTENSIONS`), or of a .txt of running text.
+    options: for a file those of `files.load` (text, label, validation, test, task_type, ...), with `choices` of
         `choice.load`, for running text of `language.load`; for a GLUE task `source`. None counts as not given.
     Raises ValueError for an unknown name, extension or option; DataError for data that cannot be used;
     FileNotFoundError for a file that is not there; prunekern.tasks.fetch.FetchError when an archive cannot be had.
@@ -60,7 +65,7 @@ def get(name_or_path: str | os.PathLike[str], **options: Any) -> AnyTask:
         load, first = archived[key].load, ()
     elif key in glue.TASKS:
         load, first = glue.load, (key,)
-    elif text.lower().endswith(".txt"):
+    elif text.lower().endswith(".txt") and options.get("task_type") != "tokens":
         load, first = language.load, (text,)
     elif os.path.splitext(text)[1] or os.path.dirname(text) or os.path.exists(text):
         load, first = (choice if options.get("choices") is not None else files).load, (text,)

@@ -1,131 +1,136 @@
-"""Any local CSV, TSV, JSONL or parquet file with named columns, as a task."""
+"""Any local CSV, TSV, JSON or parquet file with named columns, or a file of one word a line, as a task."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import tagged
+from .asked import LISTS, Asked, asked_of
+from .entities import IGNORED, OUTSIDE, marks_spans
+from .label_sets import number_columns, number_sets
 from .labels import Rows, is_regression, number_classes, to_numbers
+from .multi_label import MultiLabelTask
+from .sources import conll
 from .sources.readers import READERS, read
 from .split import draw, text_key
 from .task import SPLITS, DataError, Task, label_dataset
+from .tokens import TokenTask
 
-EXTENSIONS = tuple(READERS)
+EXTENSIONS = (*READERS, *conll.ALWAYS)
 _TEXT_ONLY = (".csv", ".tsv")  # numbers are texts in them
 
 
 def load(
     path: str | os.PathLike[str],
-    text: str | Sequence[str] = "text",
-    label: str = "label",
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
     validation: str | os.PathLike[str] | None = None,
     test: str | os.PathLike[str] | None = None,
     regression: bool | None = None,
     metric: str | None = None,
     validation_share: float = 0.1,
     test_share: float = 0.1,
+    task_type: str | None = None,
+    label_columns: Sequence[str] | None = None,
+    label_separator: str | None = None,
 ) -> Task:
     """A task out of one to three files, read into memory.
 
     path: training rows; its extension (EXTENSIONS) says the format.
-    text: the column of the text, or two of them for pairs.
-    label: its column. For a classification strings, integers or booleans: classes are those of `path`, in the
-        order of their values (numerical where they are numbers). For a regression numbers.
-    regression: True or False; None decides by the labels of `path`: numbers that are not all whole (0.0, 2.5) are the
-        scores of a regression, all else are classes. Whole ones count the same however they are written: 1, 1.0, and
-        "1" and "1.0" of a CSV, are one class. Only in CSV and TSV, where all is text, are texts looked at for numbers.
+    text: the column of the text ("text" without it), or two of them for pairs; of tokens, lists of words ("tokens").
+    label: its column ("label" without it; of tokens "tags").
+    task_type: one of TASK_TYPES. None lets the labels of `path` decide: lists are classes of a "multi-label" task, or,
+        where the text is a list too, the tags of "tokens"; numbers that are not all whole (0.0, 2.5) are the scores of
+        a "regression"; all else are classes of a "classification".
+        "classification": strings, integers or booleans; classes are those of `path`, in the order of their values
+        (numerical where they are numbers). Whole numbers count the same however they are written: 1, 1.0, and "1" and
+        "1.0" of a CSV, are one class. Only in CSV and TSV, where all is text, are texts looked at for numbers.
+        "regression": numbers.
+        "multi-label": lists of classes, see `label_sets.number_sets`. label_separator: what stands between classes
+        where a label is a text ("a|b"). label_columns: a column of 0 or 1 for every class, instead of `label`.
+        "tokens": a tag for every word, -100 for words that are not asked about. Also in files of one word a line and a
+        blank line between sentences (`conll.read_conll`): .conll, .iob and .bio, and, where the task type is given,
+        .txt and .tsv; they have no named columns.
+    regression: True and False are task_type "regression" and "classification".
     validation, test: files of their own, of any of the formats. What is not given is drawn from `path`, as
         the given share of its rows, the same way everywhere and with no duplicate in two splits
         (`split.grouped_split`). test_share=0: no test split.
-    metric: "accuracy" (default) or "matthews"; for a regression "pearson" (default), "spearman" or "mse". Where
-        `regression` is None it decides that, too.
-    Raises FileNotFoundError; ValueError for an argument out of range; DataError, naming file and line, for a
-    null or blank text, a null label, fractions and texts in one label column, a label in validation or test that
-    `path` does not have, a label that is not a number in a regression, scored labels that are all the same where the
-    metric is a correlation, and whatever `readers.read` refuses (a missing column, an empty file, ...).
+    metric: one of `metrics.METRICS` of the task type; without it the first; of tags that do not mark spans "accuracy".
+        Where task_type is None it decides between classes and scores, too.
+    Raises FileNotFoundError; ValueError for an argument out of range, or two that contradict each other; DataError,
+    naming file and line, for a null or blank text or word, a null label, labels that are not what the task type asks
+    for, a class in validation or test that `path` does not have, scored labels that leave the metric undefined, and
+    whatever the readers refuse (a missing column, an empty file, ...).
     """
-    from datasets import DatasetDict
-
-    from .metrics import CLASSIFICATION, CORRELATIONS, REGRESSION
-
-    text_columns = (text,) if isinstance(text, str) else tuple(text)
-    regression = _check_arguments(text_columns, label, regression, metric, validation_share, test_share)
     files = {"train": Path(path)}
     if validation is not None:
         files["validation"] = Path(validation)
     if test is not None:
         files["test"] = Path(test)
-    rows = {name: _read(file, text_columns, label) for name, file in files.items()}
-    if regression is None:
-        regression = is_regression(rows["train"], label)
+    asked = asked_of(files["train"], text, label, task_type, regression, metric, label_columns, label_separator)
+    _check_shares(validation_share, test_share)
+    rows = {"train": _read(files["train"], asked)}
+    asked = asked.for_rows(rows["train"])
+    rows |= {name: _read(file, asked) for name, file in files.items() if name != "train"}
+    for part in rows.values():
+        _check(part, asked)
+    if asked.task_type is None:
+        # A metric that did not decide is one of classes.
+        scores = metric is None and is_regression(rows["train"], asked.label)
+        asked = asked.as_type("regression" if scores else "classification")
     # Labels before splits: a class whose only rows are drawn into another split is still a known class.
-    names = None if regression else number_classes(rows, label)
-    if regression:
-        to_numbers(rows, label)
-    metric = metric or (REGRESSION if regression else CLASSIFICATION)[0]
+    names = _number(rows, asked)
     rows |= _draw(rows, {"test": test_share, "validation": validation_share})
-    if metric in CORRELATIONS:
-        _check_spread(rows["test" if "test" in rows else "validation"], label, metric)
-    splits = {}
-    for name in SPLITS:
-        if name in rows:
-            texts = map(list, zip(*rows[name].texts, strict=True))
-            columns: dict[str, list[Any]] = dict(zip(text_columns, texts, strict=True))
-            columns[label] = rows[name].labels
-            splits[name] = label_dataset(columns, text_columns, label, regression)
-    return Task(Path(path).name, DatasetDict(splits), text_columns, label, names, metric)
+    task = _task(Path(path).name, rows, asked, names)
+    _check_scored(rows[task.score_split], task)
+    return task
 
 
-def _check_arguments(
-    text: tuple[str, ...],
-    label: str,
-    regression: bool | None,
-    metric: str | None,
-    validation_share: float,
-    test_share: float,
-) -> bool | None:
-    """`regression`, or what the metric says of it; raises ValueError for an argument out of range."""
-    from .metrics import CLASSIFICATION, REGRESSION
-
-    if len(text) not in (1, 2) or len({*text, label}) != len(text) + 1:
-        raise ValueError(f"text must be one or two columns, not the label's (got {text!r}, {label!r})")
-    if regression is None and metric in REGRESSION + CLASSIFICATION:
-        regression = metric in REGRESSION
-    accepted = REGRESSION if regression else CLASSIFICATION
-    if metric is not None and metric not in accepted:
-        kind = "regression" if regression else "classification"
-        other = f", of a regression one of {', '.join(REGRESSION)}" if regression is None else ""
-        raise ValueError(f"metric of a {kind} must be one of {', '.join(accepted)} (got {metric!r}){other}")
+def _check_shares(validation_share: float, test_share: float) -> None:
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share must be between 0 and 1 (got {validation_share})")
     if not 0 <= test_share < 1 - validation_share:
         raise ValueError(f"test_share must be in [0, 1 - validation_share) (got {test_share})")
-    return regression
 
 
-def _check_spread(rows: Rows, label: str, metric: str) -> None:
-    """DataError where the scored rows leave a correlation undefined: better before training than after."""
-    if len(set(rows.labels)) < 2:
-        raise DataError(
-            f"data file {rows.path}: label {label!r} is the same in every scored row ({len(rows.labels)}), where "
-            f"{metric} is undefined; metric 'mse' is not"
-        )
-
-
-def _read(path: Path, text_columns: tuple[str, ...], label: str) -> Rows:
-    rows = Rows(path, path.suffix.lower() not in _TEXT_ONLY, [], [], [])
-    for where, values in read(path, (*text_columns, label)):
-        for column, value in zip(text_columns, values, strict=False):
-            check_text(where, column, value)
-        if values[-1] is None or (isinstance(values[-1], float) and math.isnan(values[-1])):
-            raise DataError(f"{where}: label {label!r} is null")
+def _read(path: Path, asked: Asked) -> Rows:
+    """Texts and labels as the file holds them; of several label columns a label is the list of their values."""
+    typed = path.suffix.lower() not in _TEXT_ONLY
+    rows = Rows(path, typed, [], [], [])
+    if asked.task_type == "tokens" and path.suffix.lower() not in LISTS:
+        if path.suffix.lower() not in conll.EXTENSIONS:
+            accepted = ", ".join((*LISTS, *conll.EXTENSIONS))
+            raise ValueError(
+                f"data file {path}: extension must, for tokens, be one of {accepted} (got {path.suffix!r})"
+            )
+        for where, (words, tags) in conll.read_conll(path):
+            rows.where.append(where)
+            rows.texts.append((words,))
+            rows.labels.append(tags)
+        return rows
+    texts, several = len(asked.text), len(asked.label_columns) > 1
+    for where, values in read(path, (*asked.text, *asked.label_columns)):
         rows.where.append(where)
-        rows.texts.append(tuple(values[:-1]))
-        rows.labels.append(values[-1])
+        rows.texts.append(tuple(values[:texts]))
+        rows.labels.append(values[texts:] if several else values[texts])
     return rows
+
+
+def _check(rows: Rows, asked: Asked) -> None:
+    """DataError for a text, or a label, that no task of the type can use; what classes are said is checked later."""
+    for where, texts, label in zip(rows.where, rows.texts, rows.labels, strict=True):
+        if asked.task_type == "tokens":
+            tagged.check_words(where, asked.text[0], texts[0], label)
+            continue
+        for column, text in zip(asked.text, texts, strict=True):
+            check_text(where, column, text)
+        if asked.task_type != "multi-label" and (label is None or (isinstance(label, float) and math.isnan(label))):
+            raise DataError(f"{where}: label {asked.label!r} is null")
 
 
 def check_text(where: str, column: str, value: Any) -> None:
@@ -143,11 +148,25 @@ def check_text(where: str, column: str, value: Any) -> None:
             raise DataError(f"{where}: text {column!r} holds half a character (a lone surrogate)") from error
 
 
+def _number(rows: Mapping[str, Rows], asked: Asked) -> tuple[str, ...] | None:
+    """Replace the labels of every file by numbers; returns the names of classes, None where there are none."""
+    if asked.task_type == "regression":
+        to_numbers(rows, asked.label)
+        return None
+    if asked.task_type == "tokens":
+        return tagged.number_tags(rows, asked.label, asked.metric)
+    if asked.task_type == "classification":
+        return number_classes(rows, asked.label)
+    if len(asked.label_columns) > 1:
+        return number_columns(rows, asked.label_columns)
+    return number_sets(rows, asked.label, asked.label_separator)
+
+
 def _draw(rows: dict[str, Rows], shares: dict[str, float]) -> dict[str, Rows]:
     """Splits drawn from rows["train"], for those that have no file of their own, and what is left of it."""
     train = rows["train"]
     wanted = {name: share for name, share in shares.items() if name not in rows and share > 0}
-    parts = draw(train.path, [text_key(*texts) for texts in train.texts], wanted)
+    keys = [text_key(*(" ".join(text) if isinstance(text, list) else text for text in texts)) for texts in train.texts]
     return {
         name: Rows(
             train.path,
@@ -156,5 +175,47 @@ def _draw(rows: dict[str, Rows], shares: dict[str, float]) -> dict[str, Rows]:
             [train.texts[index] for index in indices],
             [train.labels[index] for index in indices],
         )
-        for name, indices in parts.items()
+        for name, indices in draw(train.path, keys, wanted).items()
     }
+
+
+def _task(name: str, rows: Mapping[str, Rows], asked: Asked, names: tuple[str, ...] | None) -> Task:
+    from datasets import DatasetDict
+
+    from .metrics import METRICS
+
+    assert asked.task_type is not None
+    spans = asked.task_type == "tokens" and names is not None and marks_spans(names)
+    default = "accuracy" if asked.task_type == "tokens" and not spans else METRICS[asked.task_type][0]
+    kind = {"multi-label": MultiLabelTask, "tokens": TokenTask}.get(asked.task_type, Task)
+    task = kind(name, DatasetDict({}), asked.text, asked.label, names, asked.metric or default)
+    splits = {}
+    for split in (split for split in SPLITS if split in rows):
+        texts = map(list, zip(*rows[split].texts, strict=True))
+        columns: dict[str, list[Any]] = dict(zip(asked.text, texts, strict=True))
+        columns[asked.label] = rows[split].labels
+        splits[split] = label_dataset(columns, asked.text, asked.label, task.text_feature(), task.label_feature())
+    return replace(task, splits=DatasetDict(splits))
+
+
+def _check_scored(rows: Rows, task: Task) -> None:
+    """DataError where the scored rows leave a metric undefined: better before training than after."""
+    from .metrics import CORRELATIONS
+
+    if task.metric in CORRELATIONS and len(set(rows.labels)) < 2:
+        raise DataError(
+            f"data file {rows.path}: label {task.label_column!r} is the same in every scored row ({len(rows.labels)}), "
+            f"where {task.metric} is undefined; metric 'mse' is not"
+        )
+    if task.metric in ("micro_f1", "macro_f1") and not any(map(any, rows.labels)):
+        raise DataError(
+            f"data file {rows.path}: no scored row ({len(rows.labels)}) has a class, where {task.metric} is undefined; "
+            "metric 'exact_match' is not"
+        )
+    if task.metric == "entity_f1":
+        names = task.label_names or ()
+        if all(tag == IGNORED or names[tag] == OUTSIDE for tags in rows.labels for tag in tags):
+            raise DataError(
+                f"data file {rows.path}: no scored row ({len(rows.labels)}) has an entity, where entity_f1 is "
+                "undefined; metric 'accuracy' is not"
+            )

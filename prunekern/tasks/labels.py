@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -18,7 +18,9 @@ _LARGEST = 3.4028234e38  # of fp32, which labels of a regression are
 
 @dataclass
 class Rows:
-    """One file: where each row stood, its texts [rows][columns], its labels.
+    """One file: where each row stood, its texts [rows][columns], its labels, which become numbers.
+
+    texts: strings; of `tokens` lists of words.
 
     typed: whether the file itself tells numbers from texts (JSON, parquet); in CSV and TSV all is text.
     """
@@ -26,7 +28,7 @@ class Rows:
     path: Path
     typed: bool
     where: list[str]
-    texts: list[tuple[str, ...]]
+    texts: list[tuple[Any, ...]]
     labels: list[Any]
 
 
@@ -51,22 +53,40 @@ def is_regression(rows: Rows, label: str) -> bool:
 def number_classes(rows: Mapping[str, Rows], label: str) -> tuple[str, ...]:
     """Replace the labels of every file by class numbers; returns the class names (the training file's)."""
     train = rows["train"]
-    # "1.0" is class 1, as in JSON. Where not all are whole they are names ("3.8", "3.10") and stay as written.
-    found = [_number(value, train.typed) for value in train.labels]
-    whole = all(n is not None and _is_whole(n) for n in found)
+    whole = all_whole(train.labels, train.typed)
     for part in rows.values():
-        part.labels = [_class_name(v, w, label, whole) for v, w in zip(part.labels, part.where, strict=True)]
-    names = tuple(sorted(set(train.labels), key=_order))
-    if len(names) < 2:
-        raise DataError(f"data file {train.path}: label {label!r} needs 2 classes or more (got only {names[0]!r})")
+        part.labels = [class_name(v, w, label, whole) for v, w in zip(part.labels, part.where, strict=True)]
+    names = class_names(train.labels, train, label)
     numbers = {name: number for number, name in enumerate(names)}
     for split, part in rows.items():
         for where, name in zip(part.where, part.labels, strict=True):
             if name not in numbers:
-                known = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-                raise DataError(f"{where}: label {name!r} of the {split} file is unknown; training has {known}")
+                raise unknown(where, name, split, names)
         part.labels = [numbers[name] for name in part.labels]
     return names
+
+
+def class_names(found: Iterable[str], rows: Rows, label: str) -> tuple[str, ...]:
+    """Names of classes in their order; DataError for fewer than two. rows: the training file's."""
+    names = tuple(sorted(set(found), key=_order))
+    if len(names) < 2:
+        got = f"only {names[0]!r}" if names else "none"
+        raise DataError(f"data file {rows.path}: label {label!r} needs 2 classes or more (got {got})")
+    return names
+
+
+def unknown(where: str, name: str, split: str, names: tuple[str, ...]) -> DataError:
+    """What to say of a class that training does not have."""
+    known = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+    return DataError(f"{where}: label {name!r} of the {split} file is unknown; training has {known}")
+
+
+def all_whole(values: Iterable[Any], typed: bool) -> bool:
+    """Whether classes are whole numbers: "1.0" is class 1 then, as in JSON. Where not all are, they are names ("3.8",
+    "3.10") and stay as written.
+    """
+    found = [_number(value, typed) for value in values]
+    return all(n is not None and _is_whole(n) for n in found)
 
 
 def to_numbers(rows: Mapping[str, Rows], label: str) -> None:
@@ -91,7 +111,7 @@ def _is_whole(number: float) -> bool:
     return math.isinf(number) or number.is_integer()
 
 
-def _class_name(value: Any, where: str, label: str, whole: bool) -> str:
+def class_name(value: Any, where: str, label: str, whole: bool) -> str:
     """A label as text: 1 in a parquet file, "1" in a CSV and 1.0 from a column with gaps are one class."""
     if isinstance(value, Decimal):
         value = int(value) if value == value.to_integral_value() else float(value)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
+TASK_TYPES = ("classification", "regression", "multi-label", "tokens")
 NO_LIMIT = 1 << 30  # of a length in tokens; tokenizers that know no limit say 10^30, and take no such number
 
 
@@ -20,7 +21,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """Labelled text and how to score predictions on it.
+    """Labelled text and how to score predictions on it: one class, or one number, to each.
+
+    `MultiLabelTask` and `TokenTask` are those of several classes, and of a class for every word.
 
     name: what tables call it
     splits: DatasetDict with "train", "validation" and, where its labels are public, "test"
@@ -37,6 +40,11 @@ class Task:
     label_column: str
     label_names: tuple[str, ...] | None
     metric: str
+
+    @property
+    def task_type(self) -> str:
+        """One of TASK_TYPES."""
+        return "regression" if self.label_names is None else "classification"
 
     @property
     def num_labels(self) -> int:
@@ -66,8 +74,13 @@ class Task:
             "num_labels": self.num_labels,
             "id2label": dict(enumerate(self.label_names)),
             "label2id": {label: index for index, label in enumerate(self.label_names)},
-            "problem_type": "single_label_classification",
+            "problem_type": self.problem_type,
         }
+
+    @property
+    def problem_type(self) -> str | None:
+        """What transformers' configs call the task, which says the loss; None where a model class has one loss only."""
+        return "regression" if self.label_names is None else "single_label_classification"
 
     def take(
         self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0
@@ -85,7 +98,7 @@ class Task:
 
         max_length: in tokens, special ones included.
         Columns of the result: what the tokenizer returns (input_ids, attention_mask, maybe token_type_ids),
-        labels (int64; float32 for a regression) and length (tokens of the row, for
+        labels (int64; float32 for a regression and several classes) and length (tokens of the row, for
         `train_sampling_strategy="group_by_length"`).
         Raises ValueError when max_length exceeds what the tokenizer's model takes or leaves no room for text.
         """
@@ -115,8 +128,31 @@ class Task:
         # type.
         sizes = {"input_ids": "int32", "attention_mask": "int8", "token_type_ids": "int8"}
         tokens = {name: List(Value(sizes.get(name, "int64"))) for name in tokenizer.model_input_names}
-        label = Value("float32" if self.label_names is None else "int64")
-        return Features({**tokens, "labels": label, "length": Value("int32")})
+        return Features({**tokens, "labels": self.label_feature(), "length": Value("int32")})
+
+    def text_feature(self) -> Any:
+        """What `datasets` holds a text as."""
+        from datasets import Value
+
+        return Value("string")
+
+    def label_feature(self) -> Any:
+        """What `datasets` holds a row's labels as."""
+        from datasets import Value
+
+        return Value("float32" if self.label_names is None else "int64")
+
+    def count_cut(self, tokenizer: PreTrainedTokenizerBase, max_length: int, split: str) -> int:
+        """Rows of a split that have more than max_length tokens, which `encode` cuts."""
+        count = 0
+        for rows in self.splits[split].iter(1000):
+            ids = tokenizer(*(self.texts(rows[name]) for name in self.text_columns), verbose=False)["input_ids"]
+            count += sum(len(row) > max_length for row in ids)
+        return count
+
+    def texts(self, column: list[Any]) -> list[str]:
+        """What a tokenizer is given of a text column's values."""
+        return column
 
     def collator(
         self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None
@@ -183,13 +219,19 @@ def _encode_batch(
 
 
 def label_dataset(
-    columns: dict[str, list[Any]], text_columns: tuple[str, ...], label_column: str, regression: bool
+    columns: dict[str, list[Any]],
+    text_columns: tuple[str, ...],
+    label_column: str,
+    text_feature: Any,
+    label_feature: Any,
 ) -> Dataset:
-    """An in-memory split: text columns as strings, label as int64 or float32, other columns as they come."""
-    from datasets import Dataset, Features, Value
+    """An in-memory split: texts and labels as `Task.text_feature` and `Task.label_feature` say, other columns as they
+    come.
+    """
+    from datasets import Dataset, Features
 
-    types = {name: Value("string") for name in text_columns}
-    types[label_column] = Value("float32" if regression else "int64")
+    types = {name: text_feature for name in text_columns}
+    types[label_column] = label_feature
     for name, values in columns.items():
         if name not in types:
             types[name] = Dataset.from_dict({name: values[:1]}).features[name]

@@ -25,6 +25,7 @@ from ..pruning.pruner import Pruner
 from ..storage.progress import track
 from ..storage.tokenizer import load_tokenizer
 from ..tasks import AnyTask, ChoiceTask, Task
+from ..tasks.entities import IGNORED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -207,7 +208,8 @@ def evaluate(
 ) -> tuple[dict[str, float], Tensor]:
     """(metrics, predictions [rows, labels]) of a model on the task's scored split, batches bucketed by length.
 
-    Of a LanguageTask: (perplexity, losses [blocks, tokens]); of a ChoiceTask: (accuracy, log-likelihoods).
+    Of a TokenTask predictions are [rows, tokens, labels]; of a LanguageTask: (perplexity, losses [blocks, tokens]); of
+    a ChoiceTask: (accuracy, log-likelihoods).
     """
     from transformers import EvalPrediction
 
@@ -219,14 +221,28 @@ def evaluate(
     collate, device = task.collator(tokenizer), next(model.parameters()).device
     order = torch.tensor(data["length"], device="cpu").argsort(stable=True).tolist()
     rows = [data[i] for i in order]
-    found = []
+    found, wanted = [], []
     batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
     for batch in track(batches, description="evaluating", console=console):
-        inputs = {k: v.to(device) for k, v in collate(batch).items() if k != "labels"}
-        found.append(model(**inputs).logits.float().cpu())
-    logits = torch.cat(found)[torch.tensor(order, device="cpu").argsort()]
-    labels = torch.tensor(data["labels"], device="cpu")
+        inputs = collate(batch)
+        wanted.append(inputs.pop("labels"))
+        found.append(model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu())
+    place = torch.tensor(order, device="cpu").argsort()
+    logits, labels = (_joined(parts)[place] for parts in (found, wanted))
     return task.compute_metrics(EvalPrediction(predictions=logits.numpy(), label_ids=labels.numpy())), logits
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """[rows, ...] of all batches. Labels of tokens are as many as the longest row of their batch has: what is beyond is
+    IGNORED, and so the logits there.
+    """
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    whole = parts[0].new_full((sum(map(len, parts)), *shape), IGNORED)  # [rows, ...]
+    first = 0
+    for part in parts:
+        whole[(slice(first, first + len(part)), *map(slice, part.shape[1:]))] = part
+        first += len(part)
+    return whole
 
 
 def finish(pruner: Pruner, tokenizer: PreTrainedTokenizerBase, out: Path, rule: str = "learned") -> PreTrainedModel:

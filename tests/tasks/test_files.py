@@ -15,7 +15,7 @@ ROWS = [
 
 
 def write(path, rows):
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".json"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".parquet":
         import pyarrow
@@ -45,6 +45,17 @@ def test_every_format_gives_the_same_task(tmp_path, extension):
     everything = sorted(row for rows in contents(task).values() for row in rows)
     assert everything == sorted((row["body"], task.label_names.index(row["topic"])) for row in ROWS)
     assert task.score_split == "test"
+
+
+@pytest.mark.parametrize("form", ["list", "indented", "lines", "marked"])
+def test_json_is_a_list_or_lines(tmp_path, form):
+    path = write(tmp_path / "a.jsonl", ROWS).rename(tmp_path / "a.json")
+    if form != "lines":
+        path.write_text("\n " * (form == "indented") + json.dumps(ROWS, indent=2 if form == "indented" else None))
+    if form == "marked":
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    task = tasks.get(path, text="body", label="topic")
+    assert contents(task) == contents(tasks.get(write(tmp_path / "b.jsonl", ROWS), text="body", label="topic"))
 
 
 @pytest.mark.parametrize("extension", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -226,7 +237,9 @@ def test_unknown_task():
 def test_unsupported_extension(tmp_path):
     (tmp_path / "a.xlsx").write_text("x")
     refused(
-        tmp_path / "a.xlsx", r"extension must be one of \.csv, \.tsv, \.jsonl, \.parquet \(got '\.xlsx'\)", ValueError
+        tmp_path / "a.xlsx",
+        r"extension must be one of \.csv, \.tsv, \.jsonl, \.json, \.parquet \(got '\.xlsx'\)",
+        ValueError,
     )
     refused(tmp_path, r"extension must be one of", ValueError)
 
@@ -307,6 +320,12 @@ def test_too_few_texts_to_split(tmp_path):
         ("a.csv", "text,text,label\nx,y,1\n", r"column 'text' is there 2 times"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": \n', r"line 2: not JSON"),
         ("a.jsonl", '[{"text": "x", "label": 1}]\n', r"line 1: expected a JSON object, got list"),
+        ("a.json", '[{"text": "x", "label": 1}, 3]\n', r"a\.json row 2: expected a JSON object, got int"),
+        ("a.json", '[{"text": "x", "label": 1}, {"text": "y"}]\n', r"a\.json row 2: column 'label' is missing"),
+        ("a.json", '[{"text": "x", "label": 1},\n', r"a\.json: not JSON .*expected a list of objects"),
+        ("a.json", '[{"text": "x", "text": "y"}]\n', r"a\.json: not JSON \(the name 'text' is there twice\)"),
+        ("a.json", "[]\n", r"a\.json has no rows"),
+        ("a.json", '{"text": "x", "label": 1}\n{"text"', r"a\.json line 2: not JSON"),
     ],
 )
 def test_malformed_lines(tmp_path, name, content, pattern):
@@ -314,7 +333,7 @@ def test_malformed_lines(tmp_path, name, content, pattern):
     refused(tmp_path / name, pattern)
 
 
-@pytest.mark.parametrize("extension, place", [(".csv", "line 22"), (".jsonl", "line 21")])
+@pytest.mark.parametrize("extension, place", [(".csv", "line 22"), (".jsonl", "line 21"), (".json", "line 21")])
 def test_other_encodings(tmp_path, extension, place):
     path = write(tmp_path / f"a{extension}", [*GOOD, {"text": "cafe", "label": 1}])
     path.write_bytes(path.read_bytes().replace(b"cafe", b"caf\xe9"))

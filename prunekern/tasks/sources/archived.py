@@ -22,7 +22,7 @@ def archived_task(
     sizes: rows of "test" and "validation", drawn by `split.grouped_split`, so that the split is the same everywhere
     and no duplicate is in two of its parts; the rest is for training.
     """
-    from datasets import DatasetDict
+    from datasets import DatasetDict, Value
 
     parts = grouped_split([text_key(sentence) for sentence in sentences], sizes)
     rows = {"sentence": sentences, "label": labels, **columns}
@@ -31,7 +31,8 @@ def archived_task(
             {column: [values[index] for index in parts[part]] for column, values in rows.items()},
             ("sentence",),
             "label",
-            regression=False,
+            Value("string"),
+            Value("int64"),
         )
         for part in ("train", *reversed(list(sizes)))
     }

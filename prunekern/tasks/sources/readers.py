@@ -1,15 +1,15 @@
-"""Rows of named columns out of CSV, JSONL and parquet files, each with its place for error messages."""
+"""Rows of named columns out of CSV, JSON and parquet files, each with its place for error messages."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..task import DataError
 from .rows import Row, not_utf8, require
-from .separated import read_csv, read_tsv
+from .separated import header, read_csv, read_tsv
 
 
 def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -19,21 +19,38 @@ def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     DataError for an empty file, a missing column (naming those there are), a malformed line, a file that is
     not UTF-8.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        accepted = ", ".join(READERS)
-        raise ValueError(f"data file {path}: extension must be one of {accepted} (got {path.suffix!r})")
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"data file {path} {what}")
-    if path.stat().st_size == 0:
-        raise DataError(f"data file {path} is empty")
+    reader = READERS[check_file(path, READERS)]
     count = 0
     for row in reader(path, columns):
         count += 1
         yield row
     if count == 0:
         raise DataError(f"data file {path} has no rows")
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of a file's columns, of JSON those of the first row. Raises as `read`."""
+    extension = check_file(path, READERS)
+    if extension == ".parquet":
+        return [name for name in _schema(path).names]
+    if extension in (".csv", ".tsv"):
+        return header(path, "," if extension == ".csv" else "\t")
+    return list(next(_objects(path), ("", {}))[1])
+
+
+def check_file(path: Path, accepted: Iterable[str]) -> str:
+    """The file's extension, in small letters. Raises FileNotFoundError; ValueError for another; DataError where it is
+    empty.
+    """
+    extension = path.suffix.lower()
+    if extension not in accepted:
+        raise ValueError(f"data file {path}: extension must be one of {', '.join(accepted)} (got {path.suffix!r})")
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"data file {path} {what}")
+    if path.stat().st_size == 0:
+        raise DataError(f"data file {path} is empty")
+    return extension
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -45,9 +62,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    for place, (where, record) in enumerate(_objects(path)):
+        if place == 0:
+            require(path, columns, list(record))
+        for column in columns:
+            if column not in record:
+                listed = ", ".join(record) or "none"
+                raise DataError(f"{where}: column {column!r} is missing; there are {listed}")
+        yield Row(where, [record[column] for column in columns])
+
+
+def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and content of each object: one on every line, or, of a .json file that begins so, in one list."""
+    if path.suffix.lower() == ".json" and _is_list(path):
+        yield from _listed(path)
+        return
     with open(path, "rb") as file:
-        first = True
         for line, raw in enumerate(file, start=1):
             where = f"{path} line {line}"
             try:
@@ -61,14 +92,31 @@ def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                 raise DataError(f"{where}: not JSON ({error}); expected an object on every line") from error
             if not isinstance(record, dict):
                 raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}; every line is one")
-            if first:
-                require(path, columns, list(record))
-                first = False
-            for column in columns:
-                if column not in record:
-                    listed = ", ".join(record) or "none"
-                    raise DataError(f"{where}: column {column!r} is missing; there are {listed}")
-            yield Row(where, [record[column] for column in columns])
+            yield where, record
+
+
+def _is_list(path: Path) -> bool:
+    """Whether the first character that is no blank, or byte order mark, is a bracket."""
+    with open(path, "rb") as file:
+        for raw in file:
+            text = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
+            if text:
+                return text.startswith(b"[")
+    return False
+
+
+def _listed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    raw = path.read_bytes()
+    try:
+        records = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, raw.count(b"\n", 0, error.start) + 1, raw, error) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"data file {path}: not JSON ({error}); expected a list of objects") from error
+    for row, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise DataError(f"{path} row {row}: expected a JSON object, got {type(record).__name__}; every row is one")
+        yield f"{path} row {row}", record
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -89,9 +137,21 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise DataError(f"data file {path} cannot be read as parquet: {reason}") from error
 
 
+def _schema(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(f"data file {path} cannot be read as parquet: {reason}") from error
+
+
 READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
-    ".jsonl": _json_lines,
+    ".jsonl": _json,
+    ".json": _json,
     ".parquet": _parquet,
 }

@@ -27,6 +27,14 @@ def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         yield from _rows(path, _records(path, file, "\t") if quoted else _lines(path, file), columns)
 
 
+def header(path: Path, delimiter: str) -> list[str]:
+    """Names of the columns of a file with commas or tabs."""
+    with _opened(path) as file:
+        is_csv = delimiter == "," or is_quoted(path)
+        _, names = next(_records(path, file, delimiter) if is_csv else _lines(path, file), (0, []))
+    return names
+
+
 def is_quoted(path: Path) -> bool:
     """Whether a tab-separated file was written by something that quotes fields as CSV does.
 
