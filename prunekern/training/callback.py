@@ -152,7 +152,7 @@ class PruneCallback(TrainerCallback):
         if self.final_learning_rate is not None:
             self._adapters = adapter_rate(args, state.max_steps, boundary, self.final_learning_rate)
         if self.distil is not None:
-            self.distil.begin()
+            self.distil.begin(args)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 

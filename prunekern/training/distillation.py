@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+from transformers import TrainingArguments
 
 from ..pruning.original import Original
 from ..pruning.pruner import Pruner
 from .vocabulary import vocabulary_loss
 
 On = Literal["logits", "hidden"]
+# Arguments of a forward pass that are about its loss and its logits only.
+_OF_THE_LOSS = (
+    "labels", "shift_labels", "start_positions", "end_positions", "num_items_in_batch", "logits_to_keep",
+    "fused_lm_head", "next_sentence_label", "sentence_order_label",
+)  # fmt: skip
 _LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits")  # of transformers' outputs
 
 
@@ -30,8 +36,8 @@ class Distillation:
     labels, the rates are zero meanwhile, and saliency is gathered from the curvature of the distillation loss: losses
     of labels drawn from the teacher (of random directions, for "hidden") have squares of that mean (Martens 2020).
 
-    The loss is added to `loss` of the model's output; a Trainer that computes another one is refused, by RuntimeError,
-    at the first step. ValueError for what is not accepted, and for models with no such output.
+    The loss is added to `loss` of the model's output (in TRL's SFTTrainer, to what it makes its loss of); a Trainer that
+    computes another one is refused, by RuntimeError, at the first step. ValueError for what is not accepted, and for models with no such output.
     """
 
     def __init__(self, on: On = "logits", weight: float = 1.0, temperature: float = 1.0, chunk: int = 256):
@@ -63,13 +69,16 @@ class SelfTaught:
         self._taught: dict[str, Tensor] = {}  # what the teacher said of this batch
         self._seen: dict[str, Tensor] = {}  # what the forward pass now going on has shown
         self._reached = self._added = False
+        self._steps, self._scales = 1, False
         self._sum, self._count = 0.0, 0
 
     # -- the run -------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Listen to the model."""
+    def begin(self, args: TrainingArguments | None = None) -> None:
+        """Listen to the model. args: of the run, where there is one."""
         self.end()
+        self._steps = 1 if args is None else args.gradient_accumulation_steps
+        self._scales = args is not None and args.fp16
         model = self.pruner.model
         base, words = model.base_model, _words(model)
         self._handles = [
@@ -113,19 +122,27 @@ class SelfTaught:
         lone = kwargs.get("labels") is None and "start_positions" not in kwargs
         if not lone and self.pruner.warm:
             return None
-        quiet = {k: v for k, v in kwargs.items() if k not in ("labels", "start_positions", "end_positions")}
-        # Of all logits of a language model, one token's are enough: those of the rest are made in chunks.
-        few = {"logits_to_keep": 1} if _words(model) is not None and _keeps_logits(model) else {}
+        quiet = {k: v for k, v in kwargs.items() if k not in _OF_THE_LOSS}
         self._teaching, self._seen = True, {}
         try:
             with self._original():
-                output = model(**quiet | few)
-            self._taught = {n: t.detach() for n, t in self._shown(model, output).items()}
+                if self.how.on == "hidden" or self._from_hidden(model):
+                    output = model.base_model(**quiet)  # the head would cost more than all the rest
+                    self._taught = {self._name(model): output[0].detach()}
+                else:
+                    self._taught = {n: t.detach() for n, t in self._shown(model, model(**quiet)).items()}
         finally:
             self._teaching, self._seen = False, {}
-        if lone and few and "logits_to_keep" not in kwargs:
-            kwargs = kwargs | few
-        return (), kwargs
+        # Of all logits of a language model, one token's are enough: those of the rest are made in chunks.
+        few = lone and self._from_hidden(model) and "forward" not in vars(model) and "logits_to_keep" not in kwargs
+        return (), kwargs | {"logits_to_keep": 1} if few else kwargs
+
+    def _from_hidden(self, model: nn.Module) -> bool:
+        """Whether the logits are those that the output embeddings make of the last hidden states."""
+        return self.how.on == "logits" and _words(model) is not None and _keeps_logits(model)
+
+    def _name(self, model: nn.Module) -> str:
+        return "words" if self._from_hidden(model) else "hidden"
 
     def _see_hidden(self, base: nn.Module, args: Any, output: Any) -> None:
         self._seen["hidden"] = output[0]
@@ -135,11 +152,10 @@ class SelfTaught:
 
     def _shown(self, model: nn.Module, output: Any) -> dict[str, Tensor]:
         """Of a forward pass: last hidden states, what the vocabulary's logits are made of, or logits themselves."""
-        hidden = output[0] if model.base_model is model else self._seen["hidden"]
-        if self.how.on == "hidden":
-            return {"hidden": hidden}
+        if self.how.on == "hidden" or self._from_hidden(model):
+            return {self._name(model): output[0] if model.base_model is model else self._seen["hidden"]}
         if _words(model) is not None:
-            return {"words": hidden if _keeps_logits(model) else self._seen["words"]}
+            return {"words": self._seen["words"]}
         found = {n: output[n] for n in _LOGITS if isinstance(output, dict) and output.get(n) is not None}
         if not found:
             raise ValueError(
@@ -165,6 +181,13 @@ class SelfTaught:
         loss = self.how.weight * loss
         loss.register_hook(self._note)
         self._added = True
+        if output.get("log_probs") is not None:  # TRL makes its loss of these; by how much it is divided is ours to say
+            if self._scales:
+                raise ValueError("distil: fp16 must be False with this Trainer (got True): its scale is not known here")
+            output["log_probs"] = _Carrying.apply(output["log_probs"], loss, 1 / self._steps)
+            return output
+        if kwargs.get("num_items_in_batch") is not None:  # the task's loss is divided already; Trainer will not do it
+            loss = loss / self._steps
         output["loss"] = loss if task is None else task + loss
         output.move_to_end("loss", last=False)
         return output
@@ -215,6 +238,19 @@ class SelfTaught:
             drawn = torch.multinomial(F.softmax(theirs / self.how.temperature, -1), 1).squeeze(-1)
             parts.append(F.cross_entropy(ours / self.how.temperature, drawn))
         return torch.stack(parts).mean()
+
+
+class _Carrying(torch.autograd.Function):
+    """x, with the gradient of `share` times a loss beside its own: for a Trainer that computes its loss of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, by_x: Tensor) -> Any:
+        return by_x, by_x.new_full((), ctx.share, dtype=torch.float32), None
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -62,7 +62,7 @@ class DistilLoss(nn.Module):
             raise ValueError("PruneCallback: distil must be a loss of the same pruner (got one of another)")
         return self
 
-    def begin(self) -> None:
+    def begin(self, args: Any = None) -> None:
         """Nothing to do."""
 
     def end(self) -> None:
