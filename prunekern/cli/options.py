@@ -35,7 +35,8 @@ Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 TaskName = Annotated[
     str | None,
     typer.Option(
-        help="reviews, topics, tweets; wikipedia, winogrande, science (decoders); or a GLUE task: "
+        help="reviews, topics, tweets; wikipedia, winogrande, science (decoders); embeddings (texts without labels, "
+        "a line each, of a SentenceTransformer); or a GLUE task: "
         "mrpc rte sst2 mnli cola qnli qqp stsb."
     ),
 ]

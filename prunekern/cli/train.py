@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from . import embeddings
 from .errors import reading
 from .fits import check_bf16, check_head, check_length, check_positive, say_cut
 from .options import (
@@ -59,7 +60,7 @@ def train(
     align: Annotated[int, typer.Option(help="Kept channels of a layer come in multiples of this, or all stay.")] = 1,
     epochs: float = 3.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: by --epochs.")] = -1,
-    batch_size: int = 8,
+    batch_size: Annotated[int | None, typer.Option(help="8; of embeddings 32.")] = None,
     lr: Annotated[
         float | None, typer.Option(help="Of adapters and head, falling linearly to zero: 5e-4; preset paper: 5e-5.")
     ] = None,
@@ -97,6 +98,8 @@ def train(
     if not (max_steps > 0 or (max_steps == -1 and epochs > 0)):
         raise ValueError(f"--max-steps must be positive, or -1 and --epochs positive (got {max_steps} and {epochs})")
     quantizing.check_kind(quantize)
+    embeds = task == embeddings.TASK
+    batch_size = embeddings.BATCH_SIZE if embeds and batch_size is None else 8 if batch_size is None else batch_size
     check_positive(batch_size=batch_size, epochs=epochs, final_lr=final_lr, mask_lr=mask_lr, save_steps=save_steps)
     if bf16:
         check_bf16()
@@ -107,7 +110,7 @@ def train(
         epochs=epochs,
         max_steps=max_steps,
         batch_size=batch_size,
-        learning_rate=lr if lr is not None else 5e-5 if preset == "paper" else 5e-4,
+        learning_rate=lr if lr is not None else 5e-5 if preset == "paper" else 1e-3 if embeds else 5e-4,
         final_learning_rate=final_lr,
         mask_learning_rate=mask_lr,
         rule=rule,
@@ -117,12 +120,19 @@ def train(
         seed=seed,
         bf16=bf16,
     )
+    source = str(demo_model(model)) if model in MODEL_NAMES else model
+    if embeds:
+        embeddings.refuse_others(
+            text=text, choices=choices, label=label, label_columns=label_columns, label_separator=label_separator,
+            task_type=task_type, regression=regression, metric=metric, validation=validation, test=test,
+        )  # fmt: skip
+        embeddings.train_embeddings(model, source, data, config, options, out, resume, quantize)
+        return
     data_task = task_of(
         task, data,
         text=text, choices=choices, label=label, label_columns=label_columns, label_separator=label_separator,
         task_type=task_type, regression=regression, metric=metric, validation=validation, test=test,
     )  # fmt: skip
-    source = str(demo_model(model)) if model in MODEL_NAMES else model
     with reading(source):
         try:
             dense, tokenizer = load_dense(source, data_task, seed)

@@ -29,6 +29,11 @@ FILES: dict[str, str] = {
 }
 
 
+def types_in(file: str) -> tuple[str, ...]:
+    """The `model_type`s that a module here knows."""
+    return tuple(name for name, where in FILES.items() if where == file)
+
+
 def of(model: nn.Module) -> Family:
     """The family of a transformers model. ValueError for an architecture without one."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -52,4 +57,4 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     return getattr(config, "max_position_embeddings", None) if family is None else family.most_tokens(config)
 
 
-__all__ = ["COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "most_tokens", "of", "of_type"]
+__all__ = ["COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "most_tokens", "of", "of_type", "types_in"]
