@@ -43,7 +43,7 @@ def compacted(family, task="token", share=0.4, **options):
     return model, pk.compact(model)
 
 
-@pytest.mark.parametrize("share", (0.0, 0.5, 0.97, 1.0))
+@pytest.mark.parametrize("share", (0.0, 0.5, 1.0))
 @pytest.mark.parametrize("family,attention", KINDS)
 def test_compact_equals_masked(family, attention, share):
     for dtype, tolerance in ((torch.float64, F64), (torch.float32, F32)):
@@ -53,11 +53,10 @@ def test_compact_equals_masked(family, attention, share):
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("family,attention", [("electra", "sdpa"), ("mpnet", "eager")])
-def test_edge(family, attention, edge):
-    n = names(family, 1)
+def test_mpnet_edge(edge):
+    n = names("mpnet", 1)
     for dtype, tolerance in ((torch.float64, F64), (torch.float32, F32)):
-        model = build(family, "token", attention, dtype)
+        model = build("mpnet", "token", dtype=dtype)
         keep_only(attached(model), {n[part]: kept for part, kept in EDGES[edge].items()})
         check(model, batch(3), tolerance)
 
