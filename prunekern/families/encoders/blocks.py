@@ -89,15 +89,17 @@ class RunsAtOnce(nn.Module):
         """The modules the call stands for; None where one of them is not the family's own."""
         raise NotImplementedError
 
-    def at_once(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The block's output, x [batch, tokens, hidden] -> the same; None where its modules must be called."""
+    def at_once(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
+        """The block's output, x [batch, tokens, hidden] -> the same; None where its modules must be called. bias: as of
+        a `Step`.
+        """
         if not takes(x):
             return None
         step = self._step
         if step is None or not step.is_fresh():
             parts = self.parts()
             step = self._step = None if parts is None else make_step(self, parts)
-        return None if step is None else step(x, mask)
+        return None if step is None else step(x, mask, bias)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make their own.

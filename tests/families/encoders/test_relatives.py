@@ -10,7 +10,9 @@ from torch import nn
 import prunekern as pk
 import prunekern.hf
 from prunekern import families
+from prunekern.compacting import checkpoint
 from prunekern.compacting.latency import latency
+from prunekern.families.encoders import step as encoder_step
 from prunekern.pruning.attach import task_head
 from tests.helpers.encoder_edges import EDGES
 from tests.helpers.equal_models import F32, F64, check
@@ -181,11 +183,56 @@ def test_stock_checkpoint(family, tmp_path):
 PARTS = ["compact_linear"] * 4 + ["compact_mlp"]
 
 
-def test_mpnet_runs_on_the_kernels(monkeypatch):
+@pytest.mark.parametrize("kind", ("fp32", "bf16", "int8", "int4"))
+def test_mpnet_runs_as_one_call_and_by_parts(kind, monkeypatch):
+    """With the same answers, also for few heads, of which each keeps its own bias."""
+    for share in (0.0, 0.6):
+        _, small = compacted("mpnet", share=share)
+        checkpoint.set_weights(small, kind)
+        for padded in (False, True):
+            inputs = batch(padded=padded)
+            calls = watch(monkeypatch)
+            whole = logits(small, inputs)
+            assert calls == ["encoder_block"] * LAYERS
+            with torch.inference_mode():
+                assert torch.equal(small(**inputs).logits, whole)
+            assert calls == ["encoder_block"] * 2 * LAYERS
+            monkeypatch.setattr(encoder_step, "_RUN", None)
+            calls.clear()
+            by_parts = logits(small, inputs)
+            assert "encoder_block" not in calls and (kind != "fp32" or calls == PARTS * LAYERS)
+            assert difference(whole, by_parts) <= (F32 if kind == "fp32" else 0.05)
+            monkeypatch.undo()
+
+
+def test_mpnet_masks_written_to_on_the_way():
+    """A hook before the second block forbids one key more: what the encoder found in the mask no longer holds."""
+    model, small = compacted("mpnet")
+
+    def forbid(module, args):
+        args[1][:, :, :, 1] = torch.finfo(torch.float32).min
+
+    answers = []
+    for one in (model, small):
+        handle = one.mpnet.encoder.layer[1].register_forward_pre_hook(forbid)
+        answers.append(logits(one, batch()))
+        handle.remove()
+    assert difference(answers[1], answers[0]) <= F32
+    assert difference(logits(small, batch()), answers[1]) > 1e-3
+
+
+def test_mpnet_copies_and_changes_are_seen():
     _, small = compacted("mpnet")
-    calls = watch(monkeypatch)
-    logits(small, batch())
-    assert calls == PARTS * LAYERS
+    inputs = batch()
+    before = logits(small, inputs)
+    other = pickle.loads(pickle.dumps(small))
+    with torch.no_grad():
+        other.mpnet.encoder.layer[0].attention.attn.o.weight.mul_(2)
+        other.mpnet.encoder.relative_attention_bias.weight.mul_(2)
+    after = logits(other, inputs)
+    assert difference(after, before) > 1e-3 and torch.equal(logits(small, inputs), before)
+    other.mpnet.encoder.layer[0].attention.attn.scaling *= 2
+    assert difference(logits(other, inputs), after) > 1e-3
 
 
 def test_mpnet_reads_its_bias():
