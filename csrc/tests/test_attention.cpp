@@ -327,6 +327,15 @@ int main() {
   CHECK(refusal({0, 4}, {1, 4}, 1) == start + "v_first must start with 0", "v");
   CHECK(refusal({0, 4}, {0, 4}, 0) == start + "threads must be at least 1 (got 0)", "threads");
   CHECK(refusal({0, 4}, {0, 4}, 1, 0) == start + "shared_by must be at least 1 (got 0)", "shared_by");
+  AttentionCall biased;
+  const std::int64_t first[] = {0, 1};
+  const float bias = 0.0f;
+  biased.batch = biased.queries = biased.keys = biased.heads = biased.y_stride = 1;
+  biased.qk_first = biased.v_first = first;
+  biased.bias = &bias;
+  CHECK(message_of([&] { compact_attention(Isa::generic, biased); }) ==
+            start + "a bias needs bias_head, and shared_by of 1",
+        "bias");
   CHECK(refusal({0, 4}, {0, 4}, 1, 1, 2) == start + "queries must be at most keys where causal", "causal");
   return 0;
 }
