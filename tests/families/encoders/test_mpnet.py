@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import prunekern as pk
-import prunekern.hf
 from prunekern.compacting import checkpoint
 from prunekern.families.encoders import step as encoder_step
 from tests.helpers.encoder_edges import EDGES
