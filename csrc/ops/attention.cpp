@@ -35,6 +35,8 @@ void check(const AttentionCall& call) {
   check_first("v_first", call.v_first, call.heads);
   require(std::isfinite(call.scale), "scale must be finite (got " + std::to_string(call.scale) + ")");
   require(call.shared_by >= 1, "shared_by must be at least 1 (got " + std::to_string(call.shared_by) + ")");
+  require(call.bias == nullptr || (call.shared_by == 1 && call.bias_head != nullptr),
+          "a bias needs bias_head, and shared_by of 1");
   require(!call.causal || call.queries <= call.keys, "queries must be at most keys where causal");
   require(call.y_stride >= call.shared_by * call.v_first[call.heads], "bad row stride of y");
   require(call.threads >= 1, "threads must be at least 1 (got " + std::to_string(call.threads) + ")");

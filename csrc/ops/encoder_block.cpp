@@ -50,6 +50,8 @@ void attend(Isa isa, const EncoderBlockCall& call, const float* projected, float
   attention.y_batch_stride = call.tokens * call.o.k;
   attention.key_mask = call.key_mask;
   attention.key_mask_stride = call.key_mask_stride;
+  attention.bias = call.bias;
+  attention.bias_head = call.bias_head;
   attention.scale = call.scale;
   attention.arithmetic = call.arithmetic;
   attention.threads = call.threads;

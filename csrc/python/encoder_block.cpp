@@ -8,7 +8,7 @@
 namespace prunekern {
 namespace {
 
-enum Argument { kX, kKeyMask, kThreads, kLayer, kArgumentCount };
+enum Argument { kX, kKeyMask, kBias, kThreads, kLayer, kArgumentCount };
 
 // What belongs to the layer, made once: a tuple.
 enum Part {
@@ -17,6 +17,7 @@ enum Part {
   kOutIndex = kO + 4,
   kKeyFirst,
   kValueFirst,
+  kBiasHead,  // a tuple: the matrix of the bias that each head reads; None where none is given
   kScale,
   kArithmetic,
   kNorm,  // a norm is three: weight, bias, eps
@@ -49,7 +50,8 @@ struct EagerEncoderBlock {
       return false;
     }
     PyObject* const* parts = PySequence_Fast_ITEMS(args[kLayer]);
-    return read_x(args) && read_attention(parts) && read_mlp(parts);
+    return read_x(args) && read_attention(parts) && read_bias(args[kBias], parts[kBiasHead]) &&
+           read_mlp(parts);
   }
   std::int64_t channels() const { return block.hidden; }
   void write_to(void* y) { block.y = static_cast<float*>(y); }
@@ -57,6 +59,7 @@ struct EagerEncoderBlock {
 
   dlpack::Tensor x;
   Firsts keys, values;
+  std::vector<std::int64_t> bias_head;
   EncoderBlockCall block;
 
  private:
@@ -92,6 +95,26 @@ struct EagerEncoderBlock {
            eager::to_float(parts[kScale], block.scale) && read_norm(parts + kNorm, block.hidden, block.norm);
   }
 
+  // bias: fp32 [1, matrices, tokens, tokens], or None.
+  bool read_bias(PyObject* bias, PyObject* of_heads) {
+    if (bias == Py_None) return of_heads == Py_None;
+    dlpack::Tensor tensor;
+    Element element;
+    if (!eager::view_input(bias, tensor, element) || element != Element::fp32 || tensor.ndim != 4 ||
+        tensor.shape[0] != 1 || tensor.shape[2] != block.tokens || tensor.shape[3] != block.tokens ||
+        !eager::is_contiguous(tensor) || !PyTuple_CheckExact(of_heads) ||
+        PyTuple_GET_SIZE(of_heads) != block.heads)
+      return false;
+    bias_head.resize(block.heads);
+    for (std::int64_t h = 0; h < block.heads; ++h)
+      if (!eager::to_int(PyTuple_GET_ITEM(of_heads, h), bias_head[h]) || bias_head[h] < 0 ||
+          bias_head[h] >= tensor.shape[1])
+        return false;
+    block.bias = static_cast<const float*>(tensor.data);
+    block.bias_head = bias_head.data();
+    return true;
+  }
+
   bool read_mlp(PyObject* const* parts) {
     std::int64_t inner, n = block.hidden;
     return eager::to_int(parts[kInner], inner) && read_weight(parts + kUp, inner, block.hidden, block.up) &&
@@ -107,7 +130,7 @@ struct EagerEncoderBlock {
 void add_encoder_block(pybind11::module_& m) {
   eager::add_call<EagerEncoderBlock>(
       m,
-      "call_encoder_block(x, key_mask, threads, layer) -> y, or None: EncoderBlockCall of "
+      "call_encoder_block(x, key_mask, bias, threads, layer) -> y, or None: EncoderBlockCall of "
       "prunekern/encoder_block.h. layer: what prunekern/families makes for an encoder's step.");
 }
 

@@ -23,6 +23,7 @@ struct Case {
   std::int64_t shared_by = 1;
   bool causal = false;
   Arithmetic arithmetic = Arithmetic::fp32;
+  bool biased = false;
 };
 
 // Products of bf16, and fp32 arithmetic that no other set has tested.
@@ -102,6 +103,19 @@ void run_with(Isa isa, const Case& c) {
   call.shared_by = shared;
   call.causal = c.causal;
   call.arithmetic = c.arithmetic;
+  // One matrix more than heads; what stands at forbidden keys is not read.
+  std::vector<float> bias = random_floats((heads + 1) * c.queries * c.keys, 5);
+  std::vector<std::int64_t> bias_head;
+  for (std::int64_t h = 0; h < heads; ++h) bias_head.push_back(heads - h);
+  auto bias_at = [&](std::int64_t h, std::int64_t t, std::int64_t s) {
+    return c.biased ? 3.0 * bias[((heads - h) * c.queries + t) * c.keys + s] : 0.0;
+  };
+  std::vector<float> tripled = bias;
+  for (float& x : tripled) x *= 3.0f;
+  if (c.biased) {
+    call.bias = tripled.data();
+    call.bias_head = bias_head.data();
+  }
   compact_attention(isa, call);
 
   // What bf16 rounds: q, scale k, powers, v, by half a step of 2^-8 each.
@@ -125,6 +139,8 @@ void run_with(Isa isa, const Case& c) {
             logit[s] += product;
             size += std::fabs(product);
           }
+          logit[s] += bias_at(h, t, s);
+          size += std::fabs(bias_at(h, t, s)) + (c.biased ? std::fabs(logit[s]) : 0.0);
           largest = std::max(largest, logit[s]);
           error = std::max(error, (double(d + 4) * eps + narrow) * size);  // of any logit of this row
           ++allowed;
@@ -254,6 +270,18 @@ int main() {
     for (std::int64_t queries = 1; queries <= 29; ++queries)
       run(isa, {1, queries, 30, {20}, {20}, Mask::none, 1});
     for (std::int64_t keys = 1; keys <= 70; ++keys) run(isa, {1, 3, keys, {9}, {5}, Mask::none, 1});
+    Case biased{2, 33, 33, ragged_qk, ragged_v, Mask::none, 2};
+    biased.biased = true;
+    for (std::int64_t tokens : {1, 2, 33, 129, 600})
+      for (Mask mask : {Mask::none, Mask::padding, Mask::holes, Mask::nothing_allowed})
+        if (tokens < 600 || mask == Mask::holes) {
+          biased.queries = biased.keys = tokens;
+          biased.mask = mask;
+          run(isa, biased);
+        }
+    biased.queries = 20;
+    biased.causal = true;
+    run(isa, biased);
     // Several blocks of keys, the last one short; few heads for many threads.
     for (Mask mask : {Mask::none, Mask::holes}) run(isa, {1, 17, 700, {20, 0}, {33, 8}, mask, 1});
     run(isa, {1, 700, 700, {12}, {17}, Mask::padding, 3});
@@ -299,6 +327,15 @@ int main() {
   CHECK(refusal({0, 4}, {1, 4}, 1) == start + "v_first must start with 0", "v");
   CHECK(refusal({0, 4}, {0, 4}, 0) == start + "threads must be at least 1 (got 0)", "threads");
   CHECK(refusal({0, 4}, {0, 4}, 1, 0) == start + "shared_by must be at least 1 (got 0)", "shared_by");
+  AttentionCall biased;
+  const std::int64_t first[] = {0, 1};
+  const float bias = 0.0f;
+  biased.batch = biased.queries = biased.keys = biased.heads = biased.y_stride = 1;
+  biased.qk_first = biased.v_first = first;
+  biased.bias = &bias;
+  CHECK(message_of([&] { compact_attention(Isa::generic, biased); }) ==
+            start + "a bias needs bias_head, and shared_by of 1",
+        "bias");
   CHECK(refusal({0, 4}, {0, 4}, 1, 1, 2) == start + "queries must be at most keys where causal", "causal");
   return 0;
 }

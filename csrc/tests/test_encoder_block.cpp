@@ -19,6 +19,8 @@ struct Subject {
   std::vector<std::int64_t> out_index;
   std::vector<float> x, weight, bias, mlp_weight, mlp_bias, y;
   std::unique_ptr<bool[]> mask;
+  std::vector<float> logits;
+  std::vector<std::int64_t> bias_head{2, 0, 3};
   EncoderBlockCall call;
 
   Subject(Isa isa, WeightType type, std::int64_t b, std::int64_t t, bool masked, int threads)
@@ -34,7 +36,8 @@ struct Subject {
         mlp_weight(random_floats(kHidden, 14)),
         mlp_bias(random_floats(kHidden, 15)),
         y(b * t * kHidden + 9, kPoison),
-        mask(new bool[b * t]) {
+        mask(new bool[b * t]),
+        logits(random_floats(4 * t * t, 16)) {
     for (std::int64_t i = 2; i < kHidden - 2; ++i) out_index.push_back(i);
     for (std::int64_t i = 0; i < b * t; ++i) mask[i] = i % 3 != 1;
     call.batch = batch;
@@ -49,6 +52,10 @@ struct Subject {
     call.v_first = kValueFirst.data();
     call.key_mask = masked ? mask.get() : nullptr;
     call.key_mask_stride = tokens;
+    if (t == 17) {  // a bias of the logits, as well
+      call.bias = logits.data();
+      call.bias_head = bias_head.data();
+    }
     call.scale = 0.4f;
     call.arithmetic = type == WeightType::fp32 ? Arithmetic::fp32 : Arithmetic::bf16;
     call.norm = {weight.data(), bias.data(), 1e-5f};
@@ -87,6 +94,8 @@ std::vector<float> by_parts(Isa isa, const Subject& s) {
   a.y_batch_stride = s.tokens * s.values;
   a.key_mask = s.call.key_mask;
   a.key_mask_stride = s.tokens;
+  a.bias = s.call.bias;
+  a.bias_head = s.call.bias_head;
   a.scale = 0.4f;
   a.arithmetic = s.call.arithmetic;
   a.threads = s.call.threads;

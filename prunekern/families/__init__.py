@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 FILES: dict[str, str] = {
     "distilbert": "encoders.distilbert",
     "bert": "encoders.bert",
-    "roberta": "encoders.bert",
+    "roberta": "encoders.roberta",
+    "xlm-roberta": "encoders.xlm_roberta",
+    "camembert": "encoders.camembert",
+    "electra": "encoders.electra",
+    "mpnet": "encoders.mpnet",
     "llama": "decoders.llama",
     "mistral": "decoders.llama",
     "qwen2": "decoders.llama",

@@ -17,11 +17,13 @@ LAYERS = ("n_layers", "num_hidden_layers")
 TABLES = {
     "vocab_size": (("word_embeddings.weight", "embed_tokens.weight"), 0),
     "dim": (("word_embeddings.weight",), 1),
-    "hidden_size": (("word_embeddings.weight", "embed_tokens.weight"), 1),
+    "hidden_size": (("word_embeddings.weight", "embed_tokens.weight"), 1),  # not beside the next, projected to it
+    "embedding_size": (("word_embeddings.weight",), 1),
     "max_position_embeddings": (("position_embeddings.weight",), 0),
     "type_vocab_size": (("token_type_embeddings.weight",), 0),
+    "relative_attention_num_buckets": (("relative_attention_bias.weight",), 0),
 }
-FIELDS = (*WIDTHS, *DERIVED, *LAYERS, "vocab_size", "max_position_embeddings", "type_vocab_size", "num_labels")
+FIELDS = (*WIDTHS, *DERIVED, *LAYERS, *(f for f in TABLES if f not in WIDTHS), "num_labels")
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
@@ -36,13 +38,14 @@ def check_sizes(
     """
     dimensions = [n for shape in shapes.values() for n in shape] + list(widths)
     blocks = 1 + max((int(found[1]) for name in shapes if (found := _BLOCK.search(name))), default=-1)
+    tables = {f: t for f, t in TABLES.items() if f != "hidden_size" or "embedding_size" not in fields}
     for field in FIELDS:
         if field not in fields or (fields[field] is None and field in DERIVED):
             continue
         value = fields[field]
         if type(value) is not int or value < 1:
             raise ValueError(f"{where}: {field} must be a positive integer (got {value!r})")
-        name, size = _table(field, shapes)
+        name, size = _table(tables.get(field, ((), 0)), shapes)
         if field in LAYERS and blocks and value != blocks:
             raise ValueError(f"{where}: {field} must be {blocks}, as many as there are tensors for (got {value})")
         if name and value != size:
@@ -51,14 +54,14 @@ def check_sizes(
             )
         if field == "max_position_embeddings" and not name and most_rows is None:
             continue  # rotary positions: no tensor has them
-        most = max(dimensions, default=0) if field not in TABLES or most_rows is None else most_rows
+        most = max(dimensions, default=0) if field not in tables or most_rows is None else most_rows
         if not name and field not in LAYERS and value > most > 0:
             raise ValueError(f"{where}: {field} must be at most {most}, the largest size of a tensor (got {value})")
 
 
-def _table(field: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int]:
-    """The tensor whose size a field is, and that size; ("", 0) where there is none."""
-    ends, dimension = TABLES.get(field, ((), 0))
+def _table(table: tuple[tuple[str, ...], int], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int]:
+    """The tensor whose size a field is, and that size; ("", 0) where there is none. table: one of TABLES."""
+    ends, dimension = table
     for name, shape in shapes.items():
         if name.endswith(ends) and len(shape) == 2 and ends:
             return name, shape[dimension]

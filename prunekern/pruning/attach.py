@@ -25,11 +25,13 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
     """Replace the targeted linears of `model` by `MaskedDoRALinear`s, in place, and return their `Pruner`.
 
     Everything is frozen but adapters, magnitudes, mask logits and the task head (what lies outside the base model,
-    and its pooler; input and output embeddings stay frozen). ValueError: an architecture without a family, targets
-    that match nothing, a sparsity the targets cannot reach, an align larger than a layer, an activation that is not
-    zero at zero, a model that is attached or compact already, a wrapper around the model (`families.wrapped` says
-    which; of `torch.compile` it takes the model out). RuntimeError: under bf16 autocast on a CPU whose bf16
-    products crash.
+    and its pooler; input and output embeddings stay frozen). A base model alone has no head: its pooler stays frozen,
+    too, as a loss of hidden states gives it no gradient; thaw it where the loss reads `pooler_output`.
+
+    ValueError: an architecture without a family, targets that match nothing, a sparsity the targets cannot reach, an
+    align larger than a layer, an activation that is not zero at zero, a model that is attached or compact already, a
+    wrapper around the model (`families.wrapped` says which; of `torch.compile` it takes the model out). RuntimeError:
+    under bf16 autocast on a CPU whose bf16 products crash.
     """
     config = PruneConfig() if config is None else config
     if not isinstance(config, PruneConfig):

@@ -8,23 +8,7 @@ import sys
 
 import numpy as np
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    DistilBertForSequenceClassification,
-    DistilBertForTokenClassification,
-    DistilBertModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-    RobertaModel,
-)
+import transformers
 
 import prunekern as pk
 from prunekern.families.encoders import step as encoder_step
@@ -35,20 +19,31 @@ HIDDEN, HEADS, FFN, VOCAB, PAD = 48, 4, 96, 50, 1
 LAYERS = 2
 HEAD_DIM = HIDDEN // HEADS
 FAMILIES = ("distilbert", "bert", "roberta")
+# As BERT is, or close to it: tested where they differ (tests/families/encoders/test_relatives.py).
+RELATIVES = ("xlm-roberta", "camembert", "electra", "mpnet")
 TASKS = ("sequence", "token", "masked_lm")
+PREFIXES = {
+    "distilbert": "DistilBert",
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "electra": "Electra",
+    "mpnet": "MPNet",
+}
+HEADS_OF = {
+    "base": "Model",
+    "sequence": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+    "masked_lm": "ForMaskedLM",
+    "question": "ForQuestionAnswering",
+    "choice": "ForMultipleChoice",
+}
 CLASSES = {
-    ("distilbert", "base"): DistilBertModel,
-    ("distilbert", "sequence"): DistilBertForSequenceClassification,
-    ("distilbert", "token"): DistilBertForTokenClassification,
-    ("distilbert", "masked_lm"): DistilBertForMaskedLM,
-    ("bert", "base"): BertModel,
-    ("bert", "sequence"): BertForSequenceClassification,
-    ("bert", "token"): BertForTokenClassification,
-    ("bert", "masked_lm"): BertForMaskedLM,
-    ("roberta", "base"): RobertaModel,
-    ("roberta", "sequence"): RobertaForSequenceClassification,
-    ("roberta", "token"): RobertaForTokenClassification,
-    ("roberta", "masked_lm"): RobertaForMaskedLM,
+    **{(f, t): getattr(transformers, f"{p}{head}") for f, p in PREFIXES.items() for t, head in HEADS_OF.items()},
+    ("bert", "pretraining"): transformers.BertForPreTraining,
+    ("bert", "next_sentence"): transformers.BertForNextSentencePrediction,
+    ("electra", "pretraining"): transformers.ElectraForPreTraining,
 }
 
 
@@ -56,19 +51,21 @@ def config(family, layers=2, **changes):
     if family == "distilbert":
         options = {"dim": HIDDEN, "n_heads": HEADS, "hidden_dim": FFN, "n_layers": layers, "dropout": 0.0}
         options |= {"attention_dropout": 0.0, "seq_classif_dropout": 0.0}
-        cls = DistilBertConfig
     else:
         options = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "intermediate_size": FFN}
         options |= {"num_hidden_layers": layers, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        cls = BertConfig if family == "bert" else RobertaConfig
+    if family == "electra":
+        options |= {"embedding_size": HIDDEN // 2, "summary_last_dropout": 0.0}
     options |= {"vocab_size": VOCAB, "max_position_embeddings": 40, "num_labels": 3, "pad_token_id": PAD}
-    return cls(**options | changes)
+    return getattr(transformers, f"{PREFIXES[family]}Config")(**options | changes)
 
 
 def build(
     family="distilbert", task="sequence", attention="sdpa", dtype=torch.float32, layers=LAYERS, seed=0, **changes
 ):
-    """A dense model in eval mode."""
+    """A dense model in eval mode. Of MPNet transformers has one kind of attention."""
+    attention = "eager" if family == "mpnet" else attention
+    changes = {"num_labels": 2} | changes if task == "question" else changes  # start and end
     model = CLASSES[family, task]._from_config(config(family, layers, **changes), attn_implementation=attention)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -89,21 +86,16 @@ def build(
 
 def names(family, layer=0, task="sequence"):
     """Module names of the six linears of a block, written out: {"q": ..., "k": ..., "v", "o", "up", "down"}."""
-    prefix = "" if task == "base" else f"{family}."
+    prefix = "" if task == "base" else f"{CLASSES[family, task].base_model_prefix}."
     if family == "distilbert":
         block = f"{prefix}transformer.layer.{layer}."
         parts = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
     else:
         block = f"{prefix}encoder.layer.{layer}."
-        own = "attention.self."
-        parts = (
-            own + "query",
-            own + "key",
-            own + "value",
-            "attention.output.dense",
-            "intermediate.dense",
-            "output.dense",
-        )
+        attention = ("attn.q", "attn.k", "attn.v", "attn.o")
+        if family != "mpnet":
+            attention = ("self.query", "self.key", "self.value", "output.dense")
+        parts = (*(f"attention.{part}" for part in attention), "intermediate.dense", "output.dense")
     return dict(zip(("q", "k", "v", "o", "up", "down"), (block + p for p in parts), strict=True))
 
 
@@ -193,8 +185,10 @@ def row_on(layer):
 
 @torch.no_grad()
 def logits(model, inputs):
+    """All answers of the model's head as one tensor; hidden states of a model without one."""
     out = model(**inputs)
-    return out.last_hidden_state if "last_hidden_state" in out else out.logits
+    answers = [value for name, value in out.items() if name.endswith("logits")] or [out.last_hidden_state]
+    return answers[0] if len(answers) == 1 else torch.cat([a.flatten(1) for a in answers], 1)
 
 
 def difference(got, want):

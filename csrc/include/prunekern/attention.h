@@ -13,6 +13,8 @@ namespace prunekern {
 //
 // Grouped queries: every key/value head h is read by `shared_by` query heads; in q and y these stand side by
 // side, at shared_by times where the key/value head stands.
+// Bias: what is added to the logits, scale behind it; head h reads the matrix bias_head[h]. Only where
+// shared_by is 1.
 // Causal: the queries are those of the last tokens; query i sees keys 0 .. keys - queries + i.
 struct AttentionCall {
   std::int64_t batch = 0, queries = 0, keys = 0, heads = 0;
@@ -29,6 +31,8 @@ struct AttentionCall {
   std::int64_t v_batch_stride = 0, v_stride = 0, y_batch_stride = 0, y_stride = 0;
   const bool* key_mask = nullptr;  // [batch, keys], true: may be read; null: all
   std::int64_t key_mask_stride = 0;
+  const float* bias = nullptr;              // [matrices, queries, keys], contiguous; null: none
+  const std::int64_t* bias_head = nullptr;  // [heads]
   float scale = 1.0f;
   // bf16: q and k, powers and v are rounded to it and multiplied so, where the isa does that faster and there
   // is more than one query; sums and the softmax stay fp32. Anything else: fp32.

@@ -1,4 +1,4 @@
-// A whole encoder block whose norms come after its residual additions: BERT's, RoBERTa's, DistilBERT's.
+// A whole encoder block whose norms come after its residual additions: BERT's, DistilBERT's, MPNet's.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,8 @@ struct EncoderBlockCall {
   const std::int64_t* v_first = nullptr;   // [heads + 1]: D = v_first[heads]
   const bool* key_mask = nullptr;          // [batch, tokens], true: may be read; null: all
   std::int64_t key_mask_stride = 0;
+  const float* bias = nullptr;              // [matrices, tokens, tokens], added to the logits; null: none
+  const std::int64_t* bias_head = nullptr;  // [heads]: the matrix of each head
   float scale = 1.0f;
   Arithmetic arithmetic = Arithmetic::fp32;  // of attention's products
   NormOf norm;

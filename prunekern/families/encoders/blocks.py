@@ -63,14 +63,21 @@ class CompactSelfAttention(PacksTogether):
         """Padding is zero in q, k and v: it changes no logit, and its outputs are dropped. The softmax scale stays
         that of the dense head.
         """
-        heads, width = self.padded
-        shape = (*x.shape[:-1], heads, width)
-        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in layers)
+        query, key, value = self._padded_heads(x, layers)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
         dropout = self.dropout.p if self.training else 0.0
         out, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        out, kept = out.reshape(*x.shape[:-1], heads * width), getattr(layers[2], "out_index", self.value_at)
-        return out.contiguous() if kept is None else pick_channels(out, kept.to(out.device)), weights
+        return self._kept_values(out, layers), weights
+
+    def _padded_heads(self, x: Tensor, layers: Layers) -> list[Tensor]:
+        """q, k and v of x, [batch, heads, tokens, width] each."""
+        shape = (*x.shape[:-1], *self.padded)
+        return [layer(x).view(shape).transpose(1, 2) for layer in layers]
+
+    def _kept_values(self, out: Tensor, layers: Layers) -> Tensor:
+        """[batch, tokens, heads, width] -> [batch, tokens, kept value channels]."""
+        out, kept = out.flatten(2), getattr(layers[2], "out_index", self.value_at)
+        return out.contiguous() if kept is None else pick_channels(out, kept.to(out.device))
 
 
 class RunsAtOnce(nn.Module):
@@ -82,15 +89,17 @@ class RunsAtOnce(nn.Module):
         """The modules the call stands for; None where one of them is not the family's own."""
         raise NotImplementedError
 
-    def at_once(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The block's output, x [batch, tokens, hidden] -> the same; None where its modules must be called."""
+    def at_once(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
+        """The block's output, x [batch, tokens, hidden] -> the same; None where its modules must be called. bias: as of
+        a `Step`.
+        """
         if not takes(x):
             return None
         step = self._step
         if step is None or not step.is_fresh():
             parts = self.parts()
             step = self._step = None if parts is None else make_step(self, parts)
-        return None if step is None else step(x, mask)
+        return None if step is None else step(x, mask, bias)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make their own.

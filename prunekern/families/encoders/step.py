@@ -46,6 +46,7 @@ class Parts:
     mlp_norm: Any
     dropouts: tuple[Any, ...]
     around: tuple[nn.Module, ...] = ()
+    bias_heads: tuple[int, ...] | None = None  # of a bias of the logits: which of its heads each that is left reads
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -73,9 +74,9 @@ class Step:
             raise _NotPacked
         ragged = attention.ragged
         self._layer = (
-            *parts_of(qkv), *parts_of(o), parts.o.out_index, ragged.qk_first, ragged.v_first, ragged.scale,
-            ARITHMETIC[arithmetic_of(layers)], *_norm(parts.norm), *parts_of(first), *parts_of(last), down.out_index,
-            up.out_features, NUMBER[parts.act.name], *_norm(parts.mlp_norm),
+            *parts_of(qkv), *parts_of(o), parts.o.out_index, ragged.qk_first, ragged.v_first, parts.bias_heads,
+            ragged.scale, ARITHMETIC[arithmetic_of(layers)], *_norm(parts.norm), *parts_of(first), *parts_of(last),
+            down.out_index, up.out_features, NUMBER[parts.act.name], *_norm(parts.mlp_norm),
         )  # fmt: skip
         made = self._made = MadeFrom(block, parts.modules, (qkv, o, first, last))
         for norm in (parts.norm, parts.mlp_norm):
@@ -86,7 +87,7 @@ class Step:
         for linear in (parts.o, down):
             made.also(linear._buffers, "out_index")
         made.also(parts.act.__dict__, "name")
-        made.also(attention.__dict__, "training", "scaling")
+        made.also(attention.__dict__, "training", "scaling", "heads")
         made.also(attention.config.__dict__, "_attn_implementation_internal")
         weights = (parameter for module in parts.modules for parameter in module._parameters.values())
         self._parameters = tuple(p for p in weights if p is not None)
@@ -95,14 +96,16 @@ class Step:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
         return self._made.is_fresh()
 
-    def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The block's output; None where the call is not ordinary."""
-        if _RUN is None or calls.needs_grad(x, *self._parameters):
+    def __call__(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
+        """The block's output; None where the call is not ordinary. bias: of the logits, [1, heads, tokens, tokens], for
+        parts with `bias_heads`.
+        """
+        if _RUN is None or calls.needs_grad(x, bias, *self._parameters):
             return None
         forbids_keys_only, key_mask = key_mask_of(mask)
         if not forbids_keys_only:
             return None
-        return _RUN(x, for_each(key_mask, len(x)), calls.threads(), self._layer)
+        return _RUN(x, for_each(key_mask, len(x)), bias, calls.threads(), self._layer)
 
 
 class _NotPacked(Exception):
