@@ -22,6 +22,7 @@ FILES: dict[str, str] = {
     "distilbert": "encoders.distilbert",
     "bert": "encoders.bert",
     "roberta": "encoders.bert",
+    "deberta-v2": "encoders.deberta",
     "llama": "decoders.llama",
     "mistral": "decoders.llama",
     "qwen2": "decoders.llama",
