@@ -175,10 +175,11 @@ class Head {
     return rows_;
   }
 
-  // Ready rows x inputs first .. first + k of one panel, [count, width].
+  // Ready rows x inputs first .. first + k of one panel, [count, width]; its columns from `skipped` on, half
+  // a panel or nothing.
   void multiply(const float* x, std::int64_t stride, std::int64_t count, const Panels& panels,
-                std::int64_t panel, std::int64_t first, std::int64_t k, float* acc) const {
-    const std::int64_t columns = panels.columns - panel * width_;
+                std::int64_t panel, std::int64_t first, std::int64_t k, float* acc, std::int64_t columns,
+                std::int64_t skipped = 0) const {
     if (pairs_ != nullptr) {  // first is a whole number of steps
       ProductArgs args{};
       args.x = reinterpret_cast<const char*>(x);
@@ -195,7 +196,7 @@ class Head {
     TileArgs args{};
     args.a = x;
     args.a_stride = stride;
-    args.panel = panels.fp32 + (panel * panels.inputs + first) * width_;
+    args.panel = panels.fp32 + (panel * panels.inputs + first) * width_ + skipped;
     args.k = k;
     args.acc = acc;
     (columns > kernel_.vector ? kernel_.tile : kernel_.half_tile)[count](args);
@@ -208,9 +209,13 @@ class Head {
     alignas(64) float ones[kMaxLanes];
     std::fill_n(ones, kMaxLanes, 1.0f);
     for (std::int64_t panel = from / width_; panel * width_ < to; ++panel) {
-      multiply(x, stride, count, positions, panel, 0, d_, sums_);
-      const std::int64_t columns = std::min<std::int64_t>(width_, positions.columns - panel * width_);
-      kernel_.attention.combine({sums_, count, columns, nullptr, ones, to_row0 + panel * width_, step});
+      // Of the first and the last panel often one half is enough: a tenth of the products.
+      const std::int64_t start = panel * width_, half = kernel_.vector;
+      const std::int64_t skipped = pairs_ == nullptr && from >= start + half ? half : 0;
+      const std::int64_t columns =
+          std::min(width_, (to <= start + half ? start + half : positions.columns) - start) - skipped;
+      multiply(x, stride, count, positions, panel, 0, d_, sums_, columns, skipped);
+      kernel_.attention.combine({sums_, count, columns, nullptr, ones, to_row0 + start + skipped, step});
     }
   }
 
@@ -246,7 +251,7 @@ class Head {
       std::int64_t stride = p_stride_;
       const float* p = ready(p_, stride, count, keys);
       for (std::int64_t c = 0; c < v_; c += width_) {
-        multiply(p, stride, count, value_panels_, c / width_, first, keys, sums_);
+        multiply(p, stride, count, value_panels_, c / width_, first, keys, sums_, v_ - c);
         kernel_.attention.combine({sums_, count, std::min(width_, v_ - c), first == 0 ? nullptr : decay,
                                    after, y_ + rows.begin * y_stride_ + c, y_stride_});
       }
@@ -265,7 +270,8 @@ class Head {
            row0, by_query_stride_ + 1);
     }
     for (std::int64_t p = 0; p * width_ < keys.size(); ++p)
-      multiply(q, stride, count, keys_, keys.begin / width_ + p, 0, d_, scores_ + p * count * width_);
+      multiply(q, stride, count, keys_, keys.begin / width_ + p, 0, d_, scores_ + p * count * width_,
+               keys.size() - p * width_);
     if (pos_key_ == nullptr && pos_query_ == nullptr) return;
     if (pos_query_ != nullptr) {
       kernel_.attention.pack_keys(

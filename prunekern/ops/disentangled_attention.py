@@ -190,10 +190,11 @@ def _run(
     """The C++ kernel, in float32; None where it cannot run."""
     if _EAGER is None:
         return None
-    q, k, v, *rows = (None if t is None else _plain(t.detach().float()) for t in (q, k, v, *positions))
+    qkv = [_plain(t.detach().float()) for t in (q, k, v)]
+    rows = [None if t is None else _plain(t.detach().float()) for t in positions]
     qk_first, v_first = map(tuple, firsts)
     mask = None if token_mask is None else calls.plain_memory(token_mask).detach()
-    return _EAGER(q, k, v, qk_first, v_first, *rows, mask, scale, calls.threads(), ARITHMETIC[arithmetic])
+    return _EAGER(*qkv, qk_first, v_first, *rows, mask, scale, calls.threads(), ARITHMETIC[arithmetic])
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -246,7 +247,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     with checks.without_autocast(q.device):
         for a, b in _heads(ctx.qk_first, ctx.v_first):
             own = (q[..., a], k[..., a])
-            p = _weights(*own, *(_part(t, a) for t in positions), row, forbidden, ctx.scale)
+            p = _weights(*own, _part(positions[0], a), _part(positions[1], a), row, forbidden, ctx.scale)
             d_p = grad[..., b] @ v[..., b].transpose(1, 2)  # [batch, queries, keys]
             d_logits = ctx.scale * p * (d_p - (d_p * p).sum(-1, keepdim=True))
             if forbidden is not None:  # padding averages whatever its logits are

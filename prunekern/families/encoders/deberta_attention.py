@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 from ...nn import CompactAttention, pick_channels
-from ...nn.compact_attention import Layers, arithmetic_of
+from ...nn.compact_attention import arithmetic_of
 from ...nn.hooked import is_hooked
 from ...nn.packed import Packed
+from ...ops.compact_linear import compact_linear
 from ...ops.disentangled_attention import disentangled_attention
 from ..packs_together import PacksTogether
 from .blocks import drops
@@ -100,16 +101,23 @@ class CompactDisentangledSelfAttention(PacksTogether, hf.DisentangledSelfAttenti
             return None
         key = query = None
         if self.terms:
-            tables = self._tables_for(x.shape[1], packed, layers, relative_pos, embeddings)
+            tables = self._tables_for(x.shape[1], packed, relative_pos, embeddings)
             if tables is None:
                 return None
             key, query = tables.of(x.shape[1])
-        q, k, v = self.ragged.project(x, layers, True)
+        q, k, v = self._product(x, packed)
         firsts = (self.ragged.qk_first, self.ragged.v_first)
         return disentangled_attention(q, k, v, *firsts, key, query, tokens, self.scaling, arithmetic_of(layers))
 
+    def _product(self, x: Tensor, packed: Packed) -> tuple[Tensor, ...]:
+        """q, k and v of x, kept channels only."""
+        keys, values = self.ragged.qk_first[-1], self.ragged.v_first[-1]
+        y = compact_linear(x, packed.weight, packed.bias, None, None, 2 * keys + values, "none", None, packed.scale,
+                           packed.activations)  # fmt: skip
+        return y.split_with_sizes((keys, keys, values), -1)
+
     def _tables_for(
-        self, tokens: int, packed: Packed, layers: Layers, relative_pos: Tensor | None, embeddings: Tensor | None
+        self, tokens: int, packed: Packed, relative_pos: Tensor | None, embeddings: Tensor | None
     ) -> _Tables | None:
         known = self.given.embeddings
         if known is None or embeddings is None or not known.is_still(embeddings) or not self.share_att_key:
@@ -121,7 +129,7 @@ class CompactDisentangledSelfAttention(PacksTogether, hf.DisentangledSelfAttenti
             longest = tokens if tables is None else max(tables.tokens, tokens)
             with torch.inference_mode(False), torch.no_grad():
                 rows = embeddings.detach().index_select(0, self._position_rows(longest))
-                q, k, _ = self.ragged.project(rows.unsqueeze(0), layers, True)  # [1, 2 longest - 1, kept]
+                q, k, _ = self._product(rows.unsqueeze(0), packed)  # [1, 2 longest - 1, kept]
                 key, query = (t[0].contiguous() if name in self.terms else None for t, name in ((k, "c2p"), (q, "p2c")))
             tables = self._tables = _Tables(longest, (packed, known), key, query)
         return tables
