@@ -23,9 +23,9 @@ from ..linears import Activation, Make, activation_name, dense_layer, full_or
 from ..table import Group, Table
 from .blocks import add_residual, run_activated, run_ffn
 from .deberta_attention import CompactDisentangledSelfAttention, terms
-from .deberta_given import Given, ReadFrom
+from .deberta_given import Given
 from .heads import compact_encoder_attention, compact_encoder_ffn
-from .norms import make_layer_norms_fast
+from .norms import CompactLayerNorm, make_layer_norms_fast
 from .table import EncoderBlock, encoder_table
 
 if TYPE_CHECKING:
@@ -120,29 +120,25 @@ class CompactDebertaV2Encoder(hf.DebertaV2Encoder):
     def get_rel_embedding(self) -> Tensor | None:
         """[positions, hidden], normed where the config says so; the same tensor until its parameters change."""
         make = super().get_rel_embedding
-        owners: dict[str, nn.Module] = {"rel_embeddings": self.rel_embeddings} if self.relative_attention else {}
+        fixed: list[tuple[dict[str, Any], str]] = []
+        owners: tuple[nn.Module, ...] = ()
+        if self.relative_attention:
+            owners, fixed = (self.rel_embeddings,), [(self._modules, "rel_embeddings")]
         if owners and "layer_norm" in self.norm_rel_ebd:
-            owners["LayerNorm"] = self.LayerNorm
-        found: Tensor | None
-        if _may_keep(*owners.values()):
-            found = self.given.embedded(lambda: self._read_from(owners), make)
-        else:
-            found = make()
+            norm = self.LayerNorm
+            owners = (*owners, norm)
+            fixed += [(self._modules, "LayerNorm"), (norm.__dict__, "eps"), (norm.__dict__, "normalized_shape")]
+        found: Tensor | None = self.given.embedded(owners, fixed, make) if _may_keep(*owners) else make()
         return found
-
-    def _read_from(self, owners: dict[str, nn.Module]) -> ReadFrom:
-        fixed: list[tuple[dict[str, Any], str]] = [(self._modules, name) for name in owners]
-        if "LayerNorm" in owners:
-            fixed += [(owners["LayerNorm"].__dict__, key) for key in ("eps", "normalized_shape")]
-        return ReadFrom(owners.values(), fixed)
 
 
 def _may_keep(*owners: nn.Module) -> bool:
     """Whether what these modules give need not be computed at every call."""
-    parameters = [p for module in owners for p in module._parameters.values() if p is not None]
-    if not parameters or torch.compiler.is_compiling() or not calls.unwatched() or calls.needs_grad(*parameters):
+    if not owners or torch.compiler.is_compiling() or not calls.unwatched() or is_hooked(*owners):
         return False
-    return not is_hooked(*owners) and all(isinstance(m, (nn.Embedding, nn.LayerNorm)) for m in owners)
+    if any(type(module) not in (nn.Embedding, nn.LayerNorm, CompactLayerNorm) for module in owners):
+        return False
+    return not calls.needs_grad(*(p for module in owners for p in module._parameters.values()))
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[hf.DebertaV2Layer, EncoderBlock]]:

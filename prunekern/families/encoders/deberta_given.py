@@ -33,16 +33,16 @@ class ReadFrom:
 
     def __init__(self, owners: Iterable[nn.Module], fixed: Iterable[tuple[dict[str, Any], str]]):
         """owners: all their parameters are read. fixed: entries of dicts that must stay the very objects they are."""
-        owners, seen = tuple(owners), []
+        self.owners, seen = tuple(owners), []
         self._same: tuple[Any, ...] = tuple(x for owner, key in fixed for x in (owner, key, owner.get(key)))
-        for module in owners:
+        for module in self.owners:
             self._same += (module.__dict__, "forward", None)
             for key, parameter in (*module._parameters.items(), *module._buffers.items()):
                 holds = module._parameters if key in module._parameters else module._buffers
                 self._same += (holds, key, parameter)
                 if parameter is not None:
                     seen.append(Seen(parameter, ALL if parameter.dim() < 2 else FEW))
-        self._hooks = (*EVERYWHERE, *(hooks for module in owners for hooks in hooks_of(module)))
+        self._hooks = (*EVERYWHERE, *(hooks for module in self.owners for hooks in hooks_of(module)))
         self._kept = tuple(seen)
         self._seen = tuple(x for one in seen for x in one.entry)
 
@@ -61,7 +61,7 @@ class Given:
         self._mask: Known | None = None
         self._relative: Known | None = None
         self.embeddings: Known | None = None
-        self._read: ReadFrom | None = None  # what `embeddings` were made of
+        self._made_of: ReadFrom | None = None  # of `embeddings`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Given:
         return Given()
@@ -96,11 +96,16 @@ class Given:
         known = self._relative
         return relative is None or (known is not None and known.is_still(relative) and known.value[0] == tokens)
 
-    def embedded(self, read: Callable[[], ReadFrom], make: Callable[[], Tensor]) -> Tensor:
-        """The embeddings of positions as blocks take them, [positions, hidden]."""
-        known, made_of = self.embeddings, self._read
-        if known is None or made_of is None or not made_of.is_fresh() or not known.is_still(known.tensor):
-            made_of = read()  # before: what another thread writes meanwhile is read again
-            with torch.inference_mode(False), torch.no_grad():
-                self.embeddings, self._read = known, made_of = Known(make()), made_of
+    def embedded(
+        self, owners: tuple[nn.Module, ...], fixed: Iterable[tuple[dict[str, Any], str]], make: Callable[[], Tensor]
+    ) -> Tensor:
+        """The embeddings of positions as blocks take them, [positions, hidden], made of `owners`: see `ReadFrom`."""
+        known, made_of = self.embeddings, self._made_of
+        if known is not None and made_of is not None and made_of.owners == owners:  # not those of a replica
+            if made_of.is_fresh() and known.is_still(known.tensor):
+                return known.tensor
+        made_of = ReadFrom(owners, fixed)  # before: what another thread writes meanwhile is read again
+        with torch.inference_mode(False), torch.no_grad():
+            known = Known(make())
+        self.embeddings, self._made_of = known, made_of
         return known.tensor
