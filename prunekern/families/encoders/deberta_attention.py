@@ -148,6 +148,8 @@ class CompactDisentangledSelfAttention(PacksTogether, hf.DisentangledSelfAttenti
         of the dense head.
         """
         layers = self._layers()
+        # Before the content: who listens to layers that make both hears last what the layer's result is made of.
+        keys, queries = self._positions(embeddings)
         q, k, v = (self._by_head(layer(t)) for layer, t in zip(layers, (asked, x, x), strict=True))
         q = q * self.scaling
         logits = q @ k.transpose(-1, -2)  # [batch, heads, queries, keys]
@@ -156,40 +158,43 @@ class CompactDisentangledSelfAttention(PacksTogether, hf.DisentangledSelfAttenti
                 relative_pos = hf.build_relative_position(
                     q, k, bucket_size=self.position_buckets, max_position=self.max_relative_positions
                 )
-            assert embeddings is not None
-            logits = logits + self._position_logits(q, k, relative_pos, self.pos_dropout(embeddings))
+            logits = logits + self._position_logits(q, k, relative_pos, keys, queries)
         logits = logits.masked_fill(~mask.bool(), torch.finfo(logits.dtype).min)
         weights = self.dropout(logits.softmax(-1))
         out = (weights @ v).transpose(1, 2).flatten(2)
         kept = getattr(layers[2], "out_index", self.value_at)
         return out.contiguous() if kept is None else pick_channels(out, kept.to(out.device)), weights
 
-    def _position_logits(self, q: Tensor, k: Tensor, relative_pos: Tensor, embeddings: Tensor) -> Tensor:
+    def _positions(self, embeddings: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and queries of positions, [1, heads, positions, width]; None for a term that is not there."""
+        if not self.terms:
+            return None, None
+        assert embeddings is not None  # where there are terms there is relative attention
+        embeddings = self.pos_dropout(embeddings)[: 2 * self.pos_ebd_size].unsqueeze(0)
+        names = ("key_proj", "query_proj") if self.share_att_key else ("pos_key_proj", "pos_query_proj")
+        keys, queries = (
+            self._by_head(self._modules[name](embeddings)) if term in self.terms else None
+            for name, term in zip(names, ("c2p", "p2c"), strict=True)
+        )
+        return keys, queries
+
+    def _position_logits(
+        self, q: Tensor, k: Tensor, relative_pos: Tensor, keys: Tensor | None, queries: Tensor | None
+    ) -> Tensor:
         """What positions add to the logits, [batch, heads, queries, keys]; q is scaled."""
         while relative_pos.dim() < 4:
             relative_pos = relative_pos.unsqueeze(0)
         span, logits = self.pos_ebd_size, torch.zeros((), dtype=q.dtype, device=q.device)
         relative_pos = relative_pos.to(q.device, torch.int64)
-        embeddings = embeddings[: 2 * span].unsqueeze(0)
-        on_keys, on_queries = self._position_layers()
-        if on_keys is not None:
+        if keys is not None:
             row = (relative_pos + span).clamp(0, 2 * span - 1)
-            by_position = q @ self._by_head(on_keys(embeddings)).transpose(-1, -2)  # [batch, heads, queries, rows]
+            by_position = q @ keys.transpose(-1, -2)  # [batch, heads, queries, positions]
             logits = logits + by_position.gather(-1, row.expand(*q.shape[:2], -1, -1))
-        if on_queries is not None:
+        if queries is not None:
             row = (span - relative_pos).clamp(0, 2 * span - 1)
-            positions = self._by_head(on_queries(embeddings)) * self.scaling
-            by_position = k @ positions.transpose(-1, -2)  # [batch, heads, keys, rows]
+            by_position = k @ (queries * self.scaling).transpose(-1, -2)  # [batch, heads, keys, positions]
             logits = logits + by_position.gather(-1, row.expand(*q.shape[:2], -1, -1)).transpose(-1, -2)
         return logits
-
-    def _position_layers(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """What makes keys, and queries, of positions."""
-        names = ("key_proj", "query_proj") if self.share_att_key else ("pos_key_proj", "pos_query_proj")
-        on_keys, on_queries = (
-            self._modules[n] if t in self.terms else None for n, t in zip(names, ("c2p", "p2c"), strict=True)
-        )
-        return on_keys, on_queries
 
     def _by_head(self, x: Tensor) -> Tensor:
         """[batch, tokens, heads width] -> [batch, heads, tokens, width]."""

@@ -197,10 +197,11 @@ def test_what_takes_padded_heads(ragged):
     heard = []
     for name, module in small.named_modules():
         if isinstance(module, CompactLinear):
-            module.register_forward_hook(lambda m, a, y, name=name: heard.append(name))
+            module.register_forward_hook(lambda m, a, y, name=name: heard.append((name, a[0].shape[:-1])))
     assert difference(logits(small, inputs), want) <= F32
-    # Queries and keys are made of content and of positions.
+    # Queries and keys are made of positions and of content, which comes last.
     assert len(heard) == 8 * LAYERS and not ragged
+    assert [shape for name, shape in heard if name == names(0)["q"]] == [(1, 16), (4, 9)]
 
 
 @pytest.mark.parametrize("variant", ("v3", "no buckets"))
