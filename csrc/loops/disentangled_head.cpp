@@ -7,12 +7,10 @@
 #include "loops/disentangled_head.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#include "kernels/product.h"
-#include "loops/products.h"
+#include "loops/head_products.h"
 #include "loops/scratch.h"
 
 namespace prunekern {
@@ -21,40 +19,14 @@ namespace {
 constexpr std::int64_t kKeyBlock = 256;  // as in attention_head.cpp
 constexpr float kLog2E = 1.44269504f;
 
-// Parts of one piece of memory, each at a line of its own.
-class Parts {
- public:
-  // Counts where data is null.
-  explicit Parts(float* data) : data_(data) {}
-  float* take(std::int64_t floats) {
-    float* part = data_ == nullptr ? nullptr : data_ + taken_;
-    taken_ += round_up(floats, kLine / 4);
-    return part;
-  }
-  std::int64_t taken() const { return taken_; }
-
- private:
-  float* data_;
-  std::int64_t taken_ = 0;
-};
-
-// Columns of a product, packed for the tiles.
-struct Panels {
-  float* fp32;
-  float* pairs;  // for products of bf16, or null
-  std::int64_t columns, inputs;
-};
-
 // One head, and the memory of its loops.
-class Head {
+class Head : private HeadProducts {
  public:
   Head(const DisentangledCall& call, const Kernels& kernel, std::int64_t sequence, std::int64_t head,
        Range queries, std::int64_t n)
-      : kernel_(kernel),
-        pairs_(call.arithmetic == Arithmetic::bf16 ? kernel.heads : nullptr),
+      : HeadProducts(kernel, call.arithmetic == Arithmetic::bf16 ? kernel.heads : nullptr),
         n_(n),
-        queries_{queries.begin, std::min(queries.end, n)},
-        width_(kernel.width) {
+        queries_{queries.begin, std::min(queries.end, n)} {
     const std::int64_t a = call.qk_first[head], b = call.v_first[head];
     d_ = call.qk_first[head + 1] - a;
     v_ = call.v_first[head + 1] - b;
@@ -103,12 +75,7 @@ class Head {
   void lay_out(Parts parts) {
     const std::int64_t rows = kernel_.rows, block = key_block();
     auto panels = [&](bool is_there, std::int64_t columns, std::int64_t inputs) {
-      const std::int64_t count = is_there ? ceil_div(columns, width_) : 0;
-      float* fp32 = parts.take(count * width_ * inputs);
-      float* pairs = pairs_ == nullptr
-                         ? nullptr
-                         : parts.take(count * steps(*pairs_, inputs) * pairs_->panel_step_bytes / 4);
-      return Panels{fp32, pairs, columns, inputs};
+      return take_panels(parts, is_there ? columns : 0, inputs);
     };
     keys_ = panels(true, n_, d_);
     value_panels_ = panels(true, v_, n_);
@@ -123,9 +90,7 @@ class Head {
     p_stride_ = round_up(block, 32) + 16;  // an odd number of lines: see attention_head.cpp
     p_ = parts.take(rows * p_stride_);
     sums_ = parts.take(rows * width_);
-    rows_stride_ = round_up(d_, 32) + 16;
-    rows_ = parts.take(rows * rows_stride_);
-    tile_ = parts.take(pairs_ == nullptr ? 0 : row_tile_bytes(*pairs_, std::max(d_, block)) / 4);
+    take_rows(parts, d_, std::max(d_, block));
     floats_ = parts.taken();
   }
 
@@ -149,57 +114,6 @@ class Head {
           {pos_query_, at(positions(), pos_query_step_), positions(), d_, scale_, query_positions_.fp32});
       pair_up(query_positions_);
     }
-  }
-  void pair_up(const Panels& panels) const {
-    if (pairs_ != nullptr)
-      pairs_->pair_up(panels.fp32, ceil_div(panels.columns, width_), panels.inputs,
-                      reinterpret_cast<char*>(panels.pairs));
-  }
-
-  // Rows as products read them.
-  const float* ready(const float* x, std::int64_t& stride, std::int64_t count, std::int64_t k) const {
-    if (pairs_ != nullptr) {
-      PrepareArgs args{};
-      args.x = x;
-      args.x_stride = stride;
-      args.rows = count;
-      args.k = k;
-      args.to = reinterpret_cast<char*>(tile_);
-      pairs_->prepare[static_cast<int>(Element::fp32)](args);
-      return tile_;
-    }
-    if (stride * 4 % 4096 != 0) return x;
-    for (std::int64_t r = 0; r < count; ++r)  // whole pages: they would meet in one set of L1
-      std::memcpy(rows_ + r * rows_stride_, x + r * stride, static_cast<std::size_t>(k) * 4);
-    stride = rows_stride_;
-    return rows_;
-  }
-
-  // Ready rows x inputs first .. first + k of one panel, [count, width]; its columns from `skipped` on, half
-  // a panel or nothing.
-  void multiply(const float* x, std::int64_t stride, std::int64_t count, const Panels& panels,
-                std::int64_t panel, std::int64_t first, std::int64_t k, float* acc, std::int64_t columns,
-                std::int64_t skipped = 0) const {
-    if (pairs_ != nullptr) {  // first is a whole number of steps
-      ProductArgs args{};
-      args.x = reinterpret_cast<const char*>(x);
-      args.row_tiles = 1;
-      args.panel = reinterpret_cast<const char*>(panels.pairs) +
-                   (panel * steps(*pairs_, panels.inputs) + steps(*pairs_, first)) * pairs_->panel_step_bytes;
-      args.k_steps = steps(*pairs_, k);
-      args.acc = acc;
-      args.half = columns <= kernel_.vector;
-      args.rows = count;
-      pairs_->multiply(args);
-      return;
-    }
-    TileArgs args{};
-    args.a = x;
-    args.a_stride = stride;
-    args.panel = panels.fp32 + (panel * panels.inputs + first) * width_ + skipped;
-    args.k = k;
-    args.acc = acc;
-    (columns > kernel_.vector ? kernel_.tile : kernel_.half_tile)[count](args);
   }
 
   // Products of ready rows with columns `from` to `to` of positions, column c of row r at to_row0[c + r *
@@ -289,11 +203,8 @@ class Head {
         scores_[(j / width_ * count + r) * width_ + j % width_] = -std::numeric_limits<float>::infinity();
   }
 
-  const Kernels& kernel_;
-  const Product* pairs_;  // null: fp32
   std::int64_t n_, d_, v_;
   Range queries_;
-  std::int64_t width_;
   const float *q_, *k_, *values_, *pos_key_ = nullptr, *pos_query_ = nullptr;
   float* y_;
   std::int64_t q_stride_, k_stride_, v_stride_, y_stride_, pos_key_step_ = 0, pos_query_step_ = 0;
@@ -302,8 +213,8 @@ class Head {
   // Products with positions: of a tile of queries with all keys, of all keys with queries_, and the same as
   // the tiles leave scores.
   float *by_query_, *by_key_, *turned_;
-  float *scores_, *p_, *sums_, *rows_, *tile_;
-  std::int64_t by_query_stride_, by_key_stride_, p_stride_, rows_stride_, floats_;
+  float *scores_, *p_, *sums_;
+  std::int64_t by_query_stride_, by_key_stride_, p_stride_, floats_;
   std::vector<std::int64_t> offsets_;
 };
 

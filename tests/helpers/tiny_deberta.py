@@ -11,7 +11,9 @@ from transformers import (
     DebertaV2Model,
 )
 
-from tests.helpers.tiny_models import FFN, HEADS, HIDDEN, LAYERS, VOCAB
+import prunekern as pk
+from prunekern.families.encoders import deberta_attention
+from tests.helpers.tiny_models import FFN, HEADS, HIDDEN, LAYERS, VOCAB, attached, prune
 
 PAD = 0
 CLASSES = {
@@ -92,3 +94,23 @@ def batch(size=4, length=9, padded=True, seed=0, task="sequence"):
         ids[mask == 0] = PAD
     inputs = {"input_ids": ids, "attention_mask": mask}
     return {k: t.view(-1, 2, length) for k, t in inputs.items()} if task == "choice" else inputs
+
+
+def compact(variant="v3", task="sequence", share=0.5, dtype=torch.float32, **changes):
+    """A compact model of which about `share` is gone."""
+    model = build(variant, task, dtype, **changes)
+    prune(attached(model), share)
+    return pk.compact(model)
+
+
+def watch_ragged(monkeypatch):
+    """Arguments of every attention that runs on ragged heads, in order."""
+    calls = []
+    real = deberta_attention.disentangled_attention
+
+    def spy(*args, **kwargs):
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(deberta_attention, "disentangled_attention", spy)
+    return calls

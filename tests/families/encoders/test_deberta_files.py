@@ -11,8 +11,8 @@ import prunekern.hf
 from prunekern.exporting.onnx import export_onnx
 from prunekern.exporting.stock import save_stock
 from tests.helpers.equal_models import F32
-from tests.helpers.tiny_deberta import CLASSES, batch, build, names
-from tests.helpers.tiny_models import attached, difference, keep_only, logits, prune
+from tests.helpers.tiny_deberta import CLASSES, batch, build, compact, names
+from tests.helpers.tiny_models import attached, difference, keep_only, logits
 
 AUTO = {
     "base": "AutoModel",
@@ -22,12 +22,6 @@ AUTO = {
     "question": "AutoModelForQuestionAnswering",
     "choice": "AutoModelForMultipleChoice",
 }
-
-
-def compact(variant="v3", task="sequence", share=0.5, **changes):
-    model = build(variant, task, **changes)
-    prune(attached(model), share)
-    return pk.compact(model)
 
 
 @pytest.mark.parametrize("task", CLASSES)
