@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -135,3 +136,23 @@ def test_copies_and_pickles_have_their_own():
         written(other)
         assert not torch.equal(logits(other, inputs), want)
     assert torch.equal(logits(small, inputs), want)
+
+
+def test_functional_calls_are_of_the_parameters_they_are_given():
+    small, inputs = compact(), batch()
+    want, name = logits(small, inputs), "deberta.encoder.rel_embeddings.weight"
+    changed = small.get_parameter(name).detach().roll(3, 1)
+    with torch.no_grad():
+        got = torch.func.functional_call(small, {name: changed}, (), inputs).logits
+    assert torch.equal(logits(small, inputs), want) and difference(got, want) > 1e-3
+    embeddings_replaced(small)
+    assert torch.equal(logits(small, inputs), got)
+
+
+def test_threads_with_lengths_of_their_own():
+    small = compact()
+    inputs = [batch(2, length) for length in (4, 9, 14)]
+    want = [logits(small, one) for one in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        again = list(pool.map(lambda one: logits(small, one), inputs * 8))
+    assert all(difference(got, one) <= F32 for got, one in zip(again, want * 8, strict=True))
