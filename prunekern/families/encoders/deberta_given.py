@@ -60,8 +60,7 @@ class Given:
     def __init__(self) -> None:
         self._mask: Known | None = None
         self._relative: Known | None = None
-        self.embeddings: Known | None = None
-        self._made_of: ReadFrom | None = None  # of `embeddings`
+        self.embeddings: Known | None = None  # its value: what they were made of
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Given:
         return Given()
@@ -100,12 +99,11 @@ class Given:
         self, owners: tuple[nn.Module, ...], fixed: Iterable[tuple[dict[str, Any], str]], make: Callable[[], Tensor]
     ) -> Tensor:
         """The embeddings of positions as blocks take them, [positions, hidden], made of `owners`: see `ReadFrom`."""
-        known, made_of = self.embeddings, self._made_of
-        if known is not None and made_of is not None and made_of.owners == owners:  # not those of a replica
-            if made_of.is_fresh() and known.is_still(known.tensor):
+        known = self.embeddings
+        if known is not None and known.value.owners == owners:  # not those of a replica
+            if known.value.is_fresh() and known.is_still(known.tensor):
                 return known.tensor
         made_of = ReadFrom(owners, fixed)  # before: what another thread writes meanwhile is read again
         with torch.inference_mode(False), torch.no_grad():
-            known = Known(make())
-        self.embeddings, self._made_of = known, made_of
+            self.embeddings = known = Known(make(), made_of)
         return known.tensor
