@@ -28,6 +28,7 @@ PARTS = {
     "prunekern::compact_mlp": "FFN products, gelu",
     "prunekern::compact_linear": "attention's products",
     "prunekern::compact_attention": "attention itself",
+    "prunekern::disentangled_attention": "attention itself",
     "aten::native_layer_norm": "layer norm, PyTorch's",
 }
 

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 
 from bench.regression import ratios
 from prunekern.nn import CompactLinear
-from prunekern.ops import compact_attention, compact_linear, compact_mlp, pack_weight, quantize_weight
+from prunekern.ops import (
+    compact_attention,
+    compact_linear,
+    compact_mlp,
+    disentangled_attention,
+    pack_weight,
+    quantize_weight,
+)
 
 SECONDS = 1.0  # each case, each attempt
 
@@ -67,13 +74,33 @@ def attention(batch, tokens, heads, width):
     return ours, peer
 
 
+def disentangled(batch, tokens, heads, width):
+    q, k, v = torch.randn(3, batch, tokens, heads * width)
+    key, query = torch.randn(2, 2 * tokens - 1, heads * width)
+    first, scale = tuple(head * width for head in range(heads + 1)), (3 * width) ** -0.5
+    by_head = [t.view(-1, t.shape[-2], heads, width).transpose(1, 2) for t in (q, k, v, key, query)]
+    place = torch.arange(tokens)
+    row = (place[:, None] - place + tokens - 1).expand(batch, heads, -1, -1)
+
+    def peer():
+        q, k, v, key, query = by_head
+        logits = q @ k.transpose(-1, -2) + (q @ key.transpose(-1, -2)).gather(-1, row)
+        by_key = (k @ query.transpose(-1, -2)).gather(-1, row.transpose(-1, -2))
+        weights = (scale * (logits + by_key.transpose(-1, -2))).softmax(-1)
+        return (weights @ v).transpose(1, 2).reshape(batch, tokens, -1)
+
+    return lambda: disentangled_attention(q, k, v, first, first, key, query, None, scale), peer
+
+
 NARROW = {
     f"{kind} layer over fp32 {m}x3072x768": (over_fp32, m, 3072, 768, kind)
     for kind in ("bf16", "int8")
     for m in (1, 16, 128)
 }
-# What a case is held to for as long as baseline.json has nothing of it: fewer bits are never slower.
-FLOOR = dict.fromkeys(NARROW, 1.0)
+# What a case is held to for as long as baseline.json has nothing of it: fewer bits are never slower, and neither is
+# what gathers nothing.
+DISENTANGLED = {"disentangled 1x128x12x48": (disentangled, 1, 128, 12, 48)}
+FLOOR = dict.fromkeys((*NARROW, *DISENTANGLED), 1.0)
 CASES = {
     # One row: not 577 x 768, whose 1.7 MB may or may not stay in L2 (0.73 or 0.93 of F.linear, by process).
     **{f"linear 1x{n}x{k}": (linear, 1, n, k) for n, k in ((768, 768), (2319, 768), (4096, 4096))},
@@ -87,6 +114,7 @@ CASES = {
     "mlp 128x768x2319": (mlp, 128, 768, 2319),
     "attention 1x128x12x48": (attention, 1, 128, 12, 48),
     "attention 1x512x12x64": (attention, 1, 512, 12, 64),
+    **DISENTANGLED,
 }
 # Largest relative error (of the norms) by kind of weight; bf16 keeps 8 bits, int8 7.
 TOLERANCE = {"bf16": 5e-3, "int8": 2e-2}

@@ -76,6 +76,16 @@ struct CombineArgs {
   std::int64_t y_stride;
 };
 
+// What positions add to scores.
+struct AddPositionsArgs {
+  float* scores;         // [ceil(n / w), rows, w]
+  std::int64_t rows, n;  // n: keys
+  const float* by_key;   // like scores, or null
+  // Row r from by_query + r * by_query_stride on, readable up to a whole panel, or null.
+  const float* by_query;
+  std::int64_t by_query_stride;
+};
+
 constexpr int kMaxLoneRows = 4;  // with 8 and more, packing for tiles takes less time (lone_query.h)
 constexpr int kMaxLanes = 16;    // floats of the widest vector: one lane for each row of a tile
 
@@ -86,6 +96,7 @@ struct AttentionKernels {
   void (*combine)(const CombineArgs&);
   void (*score)(const ScoreArgs&);
   void (*weigh)(const WeighArgs&);
+  void (*add_positions)(const AddPositionsArgs&);
 };
 
 }  // namespace prunekern

@@ -50,7 +50,8 @@ constexpr Kernels make_kernels() {
   kernels.peak = peak<V>;
   kernels.read = read<V>;
   static_assert(sizeof...(R) <= V::kWidth, "softmax keeps one lane for each row");
-  kernels.attention = {pack_keys<V>, pack_values<V>, softmax<V>, combine<V>, score<V>, weigh<V>};
+  kernels.attention = {pack_keys<V>, pack_values<V>, softmax<V>,      combine<V>,
+                       score<V>,     weigh<V>,       add_positions<V>};
   return kernels;
 }
 

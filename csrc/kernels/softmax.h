@@ -182,4 +182,21 @@ void combine(const CombineArgs& args) {
   }
 }
 
+template <class V>
+void add_positions(const AddPositionsArgs& args) {
+  using F = typename V::F;
+  constexpr int kVector = V::kWidth, kPanel = 2 * kVector;
+  for (std::int64_t first = 0; first < args.n; first += kPanel)
+    for (std::int64_t r = 0; r < args.rows; ++r) {
+      const std::int64_t at = first * args.rows + r * kPanel;
+      for (int c = 0; c < kPanel && first + c < args.n; c += kVector) {
+        F sum = V::load(args.scores + at + c);
+        if (args.by_key != nullptr) sum = V::add(sum, V::load(args.by_key + at + c));
+        if (args.by_query != nullptr)
+          sum = V::add(sum, V::load(args.by_query + r * args.by_query_stride + first + c));
+        V::store(args.scores + at + c, sum);
+      }
+    }
+}
+
 }  // namespace prunekern

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
   prunekern::add_rotary(m);
   prunekern::add_norm(m);
   prunekern::add_decoder_block(m);
+  prunekern::add_disentangled_attention(m);
   prunekern::add_encoder_block(m);
   prunekern::add_unchanged(m);
 }

@@ -16,6 +16,7 @@ void add_attention(pybind11::module_& m);
 void add_rotary(pybind11::module_& m);
 void add_norm(pybind11::module_& m);
 void add_decoder_block(pybind11::module_& m);
+void add_disentangled_attention(pybind11::module_& m);
 void add_encoder_block(pybind11::module_& m);
 void add_unchanged(pybind11::module_& m);
 

@@ -26,6 +26,7 @@ FILES: dict[str, str] = {
     "camembert": "encoders.camembert",
     "electra": "encoders.electra",
     "mpnet": "encoders.mpnet",
+    "deberta-v2": "encoders.deberta",
     "llama": "decoders.llama",
     "mistral": "decoders.llama",
     "qwen2": "decoders.llama",

@@ -4,6 +4,7 @@ from . import versions  # noqa: F401  (counts the steps of optimisers)
 from .compact_attention import compact_attention
 from .compact_linear import compact_linear
 from .compact_mlp import compact_mlp
+from .disentangled_attention import disentangled_attention
 from .dora_gain import dora_gain, row_sqnorm
 from .dora_linear import dora_linear
 from .dora_merge import dora_merge
@@ -19,6 +20,7 @@ __all__ = [
     "compact_mlp",
     "dequantize_weight",
     "dequantize_weight_int4",
+    "disentangled_attention",
     "dora_gain",
     "dora_linear",
     "dora_merge",

@@ -4,6 +4,7 @@
 #include "prunekern/attention.h"
 #include "prunekern/attention_block.h"
 #include "prunekern/decoder_block.h"
+#include "prunekern/disentangled_attention.h"
 #include "prunekern/encoder_block.h"
 #include "prunekern/fingerprint.h"
 #include "prunekern/isa.h"
