@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import families
 from ..ops.activations import activate
 from .head import word_head
 from .listening import Inputs, Listener, heard, mask_of
@@ -78,8 +79,8 @@ def costs(
     listeners = [_Cost(name, model.get_submodule(name), made) for name, made in products.items()]
     predicted, tokens = 0, word_head(model) is not None
     handles = [one.module.register_forward_hook(one.made) for one in listeners]
-    embeddings: nn.Module = model.get_input_embeddings()
-    handles.append(embeddings.register_forward_hook(lambda m, args, y: y.requires_grad_()))
+    first, _ = families.of(model).blocks(model)[0]
+    handles.append(first.register_forward_pre_hook(lambda m, args: args[0].requires_grad_() and None))
     try:
         with heard(model, listeners), torch.enable_grad():
             for inputs in batches:

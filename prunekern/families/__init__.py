@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, cast
 from torch import nn
 
 from .family import Family, StockConfig
+from .sizes import TOWERS
 from .table import COSTS, Group, Layer, Table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # transformers' `config.model_type`: the module here that knows it. Only that one is imported: each brings its
 # architecture's own file of transformers along.
@@ -22,6 +23,13 @@ FILES: dict[str, str] = {
     "distilbert": "encoders.distilbert",
     "bert": "encoders.bert",
     "roberta": "encoders.bert",
+    "vit": "encoders.vit",
+    "deit": "encoders.vit",
+    **{
+        f"{name}{tower}": "encoders.clip"
+        for name in ("clip", "siglip", "siglip2")
+        for tower in ("", "_text_model", "_vision_model")
+    },
     "llama": "decoders.llama",
     "mistral": "decoders.llama",
     "qwen2": "decoders.llama",
@@ -45,6 +53,16 @@ def of_type(model_type: str | None) -> Family | None:
     return None if file is None else cast(Family, importlib.import_module(f".{file}", __name__))
 
 
+def attention_heads(config: PretrainedConfig) -> int | list[int]:
+    """Of the dense model; of a model of text and images, of both. ValueError for a config without a family."""
+    towers = [getattr(config, field, None) for field in TOWERS]
+    counts = [tower.num_attention_heads for tower in towers if tower is not None]
+    family = of_type(config.model_type)
+    if family is None:
+        raise ValueError(f"attention_heads: no family has model type {config.model_type!r}")
+    return counts or family.stock(config).heads
+
+
 def most_tokens(model: PreTrainedModel) -> int | None:
     """The longest sequence a transformers model has positions for, by its family or else its config; None: any."""
     config = model.config
@@ -52,4 +70,15 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     return getattr(config, "max_position_embeddings", None) if family is None else family.most_tokens(config)
 
 
-__all__ = ["COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "most_tokens", "of", "of_type"]
+__all__ = [
+    "COSTS",
+    "Family",
+    "Group",
+    "Layer",
+    "StockConfig",
+    "Table",
+    "attention_heads",
+    "most_tokens",
+    "of",
+    "of_type",
+]

@@ -13,15 +13,18 @@ from typing import Any
 WIDTHS = ("dim", "hidden_dim", "n_heads", "hidden_size", "intermediate_size", "num_attention_heads")
 DERIVED = ("num_key_value_heads", "head_dim")  # null: of the others
 LAYERS = ("n_layers", "num_hidden_layers")
+_WORDS = ("word_embeddings.weight", "embed_tokens.weight", "token_embedding.weight")
 # Field -> ends of the tensors' names, and the dimension that it is.
 TABLES = {
-    "vocab_size": (("word_embeddings.weight", "embed_tokens.weight"), 0),
+    "vocab_size": (_WORDS, 0),
     "dim": (("word_embeddings.weight",), 1),
-    "hidden_size": (("word_embeddings.weight", "embed_tokens.weight"), 1),
-    "max_position_embeddings": (("position_embeddings.weight",), 0),
+    "hidden_size": ((*_WORDS, "position_embedding.weight"), 1),
+    "max_position_embeddings": (("position_embeddings.weight", "position_embedding.weight"), 0),
     "type_vocab_size": (("token_type_embeddings.weight",), 0),
 }
 FIELDS = (*WIDTHS, *DERIVED, *LAYERS, "vocab_size", "max_position_embeddings", "type_vocab_size", "num_labels")
+# Configs of towers in the config of a model of text and images, and what their tensors begin with.
+TOWERS = {"text_config": "text_model.", "vision_config": "vision_model."}
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
@@ -33,7 +36,15 @@ def check_sizes(
 
     where: the file, for messages. shapes: of its tensors by name; of linears, perhaps, only what was kept. widths:
     those that such linears had. most_rows: of tables whose tensors are not among them; None: as of a width.
+    Towers are held each against its own tensors; one without any is not made.
     """
+    widths = tuple(widths)
+    for field, prefix in TOWERS.items():
+        own = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+        tower = fields.get(field)
+        if own and tower is not None:
+            inner = tower if isinstance(tower, Mapping) else vars(tower)
+            check_sizes(inner, f"{where}: {field}", own, widths, most_rows)
     dimensions = [n for shape in shapes.values() for n in shape] + list(widths)
     blocks = 1 + max((int(found[1]) for name in shapes if (found := _BLOCK.search(name))), default=-1)
     for field in FIELDS:
