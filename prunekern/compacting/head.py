@@ -120,7 +120,7 @@ class LinearHead(Head, _Linear):  # type: ignore[misc]  # weight and bias are wh
 
 
 def word_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """The table of input embeddings, of one weight [tokens, width]; None for models of images, and of several tables."""
+    """The table of input embeddings, of one weight [tokens, width]; None for models of images, and of two towers."""
     try:
         found: nn.Module | None = model.get_input_embeddings()
     except NotImplementedError:

@@ -4,7 +4,7 @@ that none is ever there in fp32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ class Restoring:
                 head = sharing(model.get_output_embeddings().weight, head)
                 model.set_output_embeddings(head)
                 self._hold(self._head, head, stored.head)
-        self._table, embeddings = "", word_embeddings(model)
+        self._table = ""
+        embeddings: Any = word_embeddings(model)
         if stored.embeddings in ROUNDED and embeddings is not None:
             rows, width = embeddings.weight.shape
             self._table, self._table_shape = names[embeddings], (rows, width)

@@ -1,4 +1,4 @@
-"""Pre-norm encoder blocks: x + o(attention(norm(x))), then x + down(act(up(norm(x)))). ViT, CLIP and their relatives."""
+"""Pre-norm encoder blocks, as ViT and CLIP have them: x + o(attention(norm(x))), then x + down(act(up(norm(x))))."""
 
 from __future__ import annotations
 
@@ -84,21 +84,22 @@ class PreNormLayer(nn.Module):
     """A block whose projections write into the residual directly: to be mixed into a family's encoder layer."""
 
     parts: tuple[str, str, str]  # what attention, the norm before it and the norm before the FFN are called
-    mlp: Any  # of fc1, activation_fn and fc2, unless somebody put another there
-    mlp_class: type
-    dropout: nn.Module | None = None  # after both, where a family has one
+    mlp_class: type[Any]  # of fc1, activation_fn and fc2
+    _modules: dict[str, Any]  # of a dropout after both, where a family has one
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """hidden_states: [batch, tokens, hidden] -> the same."""
         attention, norm, mlp_norm = (self._modules[name] for name in self.parts)
-        assert attention is not None and norm is not None and mlp_norm is not None
-        x, dropout = norm(hidden_states), self._modules.get("dropout")
+        mlp: Any = self._modules["mlp"]
+        dropout = self._modules.get("dropout")
+        attended: Tensor
+        x: Tensor = norm(hidden_states)
         if _runs_inside(attention, dropout):
             context, _ = attention.attend(x, attention_mask, **kwargs)
             attended = attention._modules[attention.output](context, residual=hidden_states)
         else:
             attended = hidden_states + _dropped(dropout, attention(x, attention_mask=attention_mask, **kwargs)[0])
-        x, mlp = mlp_norm(attended), self.mlp
+        x = mlp_norm(attended)
         if type(mlp) is self.mlp_class and type(mlp.activation_fn) is Activation and not _drops(dropout):
             up, down = mlp.fc1, mlp.fc2
             if not (is_hooked(mlp, up, mlp.activation_fn, down) or is_replaced(up, down)):
