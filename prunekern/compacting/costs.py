@@ -67,6 +67,11 @@ class _Cost(Listener):
         self.x = None
 
 
+def _wants_gradient(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """The hook before the first block: whatever comes after it gets one."""
+    args[0].requires_grad_()
+
+
 def costs(
     model: PreTrainedModel, batches: Iterable[Inputs], products: Mapping[str, Products], seed: int = 0
 ) -> dict[str, dict[str, float]] | None:
@@ -80,7 +85,7 @@ def costs(
     predicted, tokens = 0, word_head(model) is not None
     handles = [one.module.register_forward_hook(one.made) for one in listeners]
     first, _ = families.of(model).blocks(model)[0]
-    handles.append(first.register_forward_pre_hook(lambda m, args: args[0].requires_grad_() and None))
+    handles.append(first.register_forward_pre_hook(_wants_gradient))
     try:
         with heard(model, listeners), torch.enable_grad():
             for inputs in batches:

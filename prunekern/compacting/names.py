@@ -16,7 +16,7 @@ def names_in(model: PreTrainedModel) -> Callable[[str], str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    found = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    found = [one for one in get_model_conversion_mapping(model, add_legacy=False) if isinstance(one, WeightRenaming)]
 
     def rename(name: str) -> str:
         for renaming in found:
