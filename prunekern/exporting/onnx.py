@@ -68,7 +68,7 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike[str], opset: int
     path, model = Path(path), unwrapped(model, "export_onnx")
     _check(model, path, opset, with_past)
     twin = plain_twin(model)
-    run = _WithPast(twin) if with_past else _Whole(twin)
+    run = _WithPast(twin) if with_past else Whole(twin)
     inputs, axes = run.example()
     size = sum(t.numel() * t.element_size() for t in {id(t): t for t in twin.state_dict().values()}.values())
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -85,7 +85,7 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike[str], opset: int
             os.replace(written, path.with_name(written.name))
 
 
-class _Whole(nn.Module):
+class Whole(nn.Module):
     """A twin as exporters like it: tensors in, tensors out."""
 
     def __init__(self, twin: PreTrainedModel):
