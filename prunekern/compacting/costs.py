@@ -50,7 +50,7 @@ class _Cost(Listener):
         if self.x is None:
             return
         layer: Any = self.module
-        if self.mask is not None and grad.shape[:-1] == self.mask.shape:
+        if self.is_masked(grad):
             grad = grad[self.mask]
         grad = grad.reshape(-1, grad.shape[-1])[: len(self.x)].float()
         index = getattr(layer, "out_index", None)

@@ -24,7 +24,8 @@ TABLES = {
 }
 FIELDS = (*WIDTHS, *DERIVED, *LAYERS, "vocab_size", "max_position_embeddings", "type_vocab_size", "num_labels")
 # Configs of towers in the config of a model of text and images, and what their tensors begin with.
-TOWERS = {"text_config": "text_model.", "vision_config": "vision_model."}
+IMAGES = "vision_model."
+TOWERS = {"text_config": "text_model.", "vision_config": IMAGES}
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 

@@ -10,7 +10,6 @@ from tests.helpers.equal_models import F32, F64
 from tests.helpers.tiny_decoders import FAMILIES, LAYERS, batch, build, reference
 from tests.helpers.tiny_models import attached, difference, prune, watch
 
-HEADS = ("base", "sequence", "token", "question")
 AUTO = {
     "base": transformers.AutoModel,
     "sequence": transformers.AutoModelForSequenceClassification,
@@ -61,8 +60,10 @@ def loss_of(model, head, inputs):
     return model(**inputs, labels=labels if head == "sequence" else inputs["input_ids"] % 3).loss
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, head", [
+    *((family, head) for family in FAMILIES for head in ("base", "sequence")),
+    ("llama", "token"), ("qwen3", "token"), ("mistral", "question"), ("qwen2", "question"),
+])  # fmt: skip
 def test_compact_equals_masked(family, head, monkeypatch):
     for dtype, tolerance, share in ((torch.float64, F64, 0.5), (torch.float64, F64, 1.0), (torch.float32, F32, 0.5)):
         model = build(family, head, dtype=dtype)
@@ -80,7 +81,7 @@ def test_compact_equals_masked(family, head, monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", ("last", "mean"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ("mistral", "qwen3"))
 def test_embeddings(family, pooling):
     """And padding, left or right, changes none."""
     model = build(family, "base")
@@ -100,8 +101,8 @@ def test_embeddings(family, pooling):
                 assert difference(embeddings(small, right, pooling)[0], got[row]) <= F32
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", ("llama", "qwen3"))
+@pytest.mark.parametrize("family, head", [("qwen3", "base"), ("llama", "sequence"), ("mistral", "token"),
+                                          ("qwen2", "question")])  # fmt: skip
 def test_trained_a_step_and_stored(family, head, tmp_path):
     model = build(family, head)
     pruner = attached(model, sparsity=0.3)
@@ -132,7 +133,7 @@ def test_trained_a_step_and_stored(family, head, tmp_path):
     assert difference(few, answers(small, inputs)) < 0.05  # embeddings are stored in bf16
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ("llama", "qwen3"))
 def test_heads_come_and_go_on_disk(family, tmp_path):
     """A compact base model under a new head, and the base model out of a compact classifier."""
     base, classifier = (build(family, head) for head in ("base", "sequence"))

@@ -137,7 +137,7 @@ class Heard(Listener):
 
 def test_walking_begins_anew_in_the_other_tower():
     """What the layers of a block read when it is called by itself is what they read in the model."""
-    small, inputs = compact("CLIPModel", 0.3), batch("CLIPModel", 2)
+    small, inputs = compact("SiglipModel", 0.3), batch("SiglipModel", 2)  # 9 tokens, padded, and 9 patches, all there
     walk = Walk(small, [inputs], 32)
     for block in walk.blocks:
         alone, inside = (Heard(block.names.up, small.get_submodule(block.names.up), 1 << 20) for _ in range(2))
@@ -148,6 +148,7 @@ def test_walking_begins_anew_in_the_other_tower():
             small(**inputs)
         handle.remove()
         torch.testing.assert_close(alone.seen[0], inside.seen[0], rtol=1e-4, atol=1e-5)
+        assert len(alone.seen[0]) == (18 if "vision" in block.names.up else inputs["attention_mask"].sum())
         walk.pass_on(block)
     assert [block.first for block in walk.blocks] == [True, False, True, False, False]
 
