@@ -157,7 +157,7 @@ class PrunekernQuantizer(HfQuantizer):
             config = self.quantization_config
             said = config.parsed()
             plan, held, stored = _named_for(model, said, config.choice(said), config.kinds(said))
-            heads = families.attention_heads(model.config)
+            heads = families.attention_heads(model)
             if self.quantization_config.heads not in (None, heads):
                 raise ValueError(
                     f"config.json: the attention heads must be the {self.quantization_config.heads} of the plan's "

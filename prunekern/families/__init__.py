@@ -15,7 +15,7 @@ from .sizes import TOWERS
 from .table import COSTS, Group, Layer, Table
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 # transformers' `config.model_type`: the module here that knows it. Only that one is imported: each brings its
 # architecture's own file of transformers along.
@@ -53,14 +53,11 @@ def of_type(model_type: str | None) -> Family | None:
     return None if file is None else cast(Family, importlib.import_module(f".{file}", __name__))
 
 
-def attention_heads(config: PretrainedConfig) -> int | list[int]:
-    """Of the dense model; of a model of text and images, of both. ValueError for a config without a family."""
+def attention_heads(model: PreTrainedModel) -> int | list[int]:
+    """Of the dense model, by its config; of one of text and images, of both. ValueError as `of`."""
+    family, config = of(model), model.config
     towers = [getattr(config, field, None) for field in TOWERS]
-    counts = [tower.num_attention_heads for tower in towers if tower is not None]
-    family = of_type(config.model_type)
-    if family is None:
-        raise ValueError(f"attention_heads: no family has model type {config.model_type!r}")
-    return counts or family.stock(config).heads
+    return [tower.num_attention_heads for tower in towers if tower is not None] or family.stock(config).heads
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
