@@ -90,6 +90,7 @@ ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
     "silu": lambda z: z / (1 + np.exp(-z)),
+    "quick_gelu": lambda z: z / (1 + np.exp(-1.702 * z)),
 }
 
 

@@ -47,6 +47,7 @@ def activation(z: Tensor, name: Any) -> Tensor:
         "gelu": lambda z: z * 0.5 * torch.erfc(-z / 2**0.5),
         "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
         "silu": torch.nn.functional.silu,
+        "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     }
     legal(isinstance(name, str) and name in functions, "activation")
     return functions[name](z)

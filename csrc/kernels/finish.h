@@ -138,6 +138,7 @@ constexpr void fill_finishes(FinishFn (&table)[kActivations]) {
   table[2] = finish<V, Sums, T, Activation::gelu>;
   table[3] = finish<V, Sums, T, Activation::gelu_tanh>;
   table[4] = finish<V, Sums, T, Activation::silu>;
+  table[5] = finish<V, Sums, T, Activation::quick_gelu>;
 }
 
 }  // namespace prunekern

@@ -115,7 +115,7 @@ using ReadFn = std::uint64_t (*)(const char* memory, std::int64_t bytes);
 constexpr int kMaxRows = 14;
 constexpr int kMaxStreamRows = 8;  // more would not leave registers for two steps of weights
 constexpr int kMaxWidth = 32;
-constexpr int kActivations = 5;
+constexpr int kActivations = 6;
 constexpr int kElements = 2;
 constexpr int kWeightTypes = 4;
 

@@ -19,6 +19,7 @@ constexpr void fill_epilogues(EpilogueFn (&table)[kActivations]) {
   table[2] = epilogue<V, T, Activation::gelu>;
   table[3] = epilogue<V, T, Activation::gelu_tanh>;
   table[4] = epilogue<V, T, Activation::silu>;
+  table[5] = epilogue<V, T, Activation::quick_gelu>;
 }
 
 template <class V, int... R>

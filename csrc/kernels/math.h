@@ -82,7 +82,8 @@ inline typename V::F coarse_gelu(typename V::F x) {
   return V::mul(from, V::fma(p, t, V::set(0.5f)));
 }
 
-// x / (1 + exp(-z)): silu with z = x; the tanh form of gelu with z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+// x / (1 + exp(-z)): silu with z = x; the tanh form of gelu with z = 2 sqrt(2 / pi) (x + 0.044715 x^3); quick
+// gelu with z = 1.702 x.
 template <class V>
 inline typename V::F gate(typename V::F x, typename V::F z) {
   const typename V::F zero = V::set(0.0f);
@@ -94,6 +95,7 @@ inline typename V::F activate(typename V::F x) {
   if constexpr (act == Activation::relu) return V::max(V::set(0.0f), x);
   if constexpr (act == Activation::gelu) return gelu<V>(x);
   if constexpr (act == Activation::silu) return gate<V>(x, x);
+  if constexpr (act == Activation::quick_gelu) return gate<V>(x, V::mul(x, V::set(1.702f)));
   if constexpr (act == Activation::gelu_tanh) {
     const typename V::F cubic = V::fma(V::mul(V::mul(x, x), V::set(0.044715f)), x, x);
     return gate<V>(x, V::mul(cubic, V::set(1.59576912f)));

@@ -11,7 +11,9 @@ Activation parse_activation(const std::string& text) {
   if (text == "gelu") return Activation::gelu;
   if (text == "gelu_tanh") return Activation::gelu_tanh;
   if (text == "silu") return Activation::silu;
-  throw std::invalid_argument("activation must be none, relu, gelu, gelu_tanh or silu (got " + text + ")");
+  if (text == "quick_gelu") return Activation::quick_gelu;
+  throw std::invalid_argument("activation must be none, relu, gelu, gelu_tanh, silu or quick_gelu (got " +
+                              text + ")");
 }
 
 const char* name(Activations activations) {

@@ -100,7 +100,8 @@ bool to_float(PyObject* object, float& value) {
 
 bool read_activation(PyObject* object, Activation& activation) {
   std::int64_t number;
-  if (!to_int(object, number) || number < 0 || number > static_cast<int>(Activation::silu)) return false;
+  if (!to_int(object, number) || number < 0 || number > static_cast<int>(Activation::quick_gelu))
+    return false;
   activation = static_cast<Activation>(number);
   return true;
 }

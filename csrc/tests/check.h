@@ -85,6 +85,8 @@ inline double activate_reference(prunekern::Activation activation, double x) {
     }
     case Activation::silu:
       return x / (1.0 + std::exp(-x));
+    case Activation::quick_gelu:
+      return x / (1.0 + std::exp(-1.702 * x));
     default:
       return x;
   }

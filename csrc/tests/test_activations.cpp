@@ -24,7 +24,9 @@ std::vector<float> apply(Isa isa, Activation activation, const std::vector<float
 // How much a relative error of x in the exponential is magnified there: exp(-2 z) cannot be better than z *
 // eps.
 double conditioning(Activation activation, double x) {
-  if (activation != Activation::gelu_tanh || x > 0) return 1.0;
+  if (x > 0) return 1.0;
+  if (activation == Activation::quick_gelu) return 1.0 + 0.5 * std::fabs(x);
+  if (activation != Activation::gelu_tanh) return 1.0;
   return 1.0 + 0.5 * std::fabs(x + 0.044715 * x * x * x);
 }
 
@@ -39,8 +41,8 @@ int main() {
   for (float value : {0.0f, -0.0f, infinity, -infinity, std::numeric_limits<float>::quiet_NaN(),
                       std::numeric_limits<float>::max(), std::numeric_limits<float>::lowest()})
     x.push_back(value);
-  const Activation all[] = {Activation::none, Activation::relu, Activation::gelu, Activation::gelu_tanh,
-                            Activation::silu};
+  const Activation all[] = {Activation::none,      Activation::relu, Activation::gelu,
+                            Activation::gelu_tanh, Activation::silu, Activation::quick_gelu};
   for (Isa isa : supported_isas())
     for (Activation activation : all) {
       const std::vector<float> y = apply(isa, activation, x);

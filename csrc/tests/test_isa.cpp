@@ -18,7 +18,7 @@ int main() {
             "sse9)",
         "%s", message.c_str());
   message = message_of([] { parse_activation("sigmoid"); });
-  CHECK(message == "activation must be none, relu, gelu, gelu_tanh or silu (got sigmoid)", "%s",
+  CHECK(message == "activation must be none, relu, gelu, gelu_tanh, silu or quick_gelu (got sigmoid)", "%s",
         message.c_str());
   return 0;
 }

@@ -82,11 +82,14 @@ def save(
     with replacing(Path(path), is_model_file) as folder:
         if stored is None:
             with plain_head(model):
-                model.save_pretrained(folder, max_shard_size=max_shard_size)
+                # By the names of the plan: transformers would write those that an architecture had first.
+                model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
         else:
             tensors = stored_tensors(model, stored)
             with _saying(model, stored):
-                model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
+                model.save_pretrained(
+                    folder, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=False
+                )
         if card.is_ours_to_write(Path(path) / card.FILE):
             (folder / card.FILE).write_text(card.model_card(model, command, stored), encoding="utf-8")
 

@@ -68,6 +68,6 @@ def mark(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Write the plan into the model's config, so that every `save_pretrained` carries it."""
     from .hf import PrunekernConfig
 
-    heads = families.of(model).stock(model.config).heads
+    heads = families.attention_heads(model)
     model.config.quantization_config = PrunekernConfig(plan=plan.to_dict(), heads=heads)
     return model

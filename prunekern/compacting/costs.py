@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import families
 from ..ops.activations import activate
 from .head import word_head
 from .listening import Inputs, Listener, heard, mask_of
@@ -49,7 +50,7 @@ class _Cost(Listener):
         if self.x is None:
             return
         layer: Any = self.module
-        if self.mask is not None and grad.shape[:-1] == self.mask.shape:
+        if self.is_masked(grad):
             grad = grad[self.mask]
         grad = grad.reshape(-1, grad.shape[-1])[: len(self.x)].float()
         index = getattr(layer, "out_index", None)
@@ -66,6 +67,11 @@ class _Cost(Listener):
         self.x = None
 
 
+def _wants_gradient(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """The hook before the first block: whatever comes after it gets one."""
+    args[0].requires_grad_()
+
+
 def costs(
     model: PreTrainedModel, batches: Iterable[Inputs], products: Mapping[str, Products], seed: int = 0
 ) -> dict[str, dict[str, float]] | None:
@@ -78,8 +84,8 @@ def costs(
     listeners = [_Cost(name, model.get_submodule(name), made) for name, made in products.items()]
     predicted, tokens = 0, word_head(model) is not None
     handles = [one.module.register_forward_hook(one.made) for one in listeners]
-    embeddings: nn.Module = model.get_input_embeddings()
-    handles.append(embeddings.register_forward_hook(lambda m, args, y: y.requires_grad_()))
+    first, _ = families.of(model).blocks(model)[0]
+    handles.append(first.register_forward_pre_hook(_wants_gradient))
     try:
         with heard(model, listeners), torch.enable_grad():
             for inputs in batches:

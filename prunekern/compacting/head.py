@@ -119,6 +119,16 @@ class LinearHead(Head, _Linear):  # type: ignore[misc]  # weight and bias are wh
     """A head that is an `nn.Linear` to everyone who asks: resizing, initialisation, adapters put on top."""
 
 
+def word_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The table of input embeddings, of one weight [tokens, width]; None for models of images, and of two towers."""
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    weight = getattr(found, "weight", None)
+    return found if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
 def word_head(model: PreTrainedModel) -> nn.Linear | CompactLinear | None:
     """The output embeddings of a causal language model; None for any other."""
     if not type(model).__name__.endswith("ForCausalLM"):

@@ -16,8 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import families
 from ..families.sizes import check_sizes
 from ..nn import CompactLinear
-from .head import word_head
+from .head import word_embeddings, word_head
 from .held import Held
+from .names import names_in
 from .plan import MOST_CHANNELS, Plan, check, dense_sizes
 from .restoring import Restoring
 from .stored import Stored
@@ -46,7 +47,7 @@ class PrunekernConfig(QuantizationConfigMixin):
         plan: dict[str, Any] | None = None,
         format: int | None = None,
         prunekern_version: str | None = None,
-        heads: int | None = None,
+        heads: int | list[int] | None = None,
         held: dict[str, Any] | None = None,
         stored: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -55,7 +56,8 @@ class PrunekernConfig(QuantizationConfigMixin):
         self.format = format if format is not None else 3 if stored is not None else 1 if held is None else 2
         self.prunekern_version = prunekern_version or _version()
         self.plan = plan
-        self.heads = heads  # of the dense model: no tensor tells how many an encoder has. None: an older file
+        # Of the dense model, of text and images of both: no tensor tells how many an encoder has. None: an older file.
+        self.heads = heads
         self.held = held
         self.stored = stored
 
@@ -155,7 +157,7 @@ class PrunekernQuantizer(HfQuantizer):
             config = self.quantization_config
             said = config.parsed()
             plan, held, stored = _named_for(model, said, config.choice(said), config.kinds(said))
-            heads = families.of(model).stock(model.config).heads
+            heads = families.attention_heads(model)
             if self.quantization_config.heads not in (None, heads):
                 raise ValueError(
                     f"config.json: the attention heads must be the {self.quantization_config.heads} of the plan's "
@@ -226,11 +228,11 @@ def _check_files(
     """
     if not files:
         return None
-    headers = Headers(model, files)
+    headers = Headers(model, files, names_in(model))
     if stored is None:  # a config of a model in memory, given with few-bit files, does not say
         names = {module: name for name, module in model.named_modules()}
         head = word_head(model)
-        stored = found_in(headers, plan, names.get(model.get_input_embeddings()), head if head is None else names[head])
+        stored = found_in(headers, plan, names.get(word_embeddings(model)), head if head is None else names[head])
     if stored is None:
         check_tensors(model, plan, headers, None)
         return None
@@ -251,9 +253,10 @@ def _named_for(
 def renamer(model: PreTrainedModel) -> Callable[[str], str]:
     """From layer names of a base model, or of one under a task head, to those of `model`."""
     prefix: str = model.base_model_prefix + "."
-    bare = model.base_model is model
+    bare, known = model.base_model is model, names_in(model)
 
     def rename(name: str) -> str:
+        name = known(f"{name}.weight").removesuffix(".weight")
         return name.removeprefix(prefix) if bare else name if name.startswith(prefix) else prefix + name
 
     return rename

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,14 @@ def latency(
 ) -> dict[str, float]:
     """Fastest forward pass of each model, in seconds, on `batch` full sequences of `tokens` random ids.
 
-    ValueError for more tokens than a model has positions for.
+    ValueError for more tokens than a model has positions for, and for one that reads images.
     """
     for name, model in models.items():
+        if "pixel_values" in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"latency: models must read text, input_ids [batch, tokens] (got {type(model).__name__} as the {name} "
+                "model, which takes pixel_values); prunekern.machine.measure times any call"
+            )
         most = families.most_tokens(model)
         if most is not None and tokens > most:
             raise ValueError(f"latency: tokens must be at most {most} for the {name} model (got {tokens})")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..families.sizes import IMAGES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -27,6 +29,10 @@ class Listener:
         """x: [rows, K] float32, kept columns only, neither empty."""
         raise NotImplementedError
 
+    def is_masked(self, x: Tensor) -> bool:
+        """Whether `mask` is of what this layer reads or makes, [batch, tokens, ...]: that of a text is of no image."""
+        return self.mask is not None and x.shape[:-1] == self.mask.shape and not self.name.startswith(IMAGES)
+
     def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the layer's forward pass."""
         x: Tensor = (args[0] if args else kwargs["x"]).detach()
@@ -34,7 +40,7 @@ class Listener:
         index, left = getattr(layer, "in_index", None), self.most_rows - self.rows
         if not left or not x.numel() or not layer.weight.numel():
             return
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
+        if self.is_masked(x):
             x = x[self.mask]
         x = x.reshape(-1, x.shape[-1])[:left].float()
         x = x if index is None else x[:, index]

@@ -4,7 +4,7 @@ that none is ever there in fp32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..nn import CompactLinear
 from ..ops.int4 import dequantize_weight_int4
 from ..ops.packing import DTYPES, dequantize_weight
-from .head import hold_tied, is_tied, set_head_weights, sharing, word_head
+from .head import hold_tied, is_tied, set_head_weights, sharing, word_embeddings, word_head
 from .plan import Plan
 from .stored import ROUNDED, Stored, remember
 from .tensors import Headers, check_tensors, check_weight
@@ -41,8 +41,9 @@ class Restoring:
                 head = sharing(model.get_output_embeddings().weight, head)
                 model.set_output_embeddings(head)
                 self._hold(self._head, head, stored.head)
-        self._table, embeddings = "", model.get_input_embeddings()
-        if stored.embeddings in ROUNDED:
+        self._table = ""
+        embeddings: Any = word_embeddings(model)
+        if stored.embeddings in ROUNDED and embeddings is not None:
             rows, width = embeddings.weight.shape
             self._table, self._table_shape = names[embeddings], (rows, width)
             self._table_dtype = embeddings.weight.dtype

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import CompactLinear
 from ..nn.plain_state import rounded_to
-from .head import Head, is_tied, plain_head, word_head
+from .head import Head, is_tied, plain_head, word_embeddings, word_head
 from .stored import ROUNDED, Stored
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _narrow_embeddings(
     """Put what is stored of embedding tables in place of them, and of what is tied to them (heads of masked language
     models): the same tensor for all, so that transformers writes it once.
     """
-    first = model.get_input_embeddings()
+    first = word_embeddings(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Embedding) or f"{name}.weight" not in tensors:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ Shape = tuple[int, ...]
 
 
 class Headers:
-    """Shapes and dtypes of the tensors of a checkpoint's files, by the names that they have in `model`."""
+    """Shapes and dtypes of the tensors of a checkpoint's files, by the names that they have in `model`.
 
-    def __init__(self, model: nn.Module, files: Iterable[str]):
+    rename: from a name in the files to that in the model.
+    """
+
+    def __init__(self, model: nn.Module, files: Iterable[str], rename: Callable[[str], str]):
         self.files = [str(file) for file in files]
         self._tensors: dict[str, tuple[Shape, str, str]] = {}
         for file in self.files:
             for name, (shape, _, _, dtype) in read_header(file).items():
-                self._tensors[name] = shape, dtype, file
+                self._tensors[rename(name)] = shape, dtype, file
         self.where = self.files[0] if len(self.files) == 1 else os.path.dirname(self.files[0])
         self._prefix = getattr(model, "base_model_prefix", "") + "."
 

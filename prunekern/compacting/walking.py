@@ -23,20 +23,28 @@ class Walk:
 
     The model runs once, until the first layer has seen `rows` rows; `look` and `pass_on` run one block. In memory are
     the hidden states of these batches between two blocks, and what else blocks are called with. used: the batches.
+    Blocks of another list of modules, as those of another tower are, begin anew with what they were called with.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Any], rows: int):
         self._model = model
         found = families.of(model).blocks(model)
-        self.blocks = [Called(module, names, not number) for number, (module, names) in enumerate(found)]
+        parents = {id(child): id(parent) for parent in model.modules() for child in parent.children()}
+        lists = [0, *(parents.get(id(module)) for module, _ in found)]
+        self.blocks = [
+            Called(module, names, lists[number] != lists[number + 1] or not number)
+            for number, (module, names) in enumerate(found)
+        ]
         counted = [_Counted(names.q, model.get_submodule(names.q), rows) for _, names in found[:1]]
         self.used = run(model, batches, [*self.blocks, *counted])
         self._masks = [mask_of(inputs) for inputs in self.used]
-        self._states = self.blocks[0].states if self.blocks else []  # [batch, tokens, hidden] each
+        self._states: list[Tensor] = []  # [batch, tokens, hidden] each
 
     def look(self, block: Called, listeners: Sequence[Listener]) -> list[Tensor]:
         """Call the block with what it reads while listeners of its linears hear; what it makes, batch by batch."""
         made = []
+        if block.first:
+            self._states = block.states
         with heard(self._model, listeners), torch.no_grad():
             for x, mask, (args, kwargs) in zip(self._states, self._masks, block.calls, strict=True):
                 for one in listeners:

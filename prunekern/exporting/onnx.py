@@ -11,10 +11,10 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 LEAST_OPSET, LAST_OPSET = 18, 23  # asked for an older one, PyTorch's exporter writes 18 without a word
 _INLINE = 2**31 - 2**26  # bytes of weights; protobuf ends at 2 GiB, and the graph wants some
 _ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the sequences are
-_RESULTS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
+_RESULTS = (
+    "logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits", "cls_logits",
+    "distillation_logits", "reconstruction", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds",
+)  # fmt: skip
+_POOLS = ("vit", "deit", "clip", "siglip")  # what model types begin with whose pooled output is what they are used for
 
 
 @torch.no_grad()
@@ -37,9 +41,12 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike[str], opset: int
     """Write a compact model as an ONNX file of plain operators that ONNX Runtime and OpenVINO run, in fp32.
 
     Inputs, int64 [batch, length], both free: input_ids, attention_mask (1 or 0, needed), and token_type_ids where the
-    model knows more than one type. Outputs, fp32: logits (start_logits and end_logits of question answering, ...), or
-    last_hidden_state of a model without a task head. They equal the compact model's up to fp32 rounding; of padded
-    positions, do not read them. bf16 and int8 weights are written as the fp32 values they stand for.
+    model knows more than one type. Of models of images pixel_values, fp32 [images, channels, height, width], the first
+    free; of CLIP and SigLIP both. Outputs, fp32: logits (start_logits and end_logits of question answering,
+    logits_per_image, text_embeds and image_embeds of two towers, ...), or last_hidden_state of a model without a task
+    head, and pooler_output of one of images, or of a tower, that has it. They equal the compact model's up to fp32
+    rounding; of padded positions, do not read them. bf16 and int8 weights are written as the fp32 values they stand
+    for.
 
     with_past: for causal language models, with caches. More inputs: position_ids [batch, length], and for every layer i
     past_key_values.{i}.key and .value fp32 [batch, 1, past, kept], kept heads side by side (kept is at least 1; `past`
@@ -54,13 +61,14 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike[str], opset: int
     The file appears under its name when it is whole, in place of an old one; above 2 GB its weights are in `path`.data
     beside it. `model` is left alone. Needs the extra `onnx`.
 
-    Raises ValueError (a model that is not compact, or is not one of sequences [batch, length]; opset; with_past without
-    a cache; rotary positions that depend on the length), FileNotFoundError or IsADirectoryError (path), ImportError.
+    Raises ValueError (a model that is not compact, or is not one of sequences [batch, length] or of images of one size;
+    opset; with_past without a cache; rotary positions that depend on the length), FileNotFoundError or
+    IsADirectoryError (path), ImportError.
     """
     path, model = Path(path), unwrapped(model, "export_onnx")
     _check(model, path, opset, with_past)
     twin = plain_twin(model)
-    run = _WithPast(twin) if with_past else _Whole(twin)
+    run = _WithPast(twin) if with_past else Whole(twin)
     inputs, axes = run.example()
     size = sum(t.numel() * t.element_size() for t in {id(t): t for t in twin.state_dict().values()}.values())
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -77,31 +85,48 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike[str], opset: int
             os.replace(written, path.with_name(written.name))
 
 
-class _Whole(nn.Module):
+class Whole(nn.Module):
     """A twin as exporters like it: tensors in, tensors out."""
 
     def __init__(self, twin: PreTrainedModel):
         super().__init__()
         self.twin: PreTrainedModel = twin
-        self.names = ["input_ids", "attention_mask"]
-        if getattr(twin.config, "type_vocab_size", 1) > 1 and "token_type_ids" in _arguments(twin):
+        taken = _arguments(twin)
+        self.names = ["input_ids", "attention_mask"] if "input_ids" in taken else []
+        if getattr(twin.config, "type_vocab_size", 1) > 1 and "token_type_ids" in taken:
             self.names.append("token_type_ids")
-        self.options = {"return_dict": True} | ({"use_cache": False} if "use_cache" in _arguments(twin) else {})
+        if "pixel_values" in taken:
+            self.names.append("pixel_values")
+        self.options = {"return_dict": True} | ({"use_cache": False} if "use_cache" in taken else {})
+        self.pools = twin.config.model_type.startswith(_POOLS)
 
     def example(self) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
         """Inputs to trace with, and the names of their free axes."""
-        ids = torch.arange(3 * 7, device="cpu").view(3, 7) % self.twin.config.vocab_size
-        every = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        return {n: every[n] for n in self.names}, {n: {0: "batch", 1: "length"} for n in self.names}
+        config: Any = self.twin.config
+        every, axes = {}, {}
+        if "input_ids" in self.names:
+            ids = torch.arange(3 * 7, device="cpu").view(3, 7) % getattr(config, "text_config", config).vocab_size
+            every = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+            axes = {name: {0: "batch", 1: "length"} for name in every}
+        if "pixel_values" in self.names:
+            images = getattr(config, "vision_config", config)
+            size = images.image_size if isinstance(images.image_size, (list, tuple)) else [images.image_size] * 2
+            every["pixel_values"] = torch.zeros(2, images.num_channels, *size, dtype=torch.float32, device="cpu")
+            axes["pixel_values"] = {0: "images"}
+        return {n: every[n] for n in self.names}, {n: axes[n] for n in self.names}
 
     def results(self, inputs: dict[str, Tensor]) -> list[str]:
         """Names of what `forward` gives."""
         out = self.twin(**inputs, **self.options)
-        return [name for name in _RESULTS if name in out] or ["last_hidden_state"]
+        return self._given(out)
+
+    def _given(self, out: Mapping[str, Any]) -> list[str]:
+        pooled = ["pooler_output"] if self.pools and "pooler_output" in out else []
+        return [name for name in _RESULTS if name in out] or ["last_hidden_state", *pooled]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         out = self.twin(**dict(zip(self.names, inputs, strict=True)), **self.options)
-        return tuple(out[name] for name in _RESULTS if name in out) or (out.last_hidden_state,)
+        return tuple(out[name] for name in self._given(out))
 
 
 class _WithPast(nn.Module):
@@ -155,6 +180,10 @@ def _check(model: PreTrainedModel, path: Path, opset: int, with_past: bool) -> N
         raise ValueError(f"export_onnx: model is not compact ({name}); call prunekern.compact(model) first")
     if name.endswith("MultipleChoice"):
         raise ValueError(f"export_onnx: model must take input_ids [batch, length] (got {name})")
+    if "spatial_shapes" in _arguments(model):
+        raise ValueError(
+            f"export_onnx: model must take images of one size (got {name}, which fits its positions to each image)"
+        )
     if type(opset) is not int or not LEAST_OPSET <= opset <= LAST_OPSET:
         raise ValueError(f"export_onnx: opset must be {LEAST_OPSET} to {LAST_OPSET} (got {opset!r})")
     if with_past and not name.endswith("ForCausalLM"):

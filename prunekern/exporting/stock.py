@@ -18,7 +18,7 @@ from .. import families
 from ..compacting import card
 from ..compacting.checkpoint import is_model_file
 from ..compacting.compact import compact
-from ..compacting.head import plain_head
+from ..compacting.head import plain_head, word_embeddings
 from ..compacting.plan import Plan
 from ..compacting.plan import plan as plan_of
 from ..families.family import Block, StockConfig
@@ -52,8 +52,10 @@ def save_stock(model: PreTrainedModel, path: str | os.PathLike[str], max_shard_s
         setattr(config, name, value)
     with torch.device("meta"):
         stock = type(small)(config)
+    words = word_embeddings(small)
+    dtype: torch.dtype = small.dtype if words is None else words.weight.dtype  # type: ignore[assignment]
     with plain_head(small):
-        state = {n: _as(t, small.get_input_embeddings().weight.dtype) for n, t in small.state_dict().items()}
+        state = {n: _as(t, dtype) for n, t in small.state_dict().items()}
         stock.load_state_dict(state, assign=True)
     stock.tie_weights()
     if getattr(small, "generation_config", None) is not None:
@@ -86,7 +88,9 @@ def config_changes(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
         _refuse(first.up, "keeps no channel")
     changes = {dense.ffn_field: width}
     if dense.has_head_dim:
-        changes["num_attention_heads"], changes["num_key_value_heads"] = kv * dense.heads // dense.kv_heads, kv
+        changes["num_attention_heads"] = kv * dense.heads // dense.kv_heads
+        if hasattr(model.config, "num_key_value_heads"):
+            changes["num_key_value_heads"] = kv
         changes["head_dim"] = plan.layers[first.v].out_features // dense.kv_heads
     return changes
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from torch import nn
 
 from .family import Family, StockConfig
+from .sizes import TOWERS
 from .table import COSTS, Group, Layer, Table
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ FILES: dict[str, str] = {
     "electra": "encoders.electra",
     "mpnet": "encoders.mpnet",
     "deberta-v2": "encoders.deberta",
+    "vit": "encoders.vit",
+    "deit": "encoders.vit",
+    **{
+        f"{name}{tower}": "encoders.clip"
+        for name in ("clip", "siglip", "siglip2")
+        for tower in ("", "_text_model", "_vision_model")
+    },
     "llama": "decoders.llama",
     "mistral": "decoders.llama",
     "qwen2": "decoders.llama",
@@ -55,6 +63,13 @@ def of_type(model_type: str | None) -> Family | None:
     return None if file is None else cast(Family, importlib.import_module(f".{file}", __name__))
 
 
+def attention_heads(model: PreTrainedModel) -> int | list[int]:
+    """Of the dense model, by its config; of one of text and images, of both. ValueError as `of`."""
+    family, config = of(model), model.config
+    towers = [getattr(config, field, None) for field in TOWERS]
+    return [tower.num_attention_heads for tower in towers if tower is not None] or family.stock(config).heads
+
+
 def most_tokens(model: PreTrainedModel) -> int | None:
     """The longest sequence a transformers model has positions for, by its family or else its config; None: any."""
     config = model.config
@@ -62,4 +77,16 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     return getattr(config, "max_position_embeddings", None) if family is None else family.most_tokens(config)
 
 
-__all__ = ["COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "most_tokens", "of", "of_type", "types_in"]
+__all__ = [
+    "COSTS",
+    "Family",
+    "Group",
+    "Layer",
+    "StockConfig",
+    "Table",
+    "attention_heads",
+    "most_tokens",
+    "of",
+    "of_type",
+    "types_in",
+]

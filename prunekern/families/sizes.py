@@ -13,17 +13,21 @@ from typing import Any
 WIDTHS = ("dim", "hidden_dim", "n_heads", "hidden_size", "intermediate_size", "num_attention_heads")
 DERIVED = ("num_key_value_heads", "head_dim")  # null: of the others
 LAYERS = ("n_layers", "num_hidden_layers")
+_WORDS = ("word_embeddings.weight", "embed_tokens.weight", "token_embedding.weight")
 # Field -> ends of the tensors' names, and the dimension that it is.
 TABLES = {
-    "vocab_size": (("word_embeddings.weight", "embed_tokens.weight"), 0),
+    "vocab_size": (_WORDS, 0),
     "dim": (("word_embeddings.weight",), 1),
-    "hidden_size": (("word_embeddings.weight", "embed_tokens.weight"), 1),  # not beside the next, projected to it
+    "hidden_size": ((*_WORDS, "position_embedding.weight"), 1),  # not beside the next, projected to it
     "embedding_size": (("word_embeddings.weight",), 1),
-    "max_position_embeddings": (("position_embeddings.weight",), 0),
+    "max_position_embeddings": (("position_embeddings.weight", "position_embedding.weight"), 0),
     "type_vocab_size": (("token_type_embeddings.weight",), 0),
     "relative_attention_num_buckets": (("relative_attention_bias.weight",), 0),
 }
 FIELDS = (*WIDTHS, *DERIVED, *LAYERS, *(f for f in TABLES if f not in WIDTHS), "num_labels")
+# Configs of towers in the config of a model of text and images, and what their tensors begin with.
+IMAGES = "vision_model."
+TOWERS = {"text_config": "text_model.", "vision_config": IMAGES}
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
@@ -35,7 +39,15 @@ def check_sizes(
 
     where: the file, for messages. shapes: of its tensors by name; of linears, perhaps, only what was kept. widths:
     those that such linears had. most_rows: of tables whose tensors are not among them; None: as of a width.
+    Towers are held each against its own tensors; one without any is not made.
     """
+    widths = tuple(widths)
+    for field, prefix in TOWERS.items():
+        own = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+        tower = fields.get(field)
+        if own and tower is not None:
+            inner = tower if isinstance(tower, Mapping) else vars(tower)
+            check_sizes(inner, f"{where}: {field}", own, widths, most_rows)
     dimensions = [n for shape in shapes.values() for n in shape] + list(widths)
     blocks = 1 + max((int(found[1]) for name in shapes if (found := _BLOCK.search(name))), default=-1)
     tables = {f: t for f, t in TABLES.items() if f != "hidden_size" or "embedding_size" not in fields}

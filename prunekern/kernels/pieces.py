@@ -17,6 +17,8 @@ def activate(z, ACTIVATION: tl.constexpr):
         z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     elif ACTIVATION == "silu":
         z = z * tl.sigmoid(z)
+    elif ACTIVATION == "quick_gelu":
+        z = z * tl.sigmoid(1.702 * z)
     return z
 
 

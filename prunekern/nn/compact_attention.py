@@ -71,12 +71,16 @@ class CompactAttention(nn.Module):
         return self.attend(q, k, v, key_mask, arithmetic_of(layers))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, arithmetic: str = "fp32"
-    ) -> Tensor:
-        """Of queries, and of keys and values of these and earlier tokens. arithmetic: as in `compact_attention`."""
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, arithmetic: str = "fp32",
+        causal: bool | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Of queries, and of keys and values of these and earlier tokens. arithmetic: as in `compact_attention`.
+        causal: None for the module's own.
+        """
+        causal = self.causal if causal is None else causal
         return compact_attention(
-            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, self.causal, arithmetic
-        )  # fmt: skip
+            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, causal, arithmetic
+        )
 
     def project(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Sequence[Tensor]:
         """q, k and v of x, kept channels only: three tensors, or three parts of one. fuses: the answer, if known."""

@@ -32,7 +32,7 @@ class CompactLinear(PlainState):
         in_index: int64 [kept_in], strictly ascending: the channels of x the weight reads. None: all.
         out_index: int64 [kept_out], strictly ascending: the channels of y the weight makes. None: all.
         out_features: channels of y; needed with out_index.
-        activation: none, relu, gelu (erf), gelu_tanh or silu.
+        activation: none, relu, gelu (erf), gelu_tanh, silu or quick_gelu (z sigmoid(1.702 z)).
         weights: fp32, bf16, int8 or int4: the kind to hold the weight in, as `set_weights` does. None: as it comes.
         activations: auto, float or int8: what becomes of x before it meets the weight, as `compact_linear`
             says. An attribute, which may be changed; int8 needs such a weight.

@@ -20,7 +20,7 @@ class CompactMLP(nn.Module):
 
     Args:
         up, down, gate: CompactLinear without an activation of their own, or nn.Linear (its weights are shared).
-        activation: none, relu, gelu (erf), gelu_tanh or silu.
+        activation: none, relu, gelu (erf), gelu_tanh, silu or quick_gelu.
         activations: auto, float or int8, for all layers (see `CompactLinear`); None: as they have them.
 
     One kernel call (`prunekern.ops.compact_mlp`) where `mlp_call` says so, else one call a layer; layers with hooks, or

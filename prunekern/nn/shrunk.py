@@ -6,17 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from prunekern.ops.activations import activate
 
 from .indexed import place_channels
 from .masked_dora_linear import MaskedDoRALinear
-
-_ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 class _Shrunk(nn.Module):
@@ -39,8 +33,7 @@ class _Shrunk(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = super().forward(x)  # of the layer it is mixed into
-        if self.activation != "none":
-            y = _ACTIVATIONS[self.activation](y)
+        y = activate(y, self.activation)
         if self.out_index is not None:
             y = place_channels(y, self.out_index, self.scattered_to)
         return y if residual is None else residual + y

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Position: the number the C++ core knows it by.
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")
 NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
+QUICK = 1.702  # of quick_gelu, z sigmoid(1.702 z)
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -19,6 +20,8 @@ def activate(z: Tensor, activation: str) -> Tensor:
         return F.gelu(z)
     if activation == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
+    if activation == "quick_gelu":
+        return z * torch.sigmoid(QUICK * z)
     return F.silu(z) if activation == "silu" else z
 
 
@@ -35,4 +38,7 @@ def activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
         grad = grad * sigmoid * (1 + z * (1 - sigmoid))
     elif activation == "silu":
         grad = torch.ops.aten.silu_backward(grad, z)
+    elif activation == "quick_gelu":
+        sigmoid = torch.sigmoid(QUICK * z)
+        grad = grad * sigmoid * (1 + QUICK * z * (1 - sigmoid))
     return grad

@@ -76,7 +76,7 @@ def compact_linear(
         in_index: [K] int64, strictly ascending: the channels of x the weight reads. None: all of them (K = in).
         out_index: [N] int64, strictly ascending: the channels of y the weight makes. None: all (N = n_out).
         n_out: channels of y. May be left out with a plain weight and no out_index.
-        activation: none, relu, gelu (erf), gelu_tanh or silu.
+        activation: none, relu, gelu (erf), gelu_tanh, silu or quick_gelu (z sigmoid(1.702 z)).
         residual: [..., n_out] in the dtype of x, or None; added after the activation.
         scale: [N] float32, with int8 weights: W = packed * scale, see `quantize_weight`. [N, ceil(K / 32)] float16,
             with plain int4 weights; their panels hold it. Gets no gradient.

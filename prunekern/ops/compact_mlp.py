@@ -62,7 +62,7 @@ def compact_mlp(
         in_index: [K] int64, strictly ascending: the channels of x that up and gate read. None: all.
         out_index: [N] int64, strictly ascending: the channels of y that down makes. None: all (N = n_out).
         n_hidden: H; n_out: channels of y. May be left out with plain weights (n_out: and no out_index).
-        activation: none, relu, gelu (erf), gelu_tanh or silu.
+        activation: none, relu, gelu (erf), gelu_tanh, silu or quick_gelu (z sigmoid(1.702 z)).
         residual: [..., n_out] in the dtype of x, or None.
         activations: what becomes of x and of the rows between the layers, as in `compact_linear`.
 

@@ -10,7 +10,7 @@ from torch import nn
 from .. import families
 from ..compacting.asked import Asked, asked_of
 from ..families import Table
-from ..families.wrapped import unwrapped
+from ..families.wrapped import is_transformers, unwrapped
 from ..machine.bf16_trap import BF16_REASON, bf16_matmul_crashes
 from ..nn import ChannelMask, CompactLinear, MaskedDoRALinear
 from .budget import most_removable
@@ -136,12 +136,17 @@ def _row_group(table: Table, name: str) -> torch.Tensor | None:
 
 
 def task_head(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters outside the base model, and of its pooler, but for those shared with it and for output embeddings."""
+    """Parameters outside the base model, and of its pooler, but for those shared with it and for output embeddings.
+
+    Of a model of towers (CLIP), whatever is in none of them: projections, the scale of logits, a classifier.
+    """
     base = getattr(model, "base_model", model)
+    towers = [child for child in model.children() if is_transformers(child)] if base is model else []
     words = getattr(model, "get_output_embeddings", lambda: None)()
     pooler = getattr(base, "pooler", None)
     pooled = {id(p) for p in pooler.parameters()} if pooler is not None else set()
-    inside = {id(p) for p in base.parameters()} - (pooled if base is not model else set())
+    inside = {id(p) for part in towers or [base] for p in part.parameters()}
+    inside -= pooled if base is not model else set()
     if words is not None:
         inside.add(id(words.weight))
     return [p for p in model.parameters() if id(p) not in inside]

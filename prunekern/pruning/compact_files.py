@@ -23,6 +23,7 @@ from .. import ops
 from ..compacting import card
 from ..compacting.checkpoint import is_model_file, naming
 from ..compacting.compact import mark
+from ..compacting.names import names_in
 from ..compacting.plan import Plan, from_kept
 from ..nn.merging import merge, pick
 from ..storage.folders import replacing
@@ -97,6 +98,7 @@ class _Source:
         self.dtype = self.config.dtype or self.base.dtype()  # as from_pretrained does
 
         dense = self._skeleton()
+        self.base = self.base.renamed(names_in(dense))
         self.dense = dense.state_dict()
         self.same = _names_of_each(dense)
         self.prefix = f"{dense.base_model_prefix}."

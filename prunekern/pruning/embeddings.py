@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..compacting.head import word_embeddings
 from ..storage.json_files import read_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def embedding_names(model: PreTrainedModel, choice: bool | str) -> list[str]:
     """
     if choice is False or (choice == "auto" and not _has_other_tokens(model)):
         return []
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    modules = (word_embeddings(model), model.get_output_embeddings())
     weights = {id(module.weight) for module in modules if module is not None}
     return [name for name, parameter in model.named_parameters() if id(parameter) in weights]
 
@@ -29,8 +30,11 @@ def embedding_names(model: PreTrainedModel, choice: bool | str) -> list[str]:
 def _has_other_tokens(model: PreTrainedModel) -> bool:
     """Whether the base model, where it can be found without a network, has another number of tokens."""
     base = getattr(model.config, "_name_or_path", "")
-    own = model.get_input_embeddings().weight.shape[0]
-    config = _config_of(base) if base else {}
+    words: Any = word_embeddings(model)
+    config = _config_of(base) if base and words is not None else {}
+    if "vocab_size" not in config:
+        return False
+    own = words.weight.shape[0]
     return type(config.get("vocab_size")) is int and config["vocab_size"] != own
 
 
@@ -50,7 +54,10 @@ def _config_of(base: str) -> dict[str, Any]:
 
 def resized_for(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Give `model`, dense, as many tokens as the embeddings in `tensors` have; nothing where they bring none."""
-    weight = model.get_input_embeddings().weight
+    words: Any = word_embeddings(model)
+    if words is None:
+        return
+    weight = words.weight
     own = [name for name, parameter in model.named_parameters() if parameter is weight and name in tensors]
     if own and tensors[own[0]].dim() == 2 and tensors[own[0]].shape[0] != weight.shape[0]:
         model.resize_token_embeddings(tensors[own[0]].shape[0], mean_resizing=False)

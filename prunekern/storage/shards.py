@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +35,7 @@ class Shards:
         self.where, self.files = where, dict(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self._stored: dict[str, str] = {}  # by name, that in the file where it is another
         headers = {file: read_header(file) for file in sorted(set(self.files.values()))}
         for name, file in self.files.items():
             if name not in headers[file]:
@@ -67,13 +69,22 @@ class Shards:
                 raise FileNotFoundError(f"{folder / shard}: no such file, {INDEX} names it")
         return cls(index, {tensor: folder / shard for tensor, shard in named.items()})
 
+    def renamed(self, rename: Callable[[str], str]) -> Shards:
+        """The same tensors by other names."""
+        twin = copy.copy(self)
+        twin._stored = {rename(name): self._stored.get(name, name) for name in self.files}
+        twin.files = {rename(name): file for name, file in self.files.items()}
+        twin.shapes = {rename(name): shape for name, shape in self.shapes.items()}
+        twin.dtypes = {rename(name): dtype for name, dtype in self.dtypes.items()}
+        return twin
+
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file: it takes no memory of its own, and must not be written to."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.files[name], framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(self._stored.get(name, name))
                 return tensor
         except SafetensorError as error:
             raise ValueError(f"{self.files[name]}: tensor {name!r} cannot be read ({error})") from None

@@ -71,7 +71,7 @@ def test_of_a_masked_model_and_its_probe_stays_a_constant():
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu"])
 @pytest.mark.parametrize("through_the_op", [False, True])
 def test_compact_linear(activation, through_the_op):
     x, weight, bias, residual = random(T, 8), random(5, 4), random(5), random(T, 9)

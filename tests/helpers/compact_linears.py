@@ -37,6 +37,7 @@ def naive(
         "gelu": z * phi,
         "gelu_tanh": 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
         "silu": z * torch.sigmoid(z),
+        "quick_gelu": z * torch.sigmoid(1.702 * z),
     }[activation]
     # K + 1 roundings of the sum, an activation of slope under 1.2 and of 1e-6 own relative error.
     error = 1.2 * (weight.shape[1] + 1) * EPS * size + 1e-6 * a.abs()

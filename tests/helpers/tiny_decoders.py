@@ -4,18 +4,7 @@ Three query heads share a key/value head; biases, norms and embeddings are rando
 """
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
 
 from tests.helpers.tiny_models import reference as merged
 from tests.helpers.tiny_models import row_on
@@ -24,13 +13,18 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, PAD = 72, 6, 2, 12, 96, 61, 0
 MANY_HEADS = {"num_attention_heads": 10, "num_key_value_heads": 5}  # enough that heads against FFN is a choice
 LAYERS = 2
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+TASKS = {
+    "causal": "ForCausalLM",
+    "base": "Model",
+    "sequence": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+    "question": "ForQuestionAnswering",
+}
+_NAMES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 CLASSES = {
-    ("llama", "causal"): (LlamaConfig, LlamaForCausalLM),
-    ("llama", "base"): (LlamaConfig, LlamaModel),
-    ("llama", "sequence"): (LlamaConfig, LlamaForSequenceClassification),
-    ("mistral", "causal"): (MistralConfig, MistralForCausalLM),
-    ("qwen2", "causal"): (Qwen2Config, Qwen2ForCausalLM),
-    ("qwen3", "causal"): (Qwen3Config, Qwen3ForCausalLM),
+    (name.lower(), task): (getattr(transformers, f"{name}Config"), getattr(transformers, name + end))
+    for name in _NAMES
+    for task, end in TASKS.items()
 }
 
 
@@ -43,7 +37,7 @@ def build(family="llama", task="causal", attention="sdpa", dtype=torch.float32, 
     options |= {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     options |= {"attention_bias": True} if family == "qwen3" else {}
     options |= {"sliding_window": None} if family == "mistral" else {}
-    if task == "sequence":
+    if task in ("sequence", "token"):
         options["num_labels"] = 3
     model = model_class._from_config(config_class(**options | changes), attn_implementation=attention)
     g = torch.Generator().manual_seed(seed)

@@ -208,7 +208,7 @@ W = torch.zeros(4, 3)
 BAD = {
     "activation": (
         dict(weight=W, activation="sigmoid"),
-        "CompactLinear: activation must be one of none, relu, gelu, gelu_tanh, silu (got 'sigmoid')",
+        "CompactLinear: activation must be one of none, relu, gelu, gelu_tanh, silu, quick_gelu (got 'sigmoid')",
     ),
     "weight 1-D": (dict(weight=torch.zeros(4)), "CompactLinear: weight must have shape [*, *] (got [4])"),
     "weight int": (dict(weight=W.long()), "CompactLinear: weight must be float64"),
@@ -253,14 +253,15 @@ def test_x_of_another_dtype_is_refused():
 # --- CompactMLP --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "quick_gelu"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_mlp(activation, gated):
     up, down, gate = nn.Linear(24, 50), nn.Linear(50, 24), nn.Linear(24, 50) if gated else None
     mlp = CompactMLP(up, down, gate, activation)
     x, residual = torch.randn(2, 7, 24), torch.randn(2, 7, 24)
     act = {
-        "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu
+        "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu,
+        "quick_gelu": lambda z: F.silu(1.702 * z) / 1.702,
     }[activation]  # fmt: skip
     with torch.no_grad():
         hidden = act(gate(x)) * up(x) if gated else act(up(x))
@@ -268,6 +269,7 @@ def test_mlp(activation, gated):
         torch.testing.assert_close(mlp(x, residual), down(hidden) + residual, rtol=1e-4, atol=1e-5)
         # What is generated of the graphs differs by a function alone: one of each shape is compiled to the end.
         backend = "inductor" if activation == "gelu" else "aot_eager"
+        torch.compiler.reset()  # what is compiled anew for each activation is counted, and the count has an end
         compiled = torch.compile(mlp, fullgraph=True, backend=backend)
         torch.testing.assert_close(compiled(x, residual), mlp(x, residual))
     assert mlp.up.weight.data_ptr() == up.weight.data_ptr()

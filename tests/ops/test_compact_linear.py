@@ -254,7 +254,7 @@ BAD = {
     "bias device": ({"bias": torch.zeros(40, device="meta")}, "compact_linear: bias is on meta, x on cpu"),
     "activation": (
         {"activation": "sigmoid"},
-        "compact_linear: activation must be one of none, relu, gelu, gelu_tanh, silu (got 'sigmoid')",
+        "compact_linear: activation must be one of none, relu, gelu, gelu_tanh, silu, quick_gelu (got 'sigmoid')",
     ),
 }
 

@@ -35,8 +35,8 @@ def in_float64(leaves, rest):
 
 
 # Largest |slope| and |curvature| of the activations; relu's slope jumps at 0.
-SLOPE = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1}
-CURVATURE = {"none": 0.0, "relu": 0.0, "gelu": 0.8, "gelu_tanh": 0.8, "silu": 0.5}
+SLOPE = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1, "quick_gelu": 1.1}
+CURVATURE = {"none": 0.0, "relu": 0.0, "gelu": 0.8, "gelu_tanh": 0.8, "silu": 0.5, "quick_gelu": 0.86}
 
 
 def bounds(leaves, rest):

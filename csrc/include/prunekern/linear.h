@@ -13,7 +13,7 @@
 namespace prunekern {
 
 // Every activation maps 0 to 0: that is what makes removing a channel exact.
-enum class Activation { none, relu, gelu, gelu_tanh, silu };
+enum class Activation { none, relu, gelu, gelu_tanh, silu, quick_gelu };
 Activation parse_activation(const std::string& text);
 
 // How a packed weight is stored.

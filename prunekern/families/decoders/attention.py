@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...nn import CompactAttention, pick_channels, place_channels
 from ...nn.compact_attention import arithmetic_of
 from ...ops import rotate_pairs
-from ..key_masks import causal_key_mask_of, for_each
+from ..key_masks import causal_key_mask_of, for_each, key_mask_of
 from ..linears import Projections
 from ..packs_together import PacksTogether
 from .heads import DecoderLayout
@@ -45,6 +45,7 @@ class CompactCausalAttention(PacksTogether):
     v_proj: nn.Module
     o_proj: nn.Module
     attention_dropout: float
+    is_causal: bool
     layer_idx: int
     scaling: float
 
@@ -81,14 +82,17 @@ class CompactCausalAttention(PacksTogether):
             self._cached(nothing, nothing, past_key_values)
             return nothing, None
         if self._runs_ragged(hidden_states, self._layers()):
-            is_plain, key_mask = causal_key_mask_of(attention_mask)
+            asked = kwargs.get("is_causal")  # False: a decoder as an encoder, of embeddings say
+            causal = self.is_causal if asked is None else bool(asked)
+            is_plain, key_mask = (causal_key_mask_of if causal else key_mask_of)(attention_mask)
             if is_plain:
                 key_mask = for_each(key_mask, len(hidden_states))
-                return self._attend_ragged(hidden_states, position_embeddings, key_mask, past_key_values), None
+                y = self._attend_ragged(hidden_states, position_embeddings, key_mask, past_key_values, causal)
+                return y, None
         return self._attend_padded(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
     def _attend_ragged(
-        self, x: Tensor, position_embeddings: Turns, key_mask: Tensor | None, past: Cache | None
+        self, x: Tensor, position_embeddings: Turns, key_mask: Tensor | None, past: Cache | None, causal: bool
     ) -> Tensor:
         at, ragged = self.layout, self.ragged
         query, key, value = ragged.project(x, self._layers(), fuses=True)
@@ -97,10 +101,10 @@ class CompactCausalAttention(PacksTogether):
         query = rotate_pairs(query, cos, sin, at.angle, at.key_first, at.shared_by)
         key = rotate_pairs(key, cos, sin, at.angle, at.key_first)
         key, value = self._cached(key, value, past)
-        if key_mask is None and x.shape[1] > 1:
+        if causal and key_mask is None and x.shape[1] > 1:
             # No mask for several tokens says that they are the first ones; a static cache holds empty slots after them.
             key, value = key[:, : x.shape[1]], value[:, : x.shape[1]]
-        return ragged.attend(query, key, value, key_mask, arithmetic_of(self._layers()))
+        return ragged.attend(query, key, value, key_mask, arithmetic_of(self._layers()), causal)
 
     def _attend_padded(
         self, x: Tensor, position_embeddings: Turns, mask: Tensor | None, past: Cache | None, **kwargs: Any

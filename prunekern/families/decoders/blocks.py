@@ -39,7 +39,7 @@ class CompactDecoderLayer(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if takes(hidden_states, attention_mask, past_key_values):
+        if kwargs.get("is_causal") is not False and takes(hidden_states, attention_mask, past_key_values):
             step = self._step
             if step is None or not step.is_fresh():
                 step = self._step = make_step(self)

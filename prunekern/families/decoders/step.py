@@ -81,7 +81,7 @@ class Step:
             made.also(m._parameters, "weight")
             made.also(m.__dict__, "variance_epsilon")
         made.also(attention.config.__dict__, "_attn_implementation_internal")
-        made.also(attention.__dict__, "training", "scaling")  # it has a dropout
+        made.also(attention.__dict__, "training", "scaling", "is_causal")  # it has a dropout
         for linear in (o_proj, down):
             made.also(linear._buffers, "out_index")
 
@@ -127,7 +127,7 @@ def make_step(block: Block) -> Step | None:
         return None
     layout, (attends, ffns) = attention.layout, _linears(attention, ffn)
     linears = (*attends, *ffns)
-    if attention.norms_heads or not layout.key_first[-1] or not layout.value_first[-1]:
+    if not attention.is_causal or attention.norms_heads or not layout.key_first[-1] or not layout.value_first[-1]:
         return None
     if any(type(n) not in FAST_NORMS or n.weight.dtype is not _f32 for n in (norm, ffn_norm)):
         return None

@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
     "gelu_tanh": lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
     "silu": lambda z: z / (1 + torch.exp(-z)),
+    "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
 }
 
 
