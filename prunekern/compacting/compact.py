@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import families
-from ..families.wrapped import take_off_mixed_precision, unwrapped
+from ..families.wrapped import is_transformers, take_off_mixed_precision, unwrapped
 from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
 from .asked import warn_if_short
-from .plan import LayerPlan, Plan
+from .plan import LayerPlan, Plan, remember_plan
 from .plan import plan as plan_of
 
 if TYPE_CHECKING:
@@ -62,9 +62,14 @@ def _merged(module: nn.Linear | MaskedDoRALinear, kept: LayerPlan) -> tuple[Tens
 
 
 def mark(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Write the plan into the model's config, so that every `save_pretrained` carries it."""
+    """Write the plan into the model's config, so that every `save_pretrained` carries it; a model that is none of
+    transformers remembers it.
+    """
+    if not is_transformers(model):
+        remember_plan(model, plan)
+        return model
     from .hf import PrunekernConfig
 
-    heads = families.of(model).stock(model.config).heads
+    heads = families.dense_heads(model)
     model.config.quantization_config = PrunekernConfig(plan=plan.to_dict(), heads=heads)
     return model

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..families.wrapped import is_transformers
 from ..nn import CompactLinear
 from ..ops.packing import WEIGHTS
 from ..ops.seen import Seen
@@ -120,11 +121,20 @@ class LinearHead(Head, _Linear):  # type: ignore[misc]  # weight and bias are wh
 
 
 def word_head(model: PreTrainedModel) -> nn.Linear | CompactLinear | None:
-    """The output embeddings of a causal language model; None for any other."""
-    if not type(model).__name__.endswith("ForCausalLM"):
+    """The output embeddings of a causal language model of transformers; None for any other."""
+    if not type(model).__name__.endswith("ForCausalLM") or not is_transformers(model):
         return None
     head: nn.Linear | CompactLinear | None = model.get_output_embeddings()
     return head
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The table that turns tokens into numbers; None for a model without, and for one that is none of transformers."""
+    try:
+        table: nn.Module | None = model.get_input_embeddings() if is_transformers(model) else None
+    except NotImplementedError:
+        return None
+    return table
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -15,11 +15,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import families
 from ..families.sizes import check_sizes
-from ..nn import CompactLinear
-from .head import word_head
+from .head import input_embeddings, word_head
 from .held import Held
 from .plan import MOST_CHANNELS, Plan, check, dense_sizes
 from .restoring import Restoring
+from .skeleton import skeleton
 from .stored import Stored
 from .tensors import Headers, check_tensors, found_in
 
@@ -140,7 +140,11 @@ class PrunekernQuantizer(HfQuantizer):
     quantization_config: PrunekernConfig
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """What transformers asks before it makes the model: here sizes are refused that would not end."""
+        """What transformers asks before it makes the model: here sizes are refused that would not end. What a config of
+        one's own says by which name is not known.
+        """
+        if families.of_type(type(config).model_type) is None:
+            return config
         plan = self.quantization_config.plan
         # Its layers' names count the blocks; embeddings are compared with their tensors later, on the meta device.
         names = plan.get("layers", ()) if isinstance(plan, dict) else ()
@@ -155,7 +159,7 @@ class PrunekernQuantizer(HfQuantizer):
             config = self.quantization_config
             said = config.parsed()
             plan, held, stored = _named_for(model, said, config.choice(said), config.kinds(said))
-            heads = families.of(model).stock(model.config).heads
+            heads = families.dense_heads(model)
             if self.quantization_config.heads not in (None, heads):
                 raise ValueError(
                     f"config.json: the attention heads must be the {self.quantization_config.heads} of the plan's "
@@ -203,20 +207,6 @@ class PrunekernQuantizer(HfQuantizer):
         return True
 
 
-def skeleton(model: PreTrainedModel, plan: Plan) -> None:
-    """Give a dense model the compact structure of `plan`, in place, weights unset (on the meta device)."""
-
-    def make(
-        name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str
-    ) -> CompactLinear:
-        layer, dense = plan.layers[name], model.get_submodule(name).weight
-        weight = torch.empty(layer.rows.numel(), layer.cols.numel(), dtype=dense.dtype, device="meta")
-        bias = torch.empty(layer.rows.numel(), dtype=dense.dtype, device="meta") if layer.bias else None
-        return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
-
-    families.of(model).rebuild(model, plan, make)
-
-
 def _check_files(
     model: PreTrainedModel, plan: Plan, stored: Stored | None, files: list[str] | None
 ) -> Restoring | None:
@@ -230,7 +220,7 @@ def _check_files(
     if stored is None:  # a config of a model in memory, given with few-bit files, does not say
         names = {module: name for name, module in model.named_modules()}
         head = word_head(model)
-        stored = found_in(headers, plan, names.get(model.get_input_embeddings()), head if head is None else names[head])
+        stored = found_in(headers, plan, names.get(input_embeddings(model)), head if head is None else names[head])
     if stored is None:
         check_tensors(model, plan, headers, None)
         return None
@@ -244,9 +234,11 @@ def _named_for(
 ) -> tuple[Plan, Held | None, Stored | None]:
     """All by the layer names of `model`: a base model's lack the prefix that they have under a task head."""
     prefix: str = model.base_model_prefix + "."
-    bare = model.base_model is model
+    bare, modules = model.base_model is model, dict(model.named_modules())
 
     def rename(name: str) -> str:
+        if name in modules:
+            return name
         return name.removeprefix(prefix) if bare else name if name.startswith(prefix) else prefix + name
 
     renamed = Plan({rename(name): layer for name, layer in plan.layers.items()})
@@ -255,7 +247,7 @@ def _named_for(
 
 def choice_of(model: PreTrainedModel) -> Held | None:
     """What `calibrate` chose for a compact model; None where it did not, and for any other model."""
-    section: Any = getattr(model.config, "quantization_config", None)
+    section: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(section, dict) and section.get("quant_method") == METHOD:
         section = PrunekernConfig.from_dict(section)
     if not isinstance(section, PrunekernConfig) or section.held is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..nn import CompactLinear
 from ..ops.int4 import dequantize_weight_int4
 from ..ops.packing import DTYPES, dequantize_weight
-from .head import hold_tied, is_tied, set_head_weights, sharing, word_head
+from .head import hold_tied, input_embeddings, is_tied, set_head_weights, sharing, word_head
 from .plan import Plan
 from .stored import ROUNDED, Stored, remember
 from .tensors import Headers, check_tensors, check_weight
@@ -41,8 +41,8 @@ class Restoring:
                 head = sharing(model.get_output_embeddings().weight, head)
                 model.set_output_embeddings(head)
                 self._hold(self._head, head, stored.head)
-        self._table, embeddings = "", model.get_input_embeddings()
-        if stored.embeddings in ROUNDED:
+        self._table, embeddings = "", input_embeddings(model)
+        if embeddings is not None and stored.embeddings in ROUNDED:
             rows, width = embeddings.weight.shape
             self._table, self._table_shape = names[embeddings], (rows, width)
             self._table_dtype = embeddings.weight.dtype
@@ -81,7 +81,7 @@ class Restoring:
             )
         for name, layer in self._layers.items():
             assert layer.scale is not None
-            self._check_values(name, layer.weight, layer.scale)
+            check_values(self._headers, name, layer.weight, layer.scale)
             layer.say_as_held(False)
         if self._table:
             codes, scale = self._embed(model)
@@ -105,7 +105,7 @@ class Restoring:
         codes, scale = embeddings.weight.detach(), embeddings.scale
         if codes.is_meta:
             raise ValueError(f"from_pretrained: device_map must not offload {self._table!r}: it is stored in few bits")
-        self._check_values(self._table, codes, scale)
+        check_values(self._headers, self._table, codes, scale)
         if codes.dtype == torch.int8:
             values = dequantize_weight(codes, scale)
         else:
@@ -114,19 +114,23 @@ class Restoring:
         embeddings.weight = nn.Parameter(values.to(self._table_dtype).contiguous())
         return codes, scale
 
-    def _check_values(self, name: str, codes: Tensor, scale: Tensor) -> None:
-        """Of one weight. Scales of int4 may be negative; there is no code of four bits that rounding does not give."""
-        wrong = ~scale.isfinite()
-        if codes.dtype == DTYPES["int8"]:
-            wrong |= scale < 0
-        if bool(wrong.any()):
-            at = wrong.nonzero()[0].tolist()
-            what = "finite" if codes.dtype != DTYPES["int8"] else "finite and not negative"
-            got = float(scale[tuple(at)])
-            raise ValueError(f"{self._file(f'{name}.scale')}: tensor '{name}.scale' must be {what} (got {got} at {at})")
-        if codes.dtype == DTYPES["int8"] and codes.numel() and not codes.is_meta and int(codes.amin()) < -127:
-            raise ValueError(f"{self._file(f'{name}.weight')}: tensor '{name}.weight' must be -127 to 127 (got -128)")
 
-    def _file(self, tensor: str) -> str:
-        found = self._headers.find(tensor)
-        return self._headers.where if found is None else found[2]
+def check_values(headers: Headers, name: str, codes: Tensor, scale: Tensor) -> None:
+    """ValueError, naming file and tensor, for scales and codes that rounding does not give, of one weight. Scales of int4
+    may be negative; there is no code of four bits that rounding does not give.
+    """
+
+    def file(tensor: str) -> str:
+        found = headers.find(tensor)
+        return headers.where if found is None else found[2]
+
+    wrong = ~scale.isfinite()
+    if codes.dtype == DTYPES["int8"]:
+        wrong |= scale < 0
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        what = "finite" if codes.dtype != DTYPES["int8"] else "finite and not negative"
+        got = float(scale[tuple(at)])
+        raise ValueError(f"{file(f'{name}.scale')}: tensor '{name}.scale' must be {what} (got {got} at {at})")
+    if codes.dtype == DTYPES["int8"] and codes.numel() and not codes.is_meta and int(codes.amin()) < -127:
+        raise ValueError(f"{file(f'{name}.weight')}: tensor '{name}.weight' must be -127 to 127 (got -128)")

@@ -1,7 +1,8 @@
-"""Put masked DoRA on a transformers model, in place."""
+"""Put masked DoRA on a model, in place."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from .. import families
 from ..compacting.asked import Asked, asked_of
 from ..families import Table
-from ..families.wrapped import unwrapped
+from ..families.wrapped import is_transformers, unwrapped
 from ..machine.bf16_trap import BF16_REASON, bf16_matmul_crashes
 from ..nn import ChannelMask, CompactLinear, MaskedDoRALinear
 from .budget import most_removable
@@ -25,7 +26,9 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
     """Replace the targeted linears of `model` by `MaskedDoRALinear`s, in place, and return their `Pruner`.
 
     Everything is frozen but adapters, magnitudes, mask logits and the task head (what lies outside the base model,
-    and its pooler; input and output embeddings stay frozen). ValueError: an architecture without a family, targets
+    and its pooler; input and output embeddings stay frozen). A model of a class of your own is taken where
+    `prunekern.families.register` was told of it; it warns unless `prunekern.families.check` has tried out what was
+    told, and its task head is what was named there. ValueError: an architecture without a family, targets
     that match nothing, a sparsity the targets cannot reach, an align larger than a layer, an activation that is not
     zero at zero, a model that is attached or compact already, a wrapper around the model (`families.wrapped` says
     which; of `torch.compile` it takes the model out). RuntimeError: under bf16 autocast on a CPU whose bf16
@@ -39,7 +42,7 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
         if isinstance(module, (MaskedDoRALinear, CompactLinear)):
             state = "attached" if isinstance(module, MaskedDoRALinear) else "compact"
             raise ValueError(f"attach: model is {state} already; start from the dense model")
-    family = families.of(model)
+    family, own = families.of(model), families.own_of(model)
     _refuse_crashing_autocast(model)
     table = family.table(model)
     adapted = _adapted(table, config)
@@ -72,6 +75,14 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
     for parameter in head:
         parameter.requires_grad_(True)
     asked_of[model] = Asked(config.sparsity, config.cost, config.align)
+    if own is not None:
+        own.remember(model)
+        if not own.is_checked:
+            warnings.warn(
+                f"attach: the groups that {own.cls.__name__} is registered with were never tried out; wrong ones give a "
+                "wrong compact model: call prunekern.families.check(model, *inputs) on the dense model once",
+                stacklevel=2,
+            )
     return Pruner(model, config, table)
 
 
@@ -134,7 +145,13 @@ def _row_group(table: Table, name: str) -> torch.Tensor | None:
 
 
 def task_head(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters outside the base model, and of its pooler, but for those shared with it and for output embeddings."""
+    """Parameters outside the base model, and of its pooler, but for those shared with it and for output embeddings; of
+    a registered class those that it names, where it does.
+    """
+    own = families.own_of(model)
+    named = None if own is None else own.head(model)
+    if named is not None or not is_transformers(model):
+        return named or []
     base = getattr(model, "base_model", model)
     words = getattr(model, "get_output_embeddings", lambda: None)()
     pooler = getattr(base, "pooler", None)

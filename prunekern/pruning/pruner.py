@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import families
 from ..compacting.plan import Plan, check
 from ..families import Table
 from ..nn import ChannelMask
@@ -193,7 +194,7 @@ class Pruner(AttachedModel):
             elif rule != "uniform":
                 self._refuse_unlearned("finalize")
             scores = self._scores(criterion) if rule == "uniform" else self.logits()
-            kept, extra = choose(rule, scores, self.table, self.config, self._head_counts())
+            kept, extra = choose(rule, scores, self.table, self.config, self._head_counts(rule))
             for carrier, mask in self.masks.items():
                 mask.finalize(kept[carrier].to(mask.logits.device))
                 mask.logits.grad = None
@@ -205,7 +206,7 @@ class Pruner(AttachedModel):
 
         Saliency that is not gathered yet is refused by `finalize` only.
         """
-        check_rule(rule, criterion, self.masks, self.table, self.config, self._head_counts())
+        check_rule(rule, criterion, self.masks, self.table, self.config, self._head_counts(rule))
 
     def compare_stock(self) -> dict[str, Any]:
         """What rule "stock" would give up against rule "learned", were the masks made final now: the second of what
@@ -220,8 +221,10 @@ class Pruner(AttachedModel):
     def _scores(self, criterion: str | Scores) -> dict[str, np.ndarray]:
         return criterion_scores(self.layers, self.masks, self.table, criterion, self.config.seed)
 
-    def _head_counts(self) -> tuple[int, ...]:
-        return whole_heads.head_counts(self.model.config)
+    def _head_counts(self, rule: str = "stock") -> tuple[int, ...]:
+        if rule != "stock":
+            return ()
+        return families.of(self.model).stock(getattr(self.model, "config", None)).head_counts
 
     def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After `finalize()`: drop the pruned channels from the masked model, in place; training goes on with the rest.
