@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .. import families
 from ..families.decoders.smoothing import Smoothing, smoothings
 from .listening import Listener
 from .plan import Plan

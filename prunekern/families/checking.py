@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import CompactLinear, MaskedDoRALinear
 from .groups import OwnGroup
-from .own import Own, made, put, registered
+from .own import Own, keep_off_fast_path, made, put, registered
 from .table import Group, Table
 
 # max |difference| relative to max |value|. A channel that is counted wrongly is about a share of one in so many.
@@ -117,6 +117,7 @@ def _random_twin(
     """A copy with random linears, and what calls it."""
     for dtype in (torch.float64, torch.float32):
         twin = copy.deepcopy(model).to(dtype).eval()
+        keep_off_fast_path(twin)
         for name in table.layers:
             linear: Any = twin.get_submodule(name)
             linear.weight.copy_(torch.randn(linear.weight.shape) / max(linear.weight.shape[1], 1) ** 0.5)

@@ -66,7 +66,7 @@ class Own:
     def remember(self, model: nn.Module) -> None:
         """An attached model keeps its groups; see `named`."""
         vars(model)[_KEY] = self.named(model)
-        _keep_off_fast_path(model)
+        keep_off_fast_path(model)
 
     def table(self, model: nn.Module) -> Table:
         """As `Family.table`. ValueError for a layer that is no linear of its own, and for groups that overlap."""
@@ -141,9 +141,9 @@ class Own:
         cols = {name for one in named for name in one.packed()[1]}
         for name in dict.fromkeys(name for one in named for name in one.names.values()):
             put(model, name, made(plan, name, make, name in rows, name in cols))
-        _keep_off_fast_path(model)
+        keep_off_fast_path(model)
 
-    def stock(self, config: PretrainedConfig) -> StockConfig:
+    def stock(self, config: PretrainedConfig | None) -> StockConfig:
         """ValueError: it is no architecture of transformers' own."""
         raise ValueError(
             f"{self.cls.__name__} is registered with prunekern.families.register: what transformers loads by its own "
@@ -181,7 +181,7 @@ def made(plan: Kept, name: str, make: Make, packs_rows: bool, packs_cols: bool) 
     return make(name, in_index, out_index, out_features, "none")
 
 
-def _keep_off_fast_path(model: nn.Module) -> None:
+def keep_off_fast_path(model: nn.Module) -> None:
     """PyTorch's own encoder layers read weights past their modules in eval mode, where they find nothing unusual: they
     are told that their activation is an unusual one. It is called all the same.
     """

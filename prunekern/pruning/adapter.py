@@ -17,7 +17,8 @@ from torch import nn
 from ..compacting.checkpoint import naming
 from ..compacting.plan import Plan, dense_sizes
 from ..families.sizes import check_sizes
-from ..families.wrapped import unwrapped
+from ..families.own import registered, registered_as
+from ..families.wrapped import is_transformers, unwrapped
 from ..nn import MaskedDoRALinear
 from ..nn.merging import pick
 from ..ops import row_sqnorm
@@ -82,9 +83,10 @@ def save_adapter(
         config["base_norms"] = pruner.base_norms()
         config["fingerprints"] = fingerprints(model, tensors)
         config |= other_flags(model)
-        config["base_model"] = getattr(model.config, "_name_or_path", "") or None
         config["architecture"] = type(model).__name__
-        config["model_config"] = model.config.to_diff_dict()
+        if is_transformers(model):
+            config["base_model"] = getattr(model.config, "_name_or_path", "") or None
+            config["model_config"] = model.config.to_diff_dict()
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -185,7 +187,7 @@ def model_config(
     """
     file, fields = adapter / "adapter_config.json", config["model_config"]
     shrunk = config["pruner"].get("shrunk")
-    if base:
+    if base and registered(model_class(config, adapter)) is None:
         # Blocks are those of the adapter, and so is a vocabulary that it brings. Else `base` may be another model,
         # which is said later by the name of a tensor: here its widths are no more than a bound.
         tables = {n: s for n, s in base.items() if n.endswith(("position_embeddings.weight", "type_embeddings.weight"))}
@@ -200,7 +202,8 @@ def model_class(config: dict[str, Any], adapter: Path) -> type[PreTrainedModel]:
     """The class that an adapter names. ValueError where it names none of transformers, or holds no model_config."""
     import transformers
 
-    cls = getattr(transformers, str(config.get("architecture")), None)
+    name = str(config.get("architecture"))
+    cls = getattr(transformers, name, registered_as(name))
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{adapter}: architecture must name a transformers model (got {config.get('architecture')!r})")
     if not isinstance(config.get("model_config"), dict):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..compacting.head import input_embeddings
 from ..storage.json_files import read_json
 
 if TYPE_CHECKING:
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
 def embedding_names(model: PreTrainedModel, choice: bool | str) -> list[str]:
     """Parameter names of input and output embeddings (once where they are tied), if they are to be written.
 
-    choice: as `save_embeddings` of `save_adapter`.
+    choice: as `save_embeddings` of `save_adapter`. ValueError for True and a model that is none of transformers, or has
+    no embeddings.
     """
-    if choice is False or (choice == "auto" and not _has_other_tokens(model)):
+    table = input_embeddings(model)
+    if table is None and choice is True:
+        raise ValueError(f"save_adapter: save_embeddings must be False or 'auto' for {type(model).__name__} (got True)")
+    if table is None or choice is False or (choice == "auto" and not _has_other_tokens(model)):
         return []
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    modules = (table, model.get_output_embeddings())
     weights = {id(module.weight) for module in modules if module is not None}
     return [name for name, parameter in model.named_parameters() if id(parameter) in weights]
 
@@ -50,7 +55,10 @@ def _config_of(base: str) -> dict[str, Any]:
 
 def resized_for(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Give `model`, dense, as many tokens as the embeddings in `tensors` have; nothing where they bring none."""
-    weight = model.get_input_embeddings().weight
+    table = input_embeddings(model)
+    if table is None:
+        return
+    weight = table.weight
     own = [name for name, parameter in model.named_parameters() if parameter is weight and name in tensors]
     if own and tensors[own[0]].dim() == 2 and tensors[own[0]].shape[0] != weight.shape[0]:
         model.resize_token_embeddings(tensors[own[0]].shape[0], mean_resizing=False)
