@@ -71,8 +71,8 @@ def save(
     are treated as by `compact`.
 
     A model of a class of your own (`prunekern.families.register`) that is none of transformers has no config: the plan
-    is prunekern.json, beside one model.safetensors of its state dict (max_shard_size must be as it is), and `load` wants
-    a dense model to read it into. Its embeddings stay as they are.
+    is prunekern.json, beside one model.safetensors of its state dict (max_shard_size must be as it is), and `load`
+    wants a dense model to read it into. Its embeddings stay as they are.
     """
     if weights is not None:
         check_kinds(weights, "auto", "save")
@@ -83,8 +83,8 @@ def save(
     is_own = not is_transformers(model)
     if is_own and max_shard_size != "5GB":
         raise ValueError(
-            f"save: max_shard_size must be '5GB', which is not used, for {type(model).__name__}, which is written as one "
-            f"file (got {max_shard_size!r})"
+            f"save: max_shard_size must be '5GB', which is not used, for {type(model).__name__}, which is written as "
+            f"one file (got {max_shard_size!r})"
         )
     with replacing(Path(path), is_model_file) as folder:
         if is_own:
@@ -158,9 +158,11 @@ def load(
     path = Path(path)
     if own_files.is_own(path):
         own = own_files.load_own(path, into)
-        return set_weights(own, weights, activations).requires_grad_(False).eval()  # type: ignore[arg-type]
+        return set_weights(own, weights, activations).requires_grad_(False).eval()
     if into is not None:
-        raise ValueError(f"load: into must be None, as config.json in {path} says what to make (got a {type(into).__name__})")
+        raise ValueError(
+            f"load: into must be None, as config.json in {path} says what to make (got a {type(into).__name__})"
+        )
     return _load_pretrained(path, weights, activations)
 
 

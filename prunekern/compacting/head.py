@@ -128,13 +128,12 @@ def word_head(model: PreTrainedModel) -> nn.Linear | CompactLinear | None:
     return head
 
 
-def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+def input_embeddings(model: PreTrainedModel) -> Any:
     """The table that turns tokens into numbers; None for a model without, and for one that is none of transformers."""
     try:
-        table: nn.Module | None = model.get_input_embeddings() if is_transformers(model) else None
+        return model.get_input_embeddings() if is_transformers(model) else None
     except NotImplementedError:
         return None
-    return table
 
 
 def is_tied(model: PreTrainedModel) -> bool:

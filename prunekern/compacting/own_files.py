@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..families.own import registered
 from ..families.wrapped import is_transformers
 from ..nn import CompactLinear, MaskedDoRALinear
 from ..storage.json_files import read_json
-from ..storage.shards import SINGLE, Shards
+from ..storage.shards import CODES, SINGLE, Shards
 from .plan import Plan, check, remember_plan
 from .restoring import check_values
 from .skeleton import skeleton
@@ -35,8 +36,10 @@ def save_own(model: nn.Module, plan: Plan, folder: Path, stored: Stored | None) 
     """
     from safetensors.torch import save_file
 
+    if stored is not None:
+        stored = replace(stored, embeddings="fp32")  # as they are: nothing tells what reads them
     # All that is asked of such a model are its modules.
-    tensors: dict[str, Any] = model.state_dict() if stored is None else stored_tensors(model, stored)  # type: ignore[arg-type]
+    tensors: dict[str, Any] = model.state_dict() if stored is None else stored_tensors(model, stored)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"save: state_dict() must hold tensors only (got a {type(tensor).__name__} at {name!r})")
@@ -68,8 +71,8 @@ def load_own(path: Path, into: nn.Module | None) -> nn.Module:
     said = read_json(file)
     if type(said.get("format")) is not int or not 1 <= said["format"] <= FORMAT:
         raise ValueError(
-            f"{file}: format {said.get('format')!r} was written by prunekern {said.get('prunekern_version')}; this version "
-            f"reads up to {FORMAT}. Upgrade prunekern"
+            f"{file}: format {said.get('format')!r} was written by prunekern {said.get('prunekern_version')}; this "
+            f"version reads up to {FORMAT}. Upgrade prunekern"
         )
     if into is None:
         raise ValueError(f"load: into must be a dense {said.get('class')}, as {path} holds the plan of one (got None)")
@@ -84,7 +87,7 @@ def load_own(path: Path, into: nn.Module | None) -> nn.Module:
     if said.get("heads") != heads:
         raise ValueError(f"load: into must have {said.get('heads')} attention heads, as {file} says (got {heads})")
     shards = Shards.of_model(path)
-    headers = Headers(into, [str(each) for each in sorted(set(shards.files.values()))])
+    headers = Headers(into, [str(each) for each in sorted(set(shards.files.values()))], FILE)
     twins = _twins(into)
     _check_tensors(into, plan, stored, headers, shards, twins)
     codes = {name for name in plan.layers if stored is not None and stored.kind(name) in ROUNDED}
@@ -139,6 +142,9 @@ def _check_tensors(
     for name, layer in plan.layers.items():
         kind = None if stored is None else stored.kind(name)
         check_weight(headers, name, (layer.rows.numel(), layer.cols.numel()), kind)
+        if kind is None and shards.dtypes[f"{name}.weight"] not in CODES.values():
+            got, accepted = shards.dtypes[f"{name}.weight"], ", ".join(CODES.values())
+            raise ValueError(f"{shards.files[f'{name}.weight']}: tensor '{name}.weight' must be {accepted} (got {got})")
         known |= {f"{name}.weight"} | ({f"{name}.scale"} if kind in ROUNDED else set())
         if layer.bias:
             headers.check(f"{name}.bias", (layer.rows.numel(),), "by the plan")
@@ -147,7 +153,9 @@ def _check_tensors(
         if name.rpartition(".")[0] in plan.layers or name in twins:
             continue
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"load: state_dict() of into must hold tensors only (got {type(tensor).__name__} at {name!r})")
+            raise ValueError(
+                f"load: state_dict() of into must hold tensors only (got {type(tensor).__name__} at {name!r})"
+            )
         headers.check(name, tuple(tensor.shape), "as into has it")
         known.add(name)
     for name in sorted(set(shards.files) - known):

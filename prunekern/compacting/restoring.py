@@ -116,8 +116,8 @@ class Restoring:
 
 
 def check_values(headers: Headers, name: str, codes: Tensor, scale: Tensor) -> None:
-    """ValueError, naming file and tensor, for scales and codes that rounding does not give, of one weight. Scales of int4
-    may be negative; there is no code of four bits that rounding does not give.
+    """ValueError, naming file and tensor, for scales and codes that rounding does not give, of one weight. Scales of
+    int4 may be negative; there is no code of four bits that rounding does not give.
     """
 
     def file(tensor: str) -> str:

@@ -36,8 +36,8 @@ def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
     `model` is left alone; the twin shares the memory of its fp32 parameters, those of attention excepted. bf16 and int8
     weights become the fp32 values they stand for. Attention is transformers' "sdpa" on heads padded to a layer's widest
     one: zero rows in q, k and v, and zero columns in o, so that nothing is gathered or scattered around it. Caches of
-    decoders hold kept channels only, as those of the compact model do. Hooks do not come along. Of a model of a class of
-    your own (`prunekern.families.register`) the linears are exchanged, and nothing else.
+    decoders hold kept channels only, as those of the compact model do. Hooks do not come along. Of a model of a class
+    of your own (`prunekern.families.register`) the linears are exchanged, and nothing else.
 
     ValueError for a model that is not compact. Wrappers around it are treated as by `compact`.
     """

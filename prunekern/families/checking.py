@@ -38,12 +38,13 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     """Find out whether the groups a class is registered with are right: ValueError for the first that is not.
 
     model: dense, of a registered class; it is left alone. inputs, kwargs: what it is called with. Of a copy in eval
-    mode and float64 (or in the model's own dtype, where it runs in no other), with random numbers in the linears of the
-    groups, half of each group's channels are pruned: as masks do, by rows of zeros, and as `compact` does, by leaving
-    them out. Both must give the same. So the channels must reach the output: a query/key channel does with two tokens or
-    more, a block that these inputs are not routed through does not.
+    mode and float64 (or in fp32, where it runs in no other), with random numbers in the linears of the groups, half of
+    each group's channels are pruned, and one head's values: as masks do, by rows of zeros, and as `compact` does, by
+    leaving them out. Both must give the same. So the channels must reach the output: a query/key channel does with two
+    tokens or more, a block that these inputs are not routed through does not.
 
-    ValueError besides for a class that is not registered, a model that is attached or compact, and what `attach` refuses.
+    ValueError besides for a class that is not registered, a model that is attached or compact already, and what
+    `attach` refuses.
     """
     own = registered(type(model))
     if own is None:
@@ -56,16 +57,27 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
         whole = run()
         for one in own.named(twin):
             for group in one.groups(table.layers):
-                _check_group(own, twin, run, whole, one, group, table)
+                for alive in _choices(group):
+                    _check_group(own, twin, run, whole, one, group, alive, table)
     own.is_checked = True
 
 
-def _check_group(
-    own: Own, twin: nn.Module, run: Callable[[], list[Tensor]], whole: list[Tensor], one: OwnGroup, group: Group, table: Table
-) -> None:
+def _choices(group: Group) -> Iterator[Tensor]:
+    """Which of the channels are kept, bool [count]: half of them; and of values all but those of the first head, whose
+    queries and keys then go, too.
+    """
     alive = torch.zeros(group.count, dtype=torch.bool, device="cpu")
     alive[torch.randperm(group.count, device="cpu")[: group.count // 2]] = True
-    names = (group.carrier, *group.removed_rows, *group.removed_cols)
+    yield alive
+    if group.kind == "value":
+        yield group.heads > 0
+
+
+def _check_group(
+    own: Own, twin: nn.Module, run: Callable[[], list[Tensor]], whole: list[Tensor], one: OwnGroup, group: Group,
+    alive: Tensor, table: Table,
+) -> None:  # fmt: skip
+    names = [*one.names.values()]
     linears = {name: twin.get_submodule(name) for name in names}
     rows, cols = one.packed()
     what = f"{own.cls.__name__}: {one} ({group.kind} channels)"
@@ -106,8 +118,8 @@ def _check_group(
     difference = _difference(compact, masked)
     if not difference <= TOLERANCE[compact[0].dtype]:
         raise ValueError(
-            f"check: {what}: the model is another one without its pruned channels (outputs differ by {difference:.1e} of "
-            "the largest): what lies between these linears mixes channels, or makes something of a zero"
+            f"check: {what}: the model is another one without its pruned channels (outputs differ by {difference:.1e} "
+            "of the largest): what lies between these linears mixes channels, or makes something of a zero"
         )
 
 

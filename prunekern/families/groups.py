@@ -28,8 +28,8 @@ class OwnGroup:
                 raise ValueError(f"{self.maker}: {field} must be the name of a module (got {name!r})")
             if name in seen:
                 raise ValueError(
-                    f"{self.maker}: {field} must be another layer than {seen[name]} (got {name!r} for both); one linear "
-                    "for several purposes has to be split first"
+                    f"{self.maker}: {field} must be another layer than {seen[name]} (got {name!r} for both); one "
+                    "linear for several purposes has to be split first"
                 )
             seen[name] = field
         if len({name.count("{}") for name in self.names.values()}) > 1:
@@ -129,7 +129,9 @@ class AttentionGroup(OwnGroup):
             self.refuse(f"v must have as many rows for each of {kv} heads (got {v.rows})")
         width = v.rows // kv
         if o.cols != self.heads * width:
-            self.refuse(f"o must read {self.heads * width} channels, {width} of each of {self.heads} heads (got {o.cols})")
+            self.refuse(
+                f"o must read {self.heads * width} channels, {width} of each of {self.heads} heads (got {o.cols})"
+            )
         if self.rotary and d % 2:
             self.refuse(f"rotary needs heads of an even width (got {d})")
         kv_head = torch.arange(kv, device="cpu")
@@ -142,7 +144,9 @@ class AttentionGroup(OwnGroup):
         head = kv_head.repeat_interleave(len(unit))
         return [
             Group("query_key", self.q, in_q, {self.k: in_k}, head=head, lives_by=self.v),
-            Group("value", self.v, channels(v.rows), removed_cols={self.o: in_o}, head=kv_head.repeat_interleave(width)),
+            Group(
+                "value", self.v, channels(v.rows), removed_cols={self.o: in_o}, head=kv_head.repeat_interleave(width)
+            ),
         ]
 
     def _units(self, d: int) -> Tensor:
@@ -173,8 +177,8 @@ def mlp_group(up: str, down: str, gate: str | None = None, full_width: bool = Fa
     can see that in the names: `check` finds out.
 
     up, gate, down: module names of `nn.Linear`s, [n, in], [n, in] and [out, n]. In a chain, one's `down` may be
-    another's `up`. full_width: False has the compact model compute the kept channels alone, side by side. True puts them
-    back in their places among zeros, for code between `up` and `down` that knows n: a factor for each channel, a
+    another's `up`. full_width: False has the compact model compute the kept channels alone, side by side. True puts
+    them back in their places among zeros, for code between `up` and `down` that knows n: a factor for each channel, a
     convolution of each channel.
     """
     return MlpGroup(up, down, gate, full_width)

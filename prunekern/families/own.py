@@ -68,10 +68,13 @@ class Own:
         vars(model)[_KEY] = self.named(model)
         keep_off_fast_path(model)
 
+    def layers(self, model: nn.Module) -> list[str]:
+        """Module names of the linears, each once, in the order of the groups."""
+        return [*dict.fromkeys(name for one in self.named(model) for name in one.names.values())]
+
     def table(self, model: nn.Module) -> Table:
         """As `Family.table`. ValueError for a layer that is no linear of its own, and for groups that overlap."""
-        named = self.named(model)
-        names = dict.fromkeys(name for one in named for name in one.names.values())
+        named, names = self.named(model), self.layers(model)
         if _KEY not in vars(model):
             self._check_linears(model, names)
         layers: dict[str, Layer] = {name: dense_layer(model, name) for name in names}
@@ -104,7 +107,9 @@ class Own:
                 self._refuse(f"layer {name!r} must be a torch.nn.Linear (got {kind})")
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(parent, nn.MultiheadAttention):
-                self._refuse(f"layer {name!r} is part of a MultiheadAttention, which reads its weight and never calls it")
+                self._refuse(
+                    f"layer {name!r} is part of a MultiheadAttention, which reads its weight and never calls it"
+                )
             if len(places[id(module)]) > 1:
                 self._refuse(f"layer {name!r} must stand in one place (got {', '.join(places[id(module)])})")
             shared = owners[id(module._parameters.get("weight"))] if "weight" in module._parameters else []
@@ -112,20 +117,22 @@ class Own:
                 self._refuse(f"layer {name!r} must have a weight of its own (got one shared by {', '.join(shared)})")
 
     def head(self, model: nn.Module) -> list[nn.Parameter] | None:
-        """What is trained besides the adapters; None where nothing was said. ValueError for names that are none, and for
-        layers of the table.
+        """What is trained besides the adapters; None where nothing was said. ValueError for names that are none, and
+        for layers of the table.
         """
         if self._head is None:
             return None
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-        layers = {name for one in self.named(model) for name in one.names.values()}
+        layers = self.layers(model)
         found: dict[int, nn.Parameter] = {}
         for name in self._head:
             if name not in modules and name not in parameters:
                 self._refuse(f"head: there is no module or parameter {name!r}")
             inside = [layer for layer in layers if f"{layer}.".startswith(f"{name}.") or name.startswith(f"{layer}.")]
             if inside or not name:
-                self._refuse(f"head: {name!r} holds {min(inside or layers)!r}, which is adapted and stays frozen itself")
+                self._refuse(
+                    f"head: {name!r} holds {min(inside or layers)!r}, which is adapted and stays frozen itself"
+                )
             chosen = [parameters[name]] if name in parameters else modules[name].parameters()
             found |= {id(parameter): parameter for parameter in chosen}
         return [*found.values()]
@@ -139,7 +146,7 @@ class Own:
         named = self.named(model)
         rows = {name for one in named for name in one.packed()[0]}
         cols = {name for one in named for name in one.packed()[1]}
-        for name in dict.fromkeys(name for one in named for name in one.names.values()):
+        for name in self.layers(model):
             put(model, name, made(plan, name, make, name in rows, name in cols))
         keep_off_fast_path(model)
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from ..compacting.checkpoint import naming
 from ..compacting.plan import Plan, dense_sizes
-from ..families.sizes import check_sizes
 from ..families.own import registered, registered_as
+from ..families.sizes import check_sizes
 from ..families.wrapped import is_transformers, unwrapped
 from ..nn import MaskedDoRALinear
 from ..nn.merging import pick

@@ -79,8 +79,8 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
         own.remember(model)
         if not own.is_checked:
             warnings.warn(
-                f"attach: the groups that {own.cls.__name__} is registered with were never tried out; wrong ones give a "
-                "wrong compact model: call prunekern.families.check(model, *inputs) on the dense model once",
+                f"attach: the groups that {own.cls.__name__} is registered with were never tried out; wrong ones give "
+                "a wrong compact model: call prunekern.families.check(model, *inputs) on the dense model once",
                 stacklevel=2,
             )
     return Pruner(model, config, table)
@@ -159,6 +159,8 @@ def task_head(model: nn.Module) -> list[nn.Parameter]:
     inside = {id(p) for p in base.parameters()} - (pooled if base is not model else set())
     if words is not None:
         inside.add(id(words.weight))
+    for name in () if own is None else own.layers(model):
+        inside |= {id(p) for p in model.get_submodule(name).parameters()}
     return [p for p in model.parameters() if id(p) not in inside]
 
 

@@ -44,7 +44,9 @@ def test_compact_equals_masked_and_merged(cls, share):
                 expected = want(x.double() if x.is_floating_point() else x)
                 assert difference(model(x), expected) <= tolerance
                 assert difference(small(x), expected) <= tolerance
-        assert type(small) is cls and all(isinstance(small.get_submodule(n), CompactLinear) for n in pk.plan(model).layers)
+        assert type(small) is cls and all(
+            isinstance(small.get_submodule(n), CompactLinear) for n in pk.plan(model).layers
+        )
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -84,7 +86,10 @@ def test_what_is_removed_is_what_the_groups_say():
 
     def gone(name):
         p = layers[name]
-        return tuple(sorted(set(range(n)) - set(kept.tolist())) for n, kept in zip((p.out_features, p.in_features), (p.rows, p.cols), strict=True))
+        return tuple(
+            sorted(set(range(n)) - set(kept.tolist()))
+            for n, kept in zip((p.out_features, p.in_features), (p.rows, p.cols), strict=True)
+        )
 
     # All values of key/value head 0 are gone, so its queries and keys are; of head 1 the rotary pair 1 (group 4).
     assert gone(at + "q") == ([*range(12), 13, 16, 19, 22], [])
@@ -94,7 +99,11 @@ def test_what_is_removed_is_what_the_groups_say():
     assert gone("blocks.0.fc1") == ([7], []) and gone("blocks.0.fc2") == ([], [7])
     macs = sum(p.rows.numel() * p.cols.numel() for p in layers.values())
     small = pk.compact(model)
-    assert pk.plan(small).macs(3) == 3 * macs == 3 * sum(m.weight.numel() for m in small.modules() if hasattr(m, "in_index"))
+    assert (
+        pk.plan(small).macs(3)
+        == 3 * macs
+        == 3 * sum(m.weight.numel() for m in small.modules() if hasattr(m, "in_index"))
+    )
     assert small.get_submodule("blocks.0.fc1").weight.shape == (HIDDEN - 1, 15)
     x = inputs(model)
     assert difference(small(x), model(x)) <= F32

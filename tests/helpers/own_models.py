@@ -50,7 +50,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.rotary = heads, kv_heads, rotary
         self.q, self.k = nn.Linear(width, heads * head_dim, bias=bias), nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.v, self.o = nn.Linear(width, kv_heads * value_dim, bias=bias), nn.Linear(heads * value_dim, width, bias=bias)
+        self.v, self.o = (
+            nn.Linear(width, kv_heads * value_dim, bias=bias),
+            nn.Linear(heads * value_dim, width, bias=bias),
+        )
 
     def forward(self, x):
         batch, tokens, _ = x.shape
