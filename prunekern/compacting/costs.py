@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.activations import activate
-from .head import word_head
+from .head import input_embeddings, word_head
 from .listening import Inputs, Listener, heard, mask_of
 
 if TYPE_CHECKING:
@@ -70,15 +70,17 @@ def costs(
     model: PreTrainedModel, batches: Iterable[Inputs], products: Mapping[str, Products], seed: int = 0
 ) -> dict[str, dict[str, float]] | None:
     """By layer and kind, nats of a prediction: of a token for a causal language model, of a text for a classifier. None
-    for a model that predicts no classes.
+    for a model that predicts no classes, or says of none of its modules that it is the input embeddings.
 
     batches: as `run` returns them; so many as make PREDICTIONS. products: of the layers by name.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     listeners = [_Cost(name, model.get_submodule(name), made) for name, made in products.items()]
     predicted, tokens = 0, word_head(model) is not None
+    embeddings = input_embeddings(model)
+    if embeddings is None:
+        return None
     handles = [one.module.register_forward_hook(one.made) for one in listeners]
-    embeddings: nn.Module = model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda m, args, y: y.requires_grad_()))
     try:
         with heard(model, listeners), torch.enable_grad():

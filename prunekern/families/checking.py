@@ -52,7 +52,7 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     if any(isinstance(module, (MaskedDoRALinear, CompactLinear)) for module in model.modules()):
         raise ValueError("check: model must be dense (it is attached, or compact, already)")
     table = own.table(model)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         twin, run = _random_twin(model, table, inputs, kwargs)
         whole = run()
         for one in own.named(twin):

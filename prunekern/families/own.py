@@ -105,6 +105,8 @@ class Own:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
                 self._refuse(f"layer {name!r} must be a torch.nn.Linear (got {kind})")
+            if "weight" not in module._parameters:
+                self._refuse(f"layer {name!r} must hold its weight as a parameter: take its parametrisation off first")
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(parent, nn.MultiheadAttention):
                 self._refuse(
@@ -112,7 +114,7 @@ class Own:
                 )
             if len(places[id(module)]) > 1:
                 self._refuse(f"layer {name!r} must stand in one place (got {', '.join(places[id(module)])})")
-            shared = owners[id(module._parameters.get("weight"))] if "weight" in module._parameters else []
+            shared = owners[id(module._parameters["weight"])]
             if len(shared) > 1:
                 self._refuse(f"layer {name!r} must have a weight of its own (got one shared by {', '.join(shared)})")
 

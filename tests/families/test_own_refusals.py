@@ -26,6 +26,7 @@ class Lone(nn.Module):
         self.same = nn.Linear(6, 8)
         self.net = nn.Sequential(self.same, nn.ReLU())
         self.mha = nn.MultiheadAttention(8, 2)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 8))
         self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 8)}) for _ in range(2))
         self.layers[0]["down"] = nn.Linear(8, 6)
 
@@ -64,6 +65,7 @@ def refused():
         ([residual_group("again")], "'again' matches no module"),
         ([mlp_group("a", "b")], "layer 'b' must stand in one place (got b, again)"),
         ([residual_group("same")], "layer 'same' must stand in one place (got same, net.0)"),
+        ([residual_group("normed")], "layer 'normed' must hold its weight as a parameter"),
         ([residual_group("mha.out_proj")], "layer 'mha.out_proj' is part of a MultiheadAttention"),
         (
             [mlp_group("a", "layers.0.down"), residual_group("a")],

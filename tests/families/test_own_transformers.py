@@ -118,10 +118,12 @@ def test_few_bits(masked, tmp_path):
 
 
 def test_calibrated(masked):
-    small = pk.compact(masked)
-    found = pk.calibrate(small, [{"input_ids": ids()}], weights="int8", least_db=20.0)
-    assert [layer.name for layer in found.layers] == list(pk.plan(small).layers)
-    assert difference(logits(small), logits(masked)) < 0.1
+    for weights, chosen in (("int8", {"least_db": 20.0}), ("int8", {}), ("int4", {})):
+        small = pk.compact(masked)
+        found = pk.calibrate(small, [{"input_ids": ids()}], weights=weights, **chosen)
+        assert [layer.name for layer in found.layers] == list(pk.plan(small).layers)
+        assert difference(logits(small), logits(masked)) < 0.1
+        assert {m.weights for m in small.modules() if isinstance(m, CompactLinear)} >= {weights}
 
 
 def test_adapters_and_files_larger_than_memory(masked, tmp_path):
