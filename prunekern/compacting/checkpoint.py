@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from .tensors import dense_shapes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+M = TypeVar("M", bound=nn.Module)
 # What `save_pretrained` writes, and weights in other forms that would contradict it; a model_card.md is not ours.
 _MODEL_FILE = re.compile(
     r"config\.json|prunekern\.json|generation_config\.json|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
@@ -86,7 +87,9 @@ def save(
             f"save: max_shard_size must be '5GB', which is not used, for {type(model).__name__}, which is written as "
             f"one file (got {max_shard_size!r})"
         )
-    with replacing(Path(path), is_model_file) as folder:
+    with replacing(
+        Path(path), lambda name: is_model_file(name) and not (is_own and name.endswith("config.json"))
+    ) as folder:
         if is_own:
             own_files.save_own(model, plan_of(model), folder, stored)
         elif stored is None:
@@ -132,9 +135,15 @@ def _saying(model: PreTrainedModel, stored: Stored) -> Iterator[None]:
         model.config.quantization_config = section
 
 
-def load(
-    path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto", into: nn.Module | None = None
-) -> Any:
+@overload
+def load(path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto") -> PreTrainedModel: ...
+
+
+@overload
+def load(path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto", *, into: M) -> M: ...
+
+
+def load(path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto", into: Any = None) -> Any:
     """The compact model in the folder `path`, of the class that config.json names, in eval mode.
 
     weights: how block weights are held, fp32, bf16 (half the memory), int8 (a quarter, one scale a channel) or int4 (a

@@ -61,8 +61,10 @@ def save_own(model: nn.Module, plan: Plan, folder: Path, stored: Stored | None) 
 
 
 def is_own(path: Path) -> bool:
-    """Whether the folder holds a compact model of a class of one's own."""
-    return (path / FILE).is_file() and not (path / "config.json").is_file()
+    """Whether the folder holds a compact model of a class of one's own. A config.json beside it may be one's own, too:
+    `save` of a model of transformers removes the plan.
+    """
+    return (path / FILE).is_file()
 
 
 def load_own(path: Path, into: nn.Module | None) -> nn.Module:
@@ -77,10 +79,11 @@ def load_own(path: Path, into: nn.Module | None) -> nn.Module:
     if into is None:
         raise ValueError(f"load: into must be a dense {said.get('class')}, as {path} holds the plan of one (got None)")
     _check_into(into, said)
+    table = families.of(into).table(into)
     try:
         plan = Plan.from_dict(said.get("plan", {}))
         stored = None if said.get("stored") is None else Stored.from_dict(said["stored"], plan)
-        check(plan, families.of(into).table(into))
+        check(plan, table)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     heads = families.dense_heads(into)

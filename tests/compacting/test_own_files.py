@@ -101,9 +101,11 @@ def test_tied_tensors_buffers_and_other_files(tmp_path):
     small = pk.compact(model)
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "README.md").write_text("mine")
-    (tmp_path / "m" / "config.json").write_text("{}")  # of the transformers model that was there
+    (tmp_path / "m" / "config.json").write_text('{"layers": 1}')  # that says how to make the model, say
+    (tmp_path / "m" / "pytorch_model.bin").write_text("of another model")
     pk.save(small, tmp_path / "m")
-    assert (tmp_path / "m" / "README.md").read_text() == "mine" and not (tmp_path / "m" / "config.json").exists()
+    assert set(contents(tmp_path / "m")) == {"model.safetensors", "prunekern.json", "README.md", "config.json"}
+    assert (tmp_path / "m" / "README.md").read_text() == "mine"
     assert "words.weight" not in load_file(tmp_path / "m" / "model.safetensors")
     again = pk.load(tmp_path / "m", into=Own())
     assert again.words.weight is again.embed.weight
