@@ -153,8 +153,15 @@ class Result:
 
 @pytest.mark.parametrize(
     "output",
-    [lambda y: {"a": y, "b": [y, 3]}, lambda y: (None, y), Result, lambda y: Result(y.relu(), y)],
-    ids=["dict", "tuple", "dataclass", "dataclass of two"],
+    [
+        lambda y: {"a": y, "b": [y, 3]},
+        lambda y: (None, y),
+        Result,
+        lambda y: Result(y.relu(), y),
+        lambda y: torch.cat([y, y.new_tensor([float("-inf"), float("nan")]).expand(*y.shape[:-1], 2)], -1),
+        lambda y: [y.float(), y.bfloat16()],
+    ],
+    ids=["dict", "tuple", "dataclass", "dataclass of two", "infinities", "narrow"],
 )
 def test_whatever_a_model_returns(output, registered):
     registered(Between, [mlp_group("up", "down")])
