@@ -42,7 +42,8 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     mode and float64 (or in fp32, where it runs in no other), with random numbers in the linears of the groups, half of
     each group's channels are pruned, and one head's values: as masks do, by rows of zeros, and as `compact` does, by
     leaving them out. Both must give the same. So the channels must reach the output: a query/key channel does with two
-    tokens or more, a block that these inputs are not routed through does not.
+    tokens or more, a block that these inputs are not routed through does not. Each linear must be called: where a model
+    reads `linear.weight` itself, masks and adapters are passed by.
 
     ValueError besides for a class that is not registered, a model that is attached or compact already, and what
     `attach` refuses.
@@ -55,12 +56,28 @@ def check(model: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     table = own.table(model)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         twin, run = _random_twin(model, table, inputs, kwargs)
+        _check_called(own, twin, run, table)
         whole = run()
         for one in own.named(twin):
             for group in one.groups(table.layers):
                 for alive in _choices(group):
                     _check_group(own, twin, run, whole, one, group, alive, table)
     own.is_checked = True
+
+
+def _check_called(own: Own, twin: nn.Module, run: Callable[[], list[Tensor]], table: Table) -> None:
+    called: set[nn.Module] = set()
+    linears = {name: twin.get_submodule(name) for name in table.layers}
+    hooks = [linear.register_forward_hook(lambda module, *_: called.add(module)) for linear in linears.values()]
+    run()
+    for hook in hooks:
+        hook.remove()
+    for name, linear in linears.items():
+        if linear not in called:
+            raise ValueError(
+                f"check: {own.cls.__name__}: layer {name!r} is not called with these inputs; give others, or call it "
+                "where the model reads its weight itself: masks and adapters would be passed by"
+            )
 
 
 def _choices(group: Group) -> Iterator[Tensor]:
@@ -181,8 +198,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _difference(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest of all outputs, each relative to its largest finite value; infinite where shapes differ, or one has an
-    infinity or NaN where the other has not.
+    """The largest of all outputs, each relative to its largest finite value; infinite where shapes differ, or one has
+    an infinity or NaN where the other has not.
     """
     worst = 0.0
     for one, other in zip(got, want, strict=True):

@@ -141,8 +141,21 @@ def test_a_channel_that_cannot_be_seen(registered):
             return x
 
     registered(Unused, [mlp_group("fc1", "fc2")])
-    with pytest.raises(ValueError, match="nothing of it reaches the output"):
+    with pytest.raises(ValueError, match="check: Unused: layer 'fc1' is not called with these inputs"):
         families.check(Unused(), torch.randn(2, 13))
+
+
+def test_a_weight_that_is_read_past_its_layer(registered):
+    """A mask would do nothing, and nobody would notice in the compact model alone."""
+
+    class Past(Mlp):
+        def forward(self, x):
+            h = nn.functional.linear(x, self.fc1.weight, self.fc1.bias).relu()
+            return self.out(self.fc2(h))
+
+    registered(Past, [mlp_group("fc1", "fc2")])
+    with pytest.raises(ValueError, match="layer 'fc1' is not called .* masks and adapters would be passed by"):
+        families.check(Past(), torch.randn(2, 13))
 
 
 @dataclass
