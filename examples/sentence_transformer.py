@@ -25,7 +25,9 @@ def tiny(folder):
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
-    config = BertConfig(hidden_size=64, num_attention_heads=4, intermediate_size=256, num_hidden_layers=2, vocab_size=30)
+    config = BertConfig(
+        hidden_size=64, num_attention_heads=4, intermediate_size=256, num_hidden_layers=2, vocab_size=30
+    )
     BertModel(config).save_pretrained(folder)
     transformer = Transformer(folder, max_seq_length=16)
     return SentenceTransformer(modules=[transformer, Pooling(64, pooling_mode="mean")], device="cpu")

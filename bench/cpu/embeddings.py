@@ -167,7 +167,9 @@ def main() -> None:
         return
     data = texts.load()
     if args.quick:
-        data = texts.Texts(data.train[:200], data.reviews[:200], data.paragraphs[:200], data.articles[:60], data.labels[:60])
+        data = texts.Texts(
+            data.train[:200], data.reviews[:200], data.paragraphs[:200], data.articles[:60], data.labels[:60]
+        )
         args.seconds = 1.0
     with torch.inference_mode(), threads(args.threads):
         models, missing = candidates(args, data)

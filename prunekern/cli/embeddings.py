@@ -54,8 +54,12 @@ def train_embeddings(
     longest = dense.max_seq_length
     theirs = embed(dense, score) if score else None
     # Saliency is gathered at no rate here: the model teaches itself nothing as long as it is whole.
-    usual = {"stage_one": 0.5, "warm": 0.12, "ramp": 0.6}
-    options = replace(options, **{k: v for k, v in usual.items() if getattr(options, k) is None})
+    options = replace(
+        options,
+        stage_one=0.5 if options.stage_one is None else options.stage_one,
+        warm=0.12 if options.warm is None else options.warm,
+        ramp=0.6 if options.ramp is None else options.ramp,
+    )
     pruner, trained = distil_sentences(dense, train, config, options, out, resume, console)
     if longest is not None:
         dense.max_seq_length = longest

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import families
-from ..families.wrapped import unwrapped
+from ..families.wrapped import is_transformers, unwrapped
 from ..ops.packing import WEIGHTS
 from .checkpoint import check_kinds, set_weights
 from .choosing import WIDE, by_cost, by_decibels
@@ -139,6 +139,8 @@ def calibrate(
     """
     model: PreTrainedModel = unwrapped(small, "calibrate")
     _check(weights, activations, least_db, most_rows, most_nats)
+    if not is_transformers(model):
+        raise ValueError(f"calibrate: small must be a model of transformers (got {type(model).__name__})")
     plan = plan_of(model)
     modules = _measurable(model, plan.layers)
     kinds = tuple(reversed(WEIGHTS[1 : WEIGHTS.index(weights) + 1]))  # what was asked for, then more and more careful

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..families.wrapped import unwrapped
+from ..families.wrapped import is_transformers, unwrapped
 from ..nn import CompactLinear
 from .head import is_tied, word_head
 from .held import HEAD
@@ -50,11 +50,13 @@ def model_card(model: PreTrainedModel, command: str | None = None, stored: Store
         ("of them in block linears", plan.params(), plan.dense_params()),
         ("multiply-adds of these a token", plan.macs(), plan.dense_macs()),
     ]
-    base = getattr(model.config, "_name_or_path", "") or "unknown"
-    lines = ["---", "library_name: transformers", "tags: [prunekern, pruned, dora]", "---", "", MARK, ""]
+    is_own = not is_transformers(model)
+    library, into = ("prunekern", f", into={name}(...)") if is_own else ("transformers", "")
+    base = "" if is_own else f" from `{getattr(model.config, '_name_or_path', '') or 'unknown'}`"
+    lines = ["---", f"library_name: {library}", "tags: [prunekern, pruned, dora]", "---", "", MARK, ""]
     lines += [f"# {name}, compact", ""]
-    lines += [_INTRO, "", "```python", "import prunekern as pk", "", 'model = pk.load("this folder")', "```", ""]
-    lines += [f"Made from `{base}` by prunekern {__version__}{f': `{command}`' if command else '.'}", ""]
+    lines += [_INTRO, "", "```python", "import prunekern as pk", "", f'model = pk.load("this folder"{into})', "```", ""]
+    lines += [f"Made{base} by prunekern {__version__}{f': `{command}`' if command else '.'}", ""]
     lines += ["| | compact | dense | share |", "|---|---|---|---|"]
     lines += [f"| {what} | {kept:,} | {dense:,} | {kept / max(dense, 1):.3f} |" for what, kept, dense in sizes]
     if stored is not None and stored.weights != "fp32":
@@ -84,6 +86,8 @@ def _own_command() -> str | None:
 
 
 def _held(model: PreTrainedModel) -> list[str]:
+    if not is_transformers(model):
+        return []
     from .hf import choice_of  # transformers, which a card of a model in memory has at hand
 
     held = choice_of(model)

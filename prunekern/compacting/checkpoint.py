@@ -7,22 +7,24 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
+from torch import nn
 
+from ..families.own import registered, registered_as
 from ..families.sentence import is_sentence_model
 from ..families.sizes import check_sizes
-from ..families.wrapped import unwrapped
+from ..families.wrapped import is_transformers, unwrapped
 from ..nn import CompactLinear
 from ..nn.packed import pack_all
 from ..ops.packing import WEIGHTS
 from ..ops.quantized import ACTIVATIONS_OF_X, TAKE_INT8
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
-from . import card
+from . import card, own_files
 from .head import is_tied, plain_head, set_head_weights, word_head
-from .held import HEAD
+from .held import HEAD, Held
 from .plan import dense_sizes
 from .plan import plan as plan_of
 from .sentence_folders import is_sentence_folder, load_sentence, save_sentence
@@ -33,9 +35,10 @@ from .tensors import dense_shapes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+M = TypeVar("M", bound=nn.Module)
 # What `save_pretrained` writes, and weights in other forms that would contradict it; a model_card.md is not ours.
 _MODEL_FILE = re.compile(
-    r"config\.json|generation_config\.json|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"config\.json|prunekern\.json|generation_config\.json|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
 
 
@@ -69,6 +72,10 @@ def save(
     whole. Other files in the old folder (a tokenizer) are carried over. ValueError for a model that is not compact, for
     other weights, and for few bits of a model that is offloaded or holds infinities or NaN. Wrappers around the model
     are treated as by `compact`.
+
+    A model of a class of your own (`prunekern.families.register`) that is none of transformers has no config: the plan
+    is prunekern.json, beside one model.safetensors of its state dict (max_shard_size must be as it is), and `load`
+    wants a dense model to read it into. Its embeddings stay as they are.
     """
     if weights is not None:
         check_kinds(weights, "auto", "save")
@@ -79,8 +86,18 @@ def save(
     if not any(isinstance(m, CompactLinear) for m in model.modules()):
         raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
     stored = _stored_in(model, weights)
-    with replacing(Path(path), is_model_file) as folder:
-        if stored is None:
+    is_own = not is_transformers(model)
+    if is_own and max_shard_size != "5GB":
+        raise ValueError(
+            f"save: max_shard_size must be '5GB', which is not used, for {type(model).__name__}, which is written as "
+            f"one file (got {max_shard_size!r})"
+        )
+    with replacing(
+        Path(path), lambda name: is_model_file(name) and not (is_own and name.endswith("config.json"))
+    ) as folder:
+        if is_own:
+            own_files.save_own(model, plan_of(model), folder, stored)
+        elif stored is None:
             with plain_head(model):
                 # By the names of the plan: transformers would write those that an architecture had first.
                 model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
@@ -96,13 +113,20 @@ def save(
 
 def _stored_in(model: PreTrainedModel, weights: str | None) -> Stored | None:
     """The kinds to write; None for what the model's plain state dict holds."""
-    from .hf import choice_of
-
     weights = remembered(model) if weights is None else weights
     if weights is None:
         return None
     has_head = word_head(model) is not None
-    return Stored.of(weights, plan_of(model).layers, choice_of(model), has_head, has_head and is_tied(model))
+    return Stored.of(weights, plan_of(model).layers, _choice_of(model), has_head, has_head and is_tied(model))
+
+
+def _choice_of(model: PreTrainedModel) -> Held | None:
+    """As `hf.choice_of`, which brings transformers along, of models that may be calibrated."""
+    if not is_transformers(model):
+        return None
+    from .hf import choice_of
+
+    return choice_of(model)
 
 
 @contextmanager
@@ -119,7 +143,15 @@ def _saying(model: PreTrainedModel, stored: Stored) -> Iterator[None]:
         model.config.quantization_config = section
 
 
-def load(path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto") -> PreTrainedModel:
+@overload
+def load(path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto") -> PreTrainedModel: ...
+
+
+@overload
+def load(path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto", *, into: M) -> M: ...
+
+
+def load(path: str | os.PathLike[str], weights: str | None = None, activations: str = "auto", into: Any = None) -> Any:
     """The compact model in the folder `path`, of the class that config.json names, in eval mode.
 
     weights: how block weights are held, fp32, bf16 (half the memory), int8 (a quarter, one scale a channel) or int4 (a
@@ -132,29 +164,48 @@ def load(path: str | os.PathLike[str], weights: str | None = None, activations: 
     "int8" rounds it to 8 bits row by row, and "auto" does so where that is faster with the kernels of this machine.
     How near each comes to float64 is in `prunekern.ops.compact_linear`.
 
+    into: for a model of a class of your own that no config says how to make, and for no other: a dense one, on meta if
+    you like, which becomes the compact model and is returned, with tensors of the dtypes that are stored. A class of
+    your own that is one of transformers has only to be registered.
+
     FileNotFoundError where there is no such folder; ValueError for what is not a compact model, or is truncated,
-    edited or foreign: the message names file and tensor.
+    edited or foreign: the message names file and tensor. Then `into` is left as it was.
     """
+    check_kinds(weights, activations, "load")
+    path = Path(path)
+    if own_files.is_own(path):
+        own = own_files.load_own(path, into)
+        return set_weights(own, weights, activations).requires_grad_(False).eval()
+    if into is not None:
+        raise ValueError(
+            f"load: into must be None, as config.json in {path} says what to make (got a {type(into).__name__})"
+        )
+    if is_sentence_folder(path):
+        return load_sentence(path, lambda inner: set_weights(inner, weights, activations))
+    return _load_pretrained(path, weights, activations)
+
+
+def _load_pretrained(path: Path, weights: str | None, activations: str) -> PreTrainedModel:
     import transformers
 
     from . import hf  # noqa: F401  (registers the format)
 
-    check_kinds(weights, activations, "load")
-    path = Path(path)
-    if is_sentence_folder(path):
-        return load_sentence(path, lambda inner: set_weights(inner, weights, activations))
     config = read_config(path)
     section = config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != hf.METHOD:
         raise ValueError(f"{path / 'config.json'}: holds no prunekern plan; this is not a compact model")
     names = config.get("architectures") or []
     one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
-    cls = getattr(transformers, names[0], None) if one else None
+    cls = getattr(transformers, names[0], registered_as(names[0])) if one else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise ValueError(f"{path / 'config.json'}: architectures must name one transformers model class (got {names})")
+        raise ValueError(
+            f"{path / 'config.json'}: architectures must name one transformers model class, or one that is registered "
+            f"with prunekern.families.register (got {names})"
+        )
     model_class: type[PreTrainedModel] = cls
     hf.PrunekernConfig.from_dict(section).parsed()  # what is wrong with the plan is said first: it has the widths
-    check_sizes(config, str(path / "config.json"), dense_shapes(path, config), dense_sizes(section.get("plan")))
+    if registered(cls) is None:  # what a config of one's own says by which name is not known
+        check_sizes(config, str(path / "config.json"), dense_shapes(path, config), dense_sizes(section.get("plan")))
     with naming(path / "config.json"):
         model, info = model_class.from_pretrained(
             path,
@@ -192,11 +243,9 @@ def set_weights(model: PreTrainedModel, weights: str | None, activations: str = 
 
     ValueError for another kind, and for all but fp32 where the model is not compact.
     """
-    from .hf import choice_of
-
     check_kinds(weights, activations, "set_weights")
     inner: PreTrainedModel = unwrapped(model, "set_weights")
-    head, choice = word_head(inner), choice_of(inner)
+    head, choice = word_head(inner), _choice_of(inner)
     layers = {name: m for name, m in inner.named_modules() if isinstance(m, CompactLinear) and m is not head}
     if not layers and weights not in (None, "fp32"):
         got = f"{type(inner).__name__} without plan"

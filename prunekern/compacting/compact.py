@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import families
 from ..families.sentence import around, is_sentence_model
-from ..families.wrapped import take_off_mixed_precision, unwrapped
+from ..families.wrapped import is_transformers, take_off_mixed_precision, unwrapped
 from ..nn import CompactLinear, MaskedDoRALinear, ShrunkDoRALinear, ShrunkLinear
 from .asked import warn_if_short
-from .plan import LayerPlan, Plan
+from .plan import LayerPlan, Plan, remember_plan
 from .plan import plan as plan_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     autocast that a Trainer with `bf16` or `fp16` leaves around the masked one's forward pass. The result is in eval
     mode, frozen, ready for `save`. Warns where masks that are not final remove less than was asked for. ValueError for
     a model never attached, or compact already. A model inside `torch.compile` or a data parallel wrapper is taken out
-    of it; other wrappers are refused by name. Of a SentenceTransformer or CrossEncoder: a copy around the compact model.
+    of it; other wrappers are refused by name. Of a SentenceTransformer or CrossEncoder: a copy around the compact
+    model.
     """
     outer = model
     model = unwrapped(model, "compact")
@@ -65,7 +66,12 @@ def _merged(module: nn.Linear | MaskedDoRALinear, kept: LayerPlan) -> tuple[Tens
 
 
 def mark(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Write the plan into the model's config, so that every `save_pretrained` carries it."""
+    """Write the plan into the model's config, so that every `save_pretrained` carries it; a model that is none of
+    transformers remembers it.
+    """
+    if not is_transformers(model):
+        remember_plan(model, plan)
+        return model
     from .hf import PrunekernConfig
 
     heads = families.attention_heads(model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import families
 from ..ops.activations import activate
-from .head import word_head
+from .head import word_embeddings, word_head
 from .listening import Inputs, Listener, heard, mask_of
 
 if TYPE_CHECKING:
@@ -76,16 +76,22 @@ def costs(
     model: PreTrainedModel, batches: Iterable[Inputs], products: Mapping[str, Products], seed: int = 0
 ) -> dict[str, dict[str, float]] | None:
     """By layer and kind, nats of a prediction: of a token for a causal language model, of a text for a classifier. None
-    for a model that predicts no classes.
+    for a model that predicts no classes, and for one of a class of your own without input embeddings.
 
     batches: as `run` returns them; so many as make PREDICTIONS. products: of the layers by name.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     listeners = [_Cost(name, model.get_submodule(name), made) for name, made in products.items()]
     predicted, tokens = 0, word_head(model) is not None
+    embeddings = word_embeddings(model)
+    if families.own_of(model) is not None and embeddings is None:
+        return None
     handles = [one.module.register_forward_hook(one.made) for one in listeners]
-    first, _ = families.of(model).blocks(model)[0]
-    handles.append(first.register_forward_pre_hook(_wants_gradient))
+    if families.own_of(model) is None:
+        first, _ = families.of(model).blocks(model)[0]
+        handles.append(first.register_forward_pre_hook(_wants_gradient))
+    elif embeddings is not None:
+        handles.append(embeddings.register_forward_hook(lambda m, args, y: y.requires_grad_()))
     try:
         with heard(model, listeners), torch.enable_grad():
             for inputs in batches:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..families.wrapped import is_transformers
 from ..nn import CompactLinear
 from ..ops.packing import WEIGHTS
 from ..ops.seen import Seen
@@ -120,7 +121,11 @@ class LinearHead(Head, _Linear):  # type: ignore[misc]  # weight and bias are wh
 
 
 def word_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """The table of input embeddings, of one weight [tokens, width]; None for models of images, and of two towers."""
+    """The table of input embeddings, of one weight [tokens, width]; None for models of images, of two towers, and for
+    what is no model of transformers.
+    """
+    if not is_transformers(model):
+        return None
     try:
         found: nn.Module | None = model.get_input_embeddings()
     except NotImplementedError:
@@ -130,8 +135,8 @@ def word_embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 
 def word_head(model: PreTrainedModel) -> nn.Linear | CompactLinear | None:
-    """The output embeddings of a causal language model; None for any other."""
-    if not type(model).__name__.endswith("ForCausalLM"):
+    """The output embeddings of a causal language model of transformers; None for any other."""
+    if not type(model).__name__.endswith("ForCausalLM") or not is_transformers(model):
         return None
     head: nn.Linear | CompactLinear | None = model.get_output_embeddings()
     return head

@@ -15,12 +15,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import families
 from ..families.sizes import check_sizes
-from ..nn import CompactLinear
 from .head import word_embeddings, word_head
 from .held import Held
 from .names import names_in
 from .plan import MOST_CHANNELS, Plan, check, dense_sizes
 from .restoring import Restoring
+from .skeleton import skeleton
 from .stored import Stored
 from .tensors import Headers, check_tensors, found_in
 
@@ -142,7 +142,11 @@ class PrunekernQuantizer(HfQuantizer):
     quantization_config: PrunekernConfig
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """What transformers asks before it makes the model: here sizes are refused that would not end."""
+        """What transformers asks before it makes the model: here sizes are refused that would not end. What a config of
+        one's own says by which name is not known.
+        """
+        if families.of_type(type(config).model_type) is None:
+            return config
         plan = self.quantization_config.plan
         # Its layers' names count the blocks; embeddings are compared with their tensors later, on the meta device.
         names = plan.get("layers", ()) if isinstance(plan, dict) else ()
@@ -205,20 +209,6 @@ class PrunekernQuantizer(HfQuantizer):
         return True
 
 
-def skeleton(model: PreTrainedModel, plan: Plan) -> None:
-    """Give a dense model the compact structure of `plan`, in place, weights unset (on the meta device)."""
-
-    def make(
-        name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str
-    ) -> CompactLinear:
-        layer, dense = plan.layers[name], model.get_submodule(name).weight
-        weight = torch.empty(layer.rows.numel(), layer.cols.numel(), dtype=dense.dtype, device="meta")
-        bias = torch.empty(layer.rows.numel(), dtype=dense.dtype, device="meta") if layer.bias else None
-        return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
-
-    families.of(model).rebuild(model, plan, make)
-
-
 def _check_files(
     model: PreTrainedModel, plan: Plan, stored: Stored | None, files: list[str] | None
 ) -> Restoring | None:
@@ -253,10 +243,12 @@ def _named_for(
 def renamer(model: PreTrainedModel) -> Callable[[str], str]:
     """From layer names of a base model, or of one under a task head, to those of `model`."""
     prefix: str = model.base_model_prefix + "."
-    bare, known = model.base_model is model, names_in(model)
+    bare, known, modules = model.base_model is model, names_in(model), dict(model.named_modules())
 
     def rename(name: str) -> str:
         name = known(f"{name}.weight").removesuffix(".weight")
+        if name in modules:
+            return name
         return name.removeprefix(prefix) if bare else name if name.startswith(prefix) else prefix + name
 
     return rename
@@ -264,7 +256,7 @@ def renamer(model: PreTrainedModel) -> Callable[[str], str]:
 
 def choice_of(model: PreTrainedModel) -> Held | None:
     """What `calibrate` chose for a compact model; None where it did not, and for any other model."""
-    section: Any = getattr(model.config, "quantization_config", None)
+    section: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(section, dict) and section.get("quant_method") == METHOD:
         section = PrunekernConfig.from_dict(section)
     if not isinstance(section, PrunekernConfig) or section.held is None:

@@ -16,6 +16,7 @@ from ..nn import ChannelMask, CompactLinear, MaskedDoRALinear
 
 FORMAT = 1
 MOST_CHANNELS = 1 << 24  # far above any layer; an edited file must not make us allocate what it says
+_KEY = "_prunekern_plan"
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +161,11 @@ def dense_sizes(data: Any) -> list[int]:
     return [n for n in sizes if type(n) is int and 0 < n <= MOST_CHANNELS]
 
 
+def remember_plan(model: nn.Module, plan: Plan) -> None:
+    """What was kept of a compact model that has no config of transformers to say so."""
+    vars(model)[_KEY] = plan
+
+
 def masks_of(model: nn.Module) -> dict[str, ChannelMask]:
     """Channel masks by the module name of their carrier."""
     return {
@@ -177,6 +183,9 @@ def plan(model: nn.Module) -> Plan:
     model = unwrapped(model, "plan")
     if any(isinstance(m, MaskedDoRALinear) for m in model.modules()):
         return from_kept(families.of(model).table(model), {c: m.kept() for c, m in masks_of(model).items()})
+    own: Plan | None = vars(model).get(_KEY)
+    if own is not None:
+        return own
     stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     # The config alone does not make a model compact: `from_config` builds a dense one of it.
     compact = any(isinstance(m, CompactLinear) for m in model.modules())

@@ -82,7 +82,7 @@ class Restoring:
             )
         for name, layer in self._layers.items():
             assert layer.scale is not None
-            self._check_values(name, layer.weight, layer.scale)
+            check_values(self._headers, name, layer.weight, layer.scale)
             layer.say_as_held(False)
         if self._table:
             codes, scale = self._embed(model)
@@ -106,7 +106,7 @@ class Restoring:
         codes, scale = embeddings.weight.detach(), embeddings.scale
         if codes.is_meta:
             raise ValueError(f"from_pretrained: device_map must not offload {self._table!r}: it is stored in few bits")
-        self._check_values(self._table, codes, scale)
+        check_values(self._headers, self._table, codes, scale)
         if codes.dtype == torch.int8:
             values = dequantize_weight(codes, scale)
         else:
@@ -115,19 +115,23 @@ class Restoring:
         embeddings.weight = nn.Parameter(values.to(self._table_dtype).contiguous())
         return codes, scale
 
-    def _check_values(self, name: str, codes: Tensor, scale: Tensor) -> None:
-        """Of one weight. Scales of int4 may be negative; there is no code of four bits that rounding does not give."""
-        wrong = ~scale.isfinite()
-        if codes.dtype == DTYPES["int8"]:
-            wrong |= scale < 0
-        if bool(wrong.any()):
-            at = wrong.nonzero()[0].tolist()
-            what = "finite" if codes.dtype != DTYPES["int8"] else "finite and not negative"
-            got = float(scale[tuple(at)])
-            raise ValueError(f"{self._file(f'{name}.scale')}: tensor '{name}.scale' must be {what} (got {got} at {at})")
-        if codes.dtype == DTYPES["int8"] and codes.numel() and not codes.is_meta and int(codes.amin()) < -127:
-            raise ValueError(f"{self._file(f'{name}.weight')}: tensor '{name}.weight' must be -127 to 127 (got -128)")
 
-    def _file(self, tensor: str) -> str:
-        found = self._headers.find(tensor)
-        return self._headers.where if found is None else found[2]
+def check_values(headers: Headers, name: str, codes: Tensor, scale: Tensor) -> None:
+    """ValueError, naming file and tensor, for scales and codes that rounding does not give, of one weight. Scales of
+    int4 may be negative; there is no code of four bits that rounding does not give.
+    """
+
+    def file(tensor: str) -> str:
+        found = headers.find(tensor)
+        return headers.where if found is None else found[2]
+
+    wrong = ~scale.isfinite()
+    if codes.dtype == DTYPES["int8"]:
+        wrong |= scale < 0
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        what = "finite" if codes.dtype != DTYPES["int8"] else "finite and not negative"
+        got = float(scale[tuple(at)])
+        raise ValueError(f"{file(f'{name}.scale')}: tensor '{name}.scale' must be {what} (got {got} at {at})")
+    if codes.dtype == DTYPES["int8"] and codes.numel() and not codes.is_meta and int(codes.amin()) < -127:
+        raise ValueError(f"{file(f'{name}.weight')}: tensor '{name}.weight' must be -127 to 127 (got -128)")

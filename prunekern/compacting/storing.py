@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..families.wrapped import is_transformers
 from ..nn import CompactLinear
 from ..nn.plain_state import rounded_to
 from .head import Head, is_tied, plain_head, word_embeddings, word_head
@@ -24,7 +25,8 @@ def stored_tensors(model: PreTrainedModel, stored: Stored) -> dict[str, Tensor]:
 
     `<layer>.weight` and `.scale` of block linears and of the head of a causal language model as `stored` says, in the
     shapes of `CompactLinear`. Embedding tables in bf16 where anything is in fewer bits than fp32, but for one that the
-    head is tied to: it is written once, under its own name, in the head's kind. All else as it is.
+    head is tied to: it is written once, under its own name, in the head's kind. All else as it is, and so are the
+    embedding tables of a model that is none of transformers: nothing tells what reads them.
 
     ValueError for a model with weights on the meta device, as offload leaves them.
     """
@@ -79,6 +81,8 @@ def _narrow_embeddings(
     """Put what is stored of embedding tables in place of them, and of what is tied to them (heads of masked language
     models): the same tensor for all, so that transformers writes it once.
     """
+    if not is_transformers(model):
+        return
     first = word_embeddings(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Embedding) or f"{name}.weight" not in tensors:

@@ -22,10 +22,13 @@ Shape = tuple[int, ...]
 class Headers:
     """Shapes and dtypes of the tensors of a checkpoint's files, by the names that they have in `model`.
 
-    rename: from a name in the files to that in the model.
+    rename: from a name in the files to that in the model. said: what says which dtypes they should have, for messages.
     """
 
-    def __init__(self, model: nn.Module, files: Iterable[str], rename: Callable[[str], str]):
+    def __init__(
+        self, model: nn.Module, files: Iterable[str], rename: Callable[[str], str], said: str = "quantization_config"
+    ):
+        self._said = said
         self.files = [str(file) for file in files]
         self._tensors: dict[str, tuple[Shape, str, str]] = {}
         for file in self.files:
@@ -51,7 +54,7 @@ class Headers:
         if found[0] != shape:
             raise ValueError(f"{found[2]}: tensor {tensor!r} must have shape {list(shape)} {by} (got {list(found[0])})")
         if dtype not in (None, found[1]):
-            raise ValueError(f"{found[2]}: tensor {tensor!r} must be {dtype} by quantization_config (got {found[1]})")
+            raise ValueError(f"{found[2]}: tensor {tensor!r} must be {dtype} by {self._said} (got {found[1]})")
 
 
 def check_tensors(model: nn.Module, plan: Plan, headers: Headers, stored: Stored | None) -> None:

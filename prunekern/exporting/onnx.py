@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families.decoders.attention import CompactCausalAttention
-from ..families.wrapped import unwrapped
+from ..families.wrapped import is_transformers, unwrapped
 from .plain import is_compact, plain_twin
 
 if TYPE_CHECKING:
@@ -178,6 +178,11 @@ def _check(model: PreTrainedModel, path: Path, opset: int, with_past: bool) -> N
     name = type(model).__name__
     if not is_compact(model):
         raise ValueError(f"export_onnx: model is not compact ({name}); call prunekern.compact(model) first")
+    if not is_transformers(model):
+        raise ValueError(
+            f"export_onnx: model must be one of transformers (got {name}), whose inputs are known; "
+            "torch.onnx.export(prunekern.plain_twin(model), ...) takes yours"
+        )
     if name.endswith("MultipleChoice"):
         raise ValueError(f"export_onnx: model must take input_ids [batch, length] (got {name})")
     if "spatial_shapes" in _arguments(model):

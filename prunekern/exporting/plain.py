@@ -14,7 +14,7 @@ from .. import families
 from ..compacting.head import word_head
 from ..families.decoders.attention import CompactCausalAttention, Positions
 from ..families.decoders.heads import DecoderLayout
-from ..families.wrapped import unwrapped
+from ..families.wrapped import is_transformers, unwrapped
 from ..nn import CompactLinear
 from ..nn.buffers import nones_last
 from ..ops.compact_linear import activate
@@ -36,7 +36,8 @@ def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
     `model` is left alone; the twin shares the memory of its fp32 parameters, those of attention excepted. bf16 and int8
     weights become the fp32 values they stand for. Attention is transformers' "sdpa" on heads padded to a layer's widest
     one: zero rows in q, k and v, and zero columns in o, so that nothing is gathered or scattered around it. Caches of
-    decoders hold kept channels only, as those of the compact model do. Hooks do not come along.
+    decoders hold kept channels only, as those of the compact model do. Hooks do not come along. Of a model of a class
+    of your own (`prunekern.families.register`) the linears are exchanged, and nothing else.
 
     ValueError for a model that is not compact. Wrappers around it are treated as by `compact`.
     """
@@ -61,7 +62,8 @@ def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
                 module._buffers[key] = buffer.to("cpu", torch.float32 if buffer.is_floating_point() else buffer.dtype)
         if isinstance(module, CompactCausalAttention):
             module.__class__ = _plain_class(type(module))
-    twin.set_attn_implementation("sdpa")  # in a config of its own
+    if is_transformers(twin):
+        twin.set_attn_implementation("sdpa")  # in a config of its own
     return twin.eval()
 
 

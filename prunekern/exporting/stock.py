@@ -72,7 +72,7 @@ def config_changes(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
     ValueError where the blocks of the plan are not alike, or the config cannot say it.
     """
     family = families.of(model)
-    dense = family.stock(model.config)
+    dense = family.stock(getattr(model, "config", None))
     blocks = [block for _, block in family.blocks(model)]
     shapes = [_shape(plan, block, dense) for block in blocks]
     (kv, width), first = shapes[0], blocks[0]

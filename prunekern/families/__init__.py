@@ -1,4 +1,5 @@
-"""What prunekern knows of architectures, one file each. `of(model)` finds the family of a model.
+"""What prunekern knows of architectures, one file each. `of(model)` finds the family of a model;
+`register` tells of models that have none.
 
 `family.Family` says what a family is; `table` has what its channel groups are made of.
 """
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from .checking import check
 from .family import Family, StockConfig
+from .groups import attention_group, mlp_group, residual_group
+from .own import Own, register, registered, unregister
 from .sizes import TOWERS
 from .table import COSTS, Group, Layer, Table
 
@@ -48,13 +52,24 @@ def types_in(file: str) -> tuple[str, ...]:
 
 
 def of(model: nn.Module) -> Family:
-    """The family of a transformers model. ValueError for an architecture without one."""
+    """The family of a transformers model, or of a class that is registered. ValueError for one without a family."""
+    own = registered(type(model))
+    if own is not None:
+        return own
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     family = of_type(model_type)
     if family is None:
         what = f"model type {model_type!r}" if model_type else "it is no transformers model"
-        raise ValueError(f"model: {type(model).__name__} has no family ({what}); accepted: {', '.join(sorted(FILES))}")
+        raise ValueError(
+            f"model: {type(model).__name__} has no family ({what}); accepted: {', '.join(sorted(FILES))}, and classes "
+            "of your own that prunekern.families.register is told of"
+        )
     return family
+
+
+def own_of(model: nn.Module) -> Own | None:
+    """What `register` was told of the model's class; None for the families that prunekern knows."""
+    return registered(type(model))
 
 
 def of_type(model_type: str | None) -> Family | None:
@@ -63,8 +78,13 @@ def of_type(model_type: str | None) -> Family | None:
     return None if file is None else cast(Family, importlib.import_module(f".{file}", __name__))
 
 
-def attention_heads(model: PreTrainedModel) -> int | list[int]:
-    """Of the dense model, by its config; of one of text and images, of both. ValueError as `of`."""
+def attention_heads(model: PreTrainedModel) -> int | list[int] | None:
+    """Of the dense model, by its config, which no tensor tells; of one of text and images, of both; of a registered
+    class None where there is no such number. ValueError as `of`.
+    """
+    own = own_of(model)
+    if own is not None:
+        return own.heads(model)
     family, config = of(model), model.config
     towers = [getattr(config, field, None) for field in TOWERS]
     return [tower.num_attention_heads for tower in towers if tower is not None] or family.stock(config).heads
@@ -74,19 +94,12 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     """The longest sequence a transformers model has positions for, by its family or else its config; None: any."""
     config = model.config
     family = of_type(config.model_type)
+    if family is None and (own := own_of(model)) is not None:
+        return own.most_tokens(config)
     return getattr(config, "max_position_embeddings", None) if family is None else family.most_tokens(config)
 
 
 __all__ = [
-    "COSTS",
-    "Family",
-    "Group",
-    "Layer",
-    "StockConfig",
-    "Table",
-    "attention_heads",
-    "most_tokens",
-    "of",
-    "of_type",
-    "types_in",
-]
+    "COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "attention_group", "attention_heads", "check",
+    "mlp_group", "most_tokens", "of", "of_type", "register", "residual_group", "types_in", "unregister",
+]  # fmt: skip

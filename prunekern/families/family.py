@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -41,6 +41,8 @@ class KeptLayer(Protocol):
     def cols(self) -> Tensor: ...
     @property
     def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
 
 
 class Kept(Protocol):
@@ -81,7 +83,7 @@ class Family(Protocol):
         """Turn every block into a compact one, in place: `make` gives the linear that takes a layer's place."""
         ...
 
-    def stock(self, config: PretrainedConfig) -> StockConfig:
+    def stock(self, config: Any) -> StockConfig:
         """What transformers' own config can say of such a model."""
         ...
 

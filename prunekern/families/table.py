@@ -58,7 +58,7 @@ def channels(count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Table:
-    """Layers of every block and the channel groups that govern their rows and columns."""
+    """Layers of every block and the channel groups that govern their rows and columns. ValueError where two do."""
 
     layers: Mapping[str, Layer]
     groups: Mapping[str, Group]  # by carrier
@@ -72,10 +72,10 @@ class Table:
         cols: dict[str, tuple[str, int]] = {}
         for group in self.groups.values():
             for name, index in {group.carrier: group.rows, **group.removed_rows}.items():
-                assert name not in rows, f"rows of {name} governed twice"
+                _refuse_twice("rows", name, rows, group)
                 rows[name] = (group.carrier, index.shape[1])
             for name, index in group.removed_cols.items():
-                assert name not in cols, f"columns of {name} governed twice"
+                _refuse_twice("columns", name, cols, group)
                 cols[name] = (group.carrier, index.shape[1])
         object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_cols", cols)
@@ -141,6 +141,14 @@ class Table:
                 cols = count[carrier] * n
             total += rows * cols + (rows if layer.bias and what == "params" else 0.0)
         return total
+
+
+def _refuse_twice(side: str, name: str, governed: Mapping[str, tuple[str, int]], group: Group) -> None:
+    if name in governed:
+        raise ValueError(
+            f"table: {side} of layer {name!r} must be governed by one group (got those carried by "
+            f"{governed[name][0]!r} and by {group.carrier!r})"
+        )
 
 
 def _head_alive(group: Group, reader: Group, kept: np.ndarray) -> np.ndarray:

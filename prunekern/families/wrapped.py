@@ -1,4 +1,4 @@
-"""The transformers model inside what people put around it: unwrapped where that is sure to be right, else refused."""
+"""The model inside what people put around it: unwrapped where that is sure to be right, else refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .own import registered
 from .sentence import is_sentence_model, transformer_in
 
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
@@ -28,11 +29,12 @@ REFUSED = {
 def unwrapped(model: nn.Module, who: str, in_place: bool = False) -> Any:
     """The transformers model of `model`, whose module names are those that plans, adapters and checkpoints hold.
 
-    Taken out of `torch.compile`, DistributedDataParallel and DataParallel, and of a model of sentence-transformers. who: the caller, for messages. in_place:
-    the caller replaces parameters, which a data parallel wrapper would not notice: its gradients would no longer be
-    summed over processes, so that it is refused. ValueError besides, naming wrapper and what to pass: weights that are
-    split (FSDP, DeepSpeed), PEFT, a module with the transformers model in an attribute, and parts of the model that
-    are wrapped by themselves. What holds no transformers model is returned as it is.
+    Taken out of `torch.compile`, DistributedDataParallel and DataParallel, and of a model of sentence-transformers.
+    who: the caller, for messages. in_place: the caller replaces parameters, which a data parallel wrapper would not
+    notice: its gradients would no longer be summed over processes, so that it is refused. ValueError besides,
+    naming wrapper and what to pass: weights that are split (FSDP, DeepSpeed), PEFT, a module with the transformers
+    model in an attribute, and parts of the model that are wrapped by themselves. A registered class, and what holds
+    no transformers model, is returned as it is.
     """
     while (kind := _inside(model)) is not None:
         if in_place and kind != COMPILED:
@@ -47,7 +49,7 @@ def unwrapped(model: nn.Module, who: str, in_place: bool = False) -> Any:
         if any(c.__name__ == name and c.__module__.startswith(package) for c in type(model).__mro__):
             layers = (f", layer {n!r} is a {_named(m)}" for n, m in model.named_modules() if hasattr(m, "base_layer"))
             raise ValueError(f"{who}: model must not be wrapped in {name} ({_named(model)}{next(layers, '')}): {why}")
-    if not is_transformers(model):
+    if not is_transformers(model) and registered(type(model)) is None:
         _refuse_around(model, who)
     for path, part in model.named_modules():
         if path and (_inside(part) is not None or _is_split(part)):

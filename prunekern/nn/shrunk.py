@@ -9,29 +9,37 @@ from torch import Tensor, nn
 
 from prunekern.ops.activations import activate
 
-from .indexed import place_channels
+from .indexed import pick_channels, place_channels
 from .masked_dora_linear import MaskedDoRALinear
 
 
 class _Shrunk(nn.Module):
-    """scatter(act(layer(x))) + residual, of a layer whose weight holds the kept rows and columns only.
+    """scatter(act(layer(gather(x)))) + residual, of a layer whose weight holds the kept rows and columns only.
 
     `dense_shape` is the (rows, columns) the layer had, `rows` and `cols` are those that it kept: they are part of its
-    state, so that a state tells what model it fits. `take_place` says where the output channels belong.
+    state, so that a state tells what model it fits. `take_place` says where the channels belong.
     """
 
     is_shrunk = True
+    in_index: Tensor | None
     out_index: Tensor | None
     rows: Tensor  # int64, sorted
     cols: Tensor
 
-    def take_place(self, out_index: Tensor | None, out_features: int, activation: str) -> None:
-        """out_index: int64, the channels of y [..., out_features] this layer makes; None: all."""
+    def take_place(
+        self, out_index: Tensor | None, out_features: int, activation: str, in_index: Tensor | None = None
+    ) -> None:
+        """out_index: int64, the channels of y [..., out_features] this layer makes; in_index: int64, the channels of x
+        it reads; None: all.
+        """
         device = self.get_parameter("weight").device
+        self.register_buffer("in_index", None if in_index is None else in_index.to(device), persistent=False)
         self.register_buffer("out_index", None if out_index is None else out_index.to(device), persistent=False)
         self.scattered_to, self.activation = out_features, activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.in_index is not None:
+            x = pick_channels(x, self.in_index)
         y: Tensor = super().forward(x)  # of the layer it is mixed into
         y = activate(y, self.activation)
         if self.out_index is not None:

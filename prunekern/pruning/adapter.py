@@ -16,8 +16,9 @@ from torch import nn
 
 from ..compacting.checkpoint import naming
 from ..compacting.plan import Plan, dense_sizes
+from ..families.own import registered, registered_as
 from ..families.sizes import check_sizes
-from ..families.wrapped import unwrapped
+from ..families.wrapped import is_transformers, unwrapped
 from ..nn import MaskedDoRALinear
 from ..nn.merging import pick
 from ..ops import row_sqnorm
@@ -82,11 +83,12 @@ def save_adapter(
         config["base_norms"] = pruner.base_norms()
         config["fingerprints"] = fingerprints(model, tensors)
         config |= other_flags(model)
-        config["base_model"] = getattr(model.config, "_name_or_path", "") or None
         config["architecture"] = type(model).__name__
-        fields = model.config.to_diff_dict()
-        fields.pop("quantization_config", None)  # of a run of `PruneCallback`: the adapter says it all itself
-        config["model_config"] = fields
+        if is_transformers(model):
+            config["base_model"] = getattr(model.config, "_name_or_path", "") or None
+            fields = model.config.to_diff_dict()
+            fields.pop("quantization_config", None)  # of a run of `PruneCallback`: the adapter says it all itself
+            config["model_config"] = fields
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -187,7 +189,7 @@ def model_config(
     """
     file, fields = adapter / "adapter_config.json", config["model_config"]
     shrunk = config["pruner"].get("shrunk")
-    if base:
+    if base and registered(model_class(config, adapter)) is None:
         # Blocks are those of the adapter, and so is a vocabulary that it brings. Else `base` may be another model,
         # which is said later by the name of a tensor: here its widths are no more than a bound.
         tables = {n: s for n, s in base.items() if n.endswith(("position_embeddings.weight", "type_embeddings.weight"))}
@@ -202,7 +204,8 @@ def model_class(config: dict[str, Any], adapter: Path) -> type[PreTrainedModel]:
     """The class that an adapter names. ValueError where it names none of transformers, or holds no model_config."""
     import transformers
 
-    cls = getattr(transformers, str(config.get("architecture")), None)
+    name = str(config.get("architecture"))
+    cls = getattr(transformers, name, registered_as(name))
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{adapter}: architecture must name a transformers model (got {config.get('architecture')!r})")
     if not isinstance(config.get("model_config"), dict):

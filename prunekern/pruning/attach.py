@@ -1,7 +1,8 @@
-"""Put masked DoRA on a transformers model, in place."""
+"""Put masked DoRA on a model, in place."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,9 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
     and its pooler; input and output embeddings stay frozen). A base model alone has no head: its pooler stays frozen,
     too, as a loss of hidden states gives it no gradient; thaw it where the loss reads `pooler_output`.
 
+    A model of a class of your own is taken where `prunekern.families.register` was told of it; it warns unless
+    `prunekern.families.check` has tried out what was told, and its task head is what was named there.
+
     ValueError: an architecture without a family, targets that match nothing, a sparsity the targets cannot reach, an
     align larger than a layer, an activation that is not zero at zero, a model that is attached or compact already, a
     wrapper around the model (`families.wrapped` says which; of `torch.compile` it takes the model out). RuntimeError:
@@ -41,7 +45,7 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
         if isinstance(module, (MaskedDoRALinear, CompactLinear)):
             state = "attached" if isinstance(module, MaskedDoRALinear) else "compact"
             raise ValueError(f"attach: model is {state} already; start from the dense model")
-    family = families.of(model)
+    family, own = families.of(model), families.own_of(model)
     _refuse_crashing_autocast(model)
     table = family.table(model)
     adapted = _adapted(table, config)
@@ -74,6 +78,14 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
     for parameter in head:
         parameter.requires_grad_(True)
     asked_of[model] = Asked(config.sparsity, config.cost, config.align)
+    if own is not None:
+        own.remember(model)
+        if not own.is_checked:
+            warnings.warn(
+                f"attach: the groups that {own.cls.__name__} is registered with were never tried out; wrong ones give "
+                "a wrong compact model: call prunekern.families.check(model, *inputs) on the dense model once",
+                stacklevel=2,
+            )
     return Pruner(model, config, table)
 
 
@@ -138,8 +150,13 @@ def _row_group(table: Table, name: str) -> torch.Tensor | None:
 def task_head(model: nn.Module) -> list[nn.Parameter]:
     """Parameters outside the base model, and of its pooler, but for those shared with it and for output embeddings.
 
-    Of a model of towers (CLIP), whatever is in none of them: projections, the scale of logits, a classifier.
+    Of a model of towers (CLIP), whatever is in none of them: projections, the scale of logits, a classifier. Of a
+    registered class those that it names, where it does.
     """
+    own = families.own_of(model)
+    named = None if own is None else own.head(model)
+    if named is not None or not is_transformers(model):
+        return named or []
     base = getattr(model, "base_model", model)
     towers = [child for child in model.children() if is_transformers(child)] if base is model else []
     words = getattr(model, "get_output_embeddings", lambda: None)()
@@ -149,6 +166,8 @@ def task_head(model: nn.Module) -> list[nn.Parameter]:
     inside -= pooled if base is not model else set()
     if words is not None:
         inside.add(id(words.weight))
+    for name in () if own is None else own.layers(model):
+        inside |= {id(p) for p in model.get_submodule(name).parameters()}
     return [p for p in model.parameters() if id(p) not in inside]
 
 

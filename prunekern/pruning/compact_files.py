@@ -113,7 +113,7 @@ class _Source:
 
     def compact_skeleton(self) -> PreTrainedModel:
         """The compact model, weights on the meta device."""
-        from ..compacting.hf import skeleton
+        from ..compacting.skeleton import skeleton
 
         small = self._skeleton()
         skeleton(small, self.plan)

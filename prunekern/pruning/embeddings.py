@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 def embedding_names(model: PreTrainedModel, choice: bool | str) -> list[str]:
     """Parameter names of input and output embeddings (once where they are tied), if they are to be written.
 
-    choice: as `save_embeddings` of `save_adapter`.
+    choice: as `save_embeddings` of `save_adapter`. ValueError for True and a model that is none of transformers, or has
+    no embeddings.
     """
-    if choice is False or (choice == "auto" and not _has_other_tokens(model)):
+    table = word_embeddings(model)
+    if table is None and choice is True:
+        raise ValueError(f"save_adapter: save_embeddings must be False or 'auto' for {type(model).__name__} (got True)")
+    if table is None or choice is False or (choice == "auto" and not _has_other_tokens(model)):
         return []
-    modules = (word_embeddings(model), model.get_output_embeddings())
+    modules = (table, model.get_output_embeddings())
     weights = {id(module.weight) for module in modules if module is not None}
     return [name for name, parameter in model.named_parameters() if id(parameter) in weights]
 

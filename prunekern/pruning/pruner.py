@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import families
 from ..compacting.plan import Plan, check
 from ..families import Table
 from ..nn import ChannelMask
@@ -222,7 +223,9 @@ class Pruner(AttachedModel):
 
     def _head_counts(self, rule: str = "stock") -> tuple[int, ...]:
         """Those that rule "stock" chooses from; the others do not ask, and a model of two towers cannot say."""
-        return whole_heads.head_counts(self.model.config) if rule == "stock" else ()
+        if rule != "stock":
+            return ()
+        return families.of(self.model).stock(getattr(self.model, "config", None)).head_counts
 
     def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After `finalize()`: drop the pruned channels from the masked model, in place; training goes on with the rest.

@@ -29,7 +29,7 @@ def shrink_model(model: PreTrainedModel, plan: Plan, state: dict[Any, Any] | Non
     def make(name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str) -> Any:
         kept = plan.layers[name]
         layer = shrink_linear(model.get_submodule(name), kept.rows, kept.cols, state)
-        layer.take_place(out_index, out_features, activation)
+        layer.take_place(out_index, out_features, activation, in_index)
         return layer
 
     families.of(model).rebuild(model, plan, make)

@@ -1,5 +1,5 @@
-"""What `PruneTrainer` and `PruneCallback` make of each of transformers' TrainingArguments: honoured, or refused by name before anything
-is trained.
+"""What `PruneTrainer` and `PruneCallback` make of each of transformers' TrainingArguments: honoured, or refused by name
+before anything is trained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two stages of pruning in any subclass of transformers' Trainer: masks and adapters learn; then masks are final."""
+"""The two stages of pruning in any subclass of transformers' Trainer: masks and adapters learn; then masks stay."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ class Distillation:
     labels, the rates are zero meanwhile, and saliency is gathered from the curvature of the distillation loss: losses
     of labels drawn from the teacher (of random directions, for "hidden") have squares of that mean (Martens 2020).
 
-    The loss is added to `loss` of the model's output (in TRL's SFTTrainer, to what it makes its loss of); a Trainer that
-    computes another one is refused, by RuntimeError, at the first step. ValueError for what is not accepted, and for models with no such output.
+    The loss is added to `loss` of the model's output (in TRL's SFTTrainer, to what it makes its loss of); a Trainer
+    that computes another one is refused, by RuntimeError, at the first step. ValueError for what is not accepted, and
+    for models with no such output.
     """
 
     def __init__(self, on: On = "logits", weight: float = 1.0, temperature: float = 1.0, chunk: int = 256):
@@ -127,7 +128,8 @@ class SelfTaught:
         try:
             with self._original():
                 if self.how.on == "hidden" or self._from_hidden(model):
-                    output = model.base_model(**quiet)  # the head would cost more than all the rest
+                    base: Any = model.base_model
+                    output = base(**quiet)  # the head would cost more than all the rest
                     self._taught = {self._name(model): output[0].detach()}
                 else:
                     self._taught = {n: t.detach() for n, t in self._shown(model, model(**quiet)).items()}
@@ -184,12 +186,14 @@ class SelfTaught:
         if output.get("log_probs") is not None:  # TRL makes its loss of these; by how much it is divided is ours to say
             if self._scales:
                 raise ValueError("distil: fp16 must be False with this Trainer (got True): its scale is not known here")
-            output["log_probs"] = _Carrying.apply(output["log_probs"], loss, 1 / self._steps)
+            carrying: Any = _Carrying
+            output["log_probs"] = carrying.apply(output["log_probs"], loss, 1 / self._steps)
             return output
         if kwargs.get("num_items_in_batch") is not None:  # the task's loss is divided already; Trainer will not do it
             loss = loss / self._steps
         output["loss"] = loss if task is None else task + loss
-        output.move_to_end("loss", last=False)
+        ordered: Any = output
+        ordered.move_to_end("loss", last=False)
         return output
 
     def _note(self, gradient: Tensor) -> None:

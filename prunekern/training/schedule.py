@@ -68,8 +68,7 @@ def refuse_schedule(args: TrainingArguments, final_learning_rate: float | None, 
         theirs(args, 10)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{who}: lr_scheduler_kwargs must fit lr_scheduler_type {name!r} (got {args.lr_scheduler_kwargs}): "
-            f"{error}"
+            f"{who}: lr_scheduler_kwargs must fit lr_scheduler_type {name!r} (got {args.lr_scheduler_kwargs}): {error}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""From a SentenceTransformer and texts without labels to a trained, compact one: `prunekern train --task embeddings`."""
+"""From a SentenceTransformer and texts without labels to a compact one: `prunekern train --task embeddings`."""
 
 from __future__ import annotations
 
@@ -131,13 +131,17 @@ def distil_sentences(
         rule=options.rule,
         distil=loss,
     )
+    optimizers: Any = (
+        optimizer(pruner, args, options.mask_learning_rate, model),
+        None,
+    )  # the schedule is the Trainer's
     trainer = Trainer(
         model,
         args,
         train_dataset=Dataset.from_dict({TEXT: list(texts)}),
         loss=loss,
         callbacks=[pruning, progress],
-        optimizers=(optimizer(pruner, args, options.mask_learning_rate, model), None),
+        optimizers=optimizers,
     )
     trainer.remove_callback(PrinterCallback)
     newest = last_full_checkpoint(out / "checkpoints") if resume else None
@@ -174,7 +178,8 @@ def embed(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 32
     """float64 unit rows [texts, width]."""
     found = model.encode(list(texts), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
     rows: np.ndarray = np.asarray(found, dtype=np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:

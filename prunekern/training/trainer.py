@@ -79,7 +79,9 @@ class PruneTrainer(Trainer):
         if objective is not None and kwargs.get("compute_loss_func") is not None:
             raise ValueError("PruneTrainer: compute_loss_func must be None with an objective: both compute the loss")
         if objective is not None and distil is not None:
-            raise ValueError("PruneTrainer: distil must be None with an objective, which takes the model's loss's place")
+            raise ValueError(
+                "PruneTrainer: distil must be None with an objective, which takes the model's loss's place"
+            )
         # It knows nothing of the rates of other parameters: they are this trainer's schedule.
         self.pruning = _Callback(
             pruner, stage_one=stage_one, warm=warm, ramp=ramp, mask_learning_rate=mask_learning_rate, shrink=shrink,

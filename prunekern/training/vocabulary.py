@@ -26,7 +26,9 @@ def vocabulary_loss(
     the divergence's place. Zero where there is no token.
     """
     parameters = (weight, bias if bias is not None else weight.new_zeros(0))
-    loss: Tensor = _Chunked.apply(pupil, teacher, *parameters, temperature, chunk, draws)
+    loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
+        pupil, teacher, *parameters, temperature, chunk, draws
+    )
     return loss
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 
 import prunekern as pk
 import prunekern.hf  # noqa: F401
@@ -110,7 +109,9 @@ def test_a_router_is_refused(tmp_path):
         sentence_model(tmp_path / name)
     router = Router.for_query_document(modules("a"), modules("b"))
     model = SentenceTransformer(modules=[router], device="cpu")
-    with pytest.raises(ValueError, match=r"attach: a SentenceTransformer must not have a Router module \(got one at '0'"):
+    with pytest.raises(
+        ValueError, match=r"attach: a SentenceTransformer must not have a Router module \(got one at '0'"
+    ):
         pk.attach(model, CONFIG)
 
 

@@ -6,8 +6,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, Seq2SeqTrainer
-from transformers import Seq2SeqTrainingArguments, Trainer
+from transformers import (
+    AutoModelForSequenceClassification,
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
 
 import prunekern as pk
 import prunekern.hf  # noqa: F401  (from_pretrained of masked models)
@@ -171,7 +176,9 @@ def test_an_optimizer_of_before(tmp_path):
     model = build()
     before = torch.optim.AdamW(model.parameters(), lr=1e-3)
     trainer = trainer_with(lambda *_: before, tmp_path, model)
-    with pytest.raises(ValueError, match=r"must hold the mask logits \(those of '.*' are missing\): it was built before"):
+    with pytest.raises(
+        ValueError, match=r"must hold the mask logits \(those of '.*' are missing\): it was built before"
+    ):
         trainer.train()
 
 

@@ -11,6 +11,7 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
+from .. import types_in
 from ..family import Kept, StockConfig
 from ..linears import Make, activation_name
 from ..table import Table
@@ -23,6 +24,8 @@ from .table import DecoderBlock, DecoderHeads, decoder_table, heads_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+MODEL_TYPES = types_in("decoders.llama")
 
 
 class CompactLlamaAttention(CompactCausalAttention, modeling_llama.LlamaAttention):

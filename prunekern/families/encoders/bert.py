@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from transformers.models.bert import modeling_bert
 
+from .. import types_in
 from .bert_like import BertLike
 
+MODEL_TYPES = (*types_in("encoders.bert"), *types_in("encoders.roberta"))  # as it was when both were here
 _family = BertLike(modeling_bert, "Bert", __name__)
 (
     CompactBertSelfAttention,

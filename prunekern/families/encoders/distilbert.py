@@ -9,6 +9,7 @@ from transformers.models.distilbert import modeling_distilbert as hf
 
 from ...nn import CompactLinear
 from ...nn.hooked import is_hooked, is_replaced
+from .. import types_in
 from ..family import Kept, StockConfig
 from ..linears import Activation, Make, activation_name
 from ..table import Table
@@ -20,6 +21,8 @@ from .table import EncoderBlock, encoder_table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+MODEL_TYPES = types_in("encoders.distilbert")
 
 
 class CompactDistilBertAttention(CompactSelfAttention, hf.DistilBertSelfAttention):
