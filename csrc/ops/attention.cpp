@@ -36,6 +36,8 @@ void check(const AttentionCall& call) {
   require(std::isfinite(call.scale), "scale must be finite (got " + std::to_string(call.scale) + ")");
   require(call.shared_by >= 1, "shared_by must be at least 1 (got " + std::to_string(call.shared_by) + ")");
   require(!call.causal || call.queries <= call.keys, "queries must be at most keys where causal");
+  require(call.window < 0 || (!call.causal && call.queries == call.keys),
+          "queries must be as many as keys, and not causal, with a window");
   require(call.y_stride >= call.shared_by * call.v_first[call.heads], "bad row stride of y");
   require(call.threads >= 1, "threads must be at least 1 (got " + std::to_string(call.threads) + ")");
 }

@@ -168,6 +168,7 @@ class PrunekernQuantizer(HfQuantizer):
                 heads=heads,
                 held=None if held is None else held.to_dict(),
             )
+            families.split(model)
             check(plan, families.of(model).table(model))
             skeleton(model, plan)
             self._restoring = _check_files(model, plan, stored, checkpoint_files)
@@ -214,6 +215,7 @@ def skeleton(model: PreTrainedModel, plan: Plan) -> None:
         bias = torch.empty(layer.rows.numel(), dtype=dense.dtype, device="meta") if layer.bias else None
         return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
 
+    families.split(model)
     families.of(model).rebuild(model, plan, make)
 
 

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from . import fused
 from .family import Family, StockConfig
 from .table import COSTS, Group, Layer, Table
 
@@ -22,6 +24,7 @@ FILES: dict[str, str] = {
     "distilbert": "encoders.distilbert",
     "bert": "encoders.bert",
     "roberta": "encoders.bert",
+    "modernbert": "encoders.modernbert",
     "llama": "decoders.llama",
     "mistral": "decoders.llama",
     "qwen2": "decoders.llama",
@@ -45,6 +48,28 @@ def of_type(model_type: str | None) -> Family | None:
     return None if file is None else cast(Family, importlib.import_module(f".{file}", __name__))
 
 
+def fused_linears(model: PreTrainedModel) -> fused.Fused:
+    """The fused linears of a dense model, by module name, and what their parts are called; few families have any.
+
+    ValueError for an architecture without a family.
+    """
+    find = getattr(of(model), "fused", None)
+    found: fused.Fused = {} if find is None else find(model)
+    return found
+
+
+def split(model: PreTrainedModel) -> None:
+    """Give the fused linears of a dense model parts of their own, in place, by which tables, plans and files call
+    them. Again: nothing.
+    """
+    fused.split(model, fused_linears(model))
+
+
+def splitting(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """`split`, taken back where what is tried inside raises."""
+    return fused.splitting(model, fused_linears(model))
+
+
 def most_tokens(model: PreTrainedModel) -> int | None:
     """The longest sequence a transformers model has positions for, by its family or else its config; None: any."""
     config = model.config
@@ -52,4 +77,5 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     return getattr(config, "max_position_embeddings", None) if family is None else family.most_tokens(config)
 
 
-__all__ = ["COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "most_tokens", "of", "of_type"]
+__all__ = ["COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "fused_linears", "most_tokens", "of", "of_type",
+           "split", "splitting"]  # fmt: skip

@@ -13,11 +13,12 @@ from typing import Any
 WIDTHS = ("dim", "hidden_dim", "n_heads", "hidden_size", "intermediate_size", "num_attention_heads")
 DERIVED = ("num_key_value_heads", "head_dim")  # null: of the others
 LAYERS = ("n_layers", "num_hidden_layers")
+_WORDS = ("word_embeddings.weight", "embed_tokens.weight", "tok_embeddings.weight")
 # Field -> ends of the tensors' names, and the dimension that it is.
 TABLES = {
-    "vocab_size": (("word_embeddings.weight", "embed_tokens.weight"), 0),
+    "vocab_size": (_WORDS, 0),
     "dim": (("word_embeddings.weight",), 1),
-    "hidden_size": (("word_embeddings.weight", "embed_tokens.weight"), 1),
+    "hidden_size": (_WORDS, 1),
     "max_position_embeddings": (("position_embeddings.weight",), 0),
     "type_vocab_size": (("token_type_embeddings.weight",), 0),
 }

@@ -71,11 +71,14 @@ class CompactAttention(nn.Module):
         return self.attend(q, k, v, key_mask, arithmetic_of(layers))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, arithmetic: str = "fp32"
-    ) -> Tensor:
-        """Of queries, and of keys and values of these and earlier tokens. arithmetic: as in `compact_attention`."""
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, arithmetic: str = "fp32",
+        window: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Of queries, and of keys and values of these and earlier tokens. arithmetic, window: as in
+        `compact_attention`.
+        """
         return compact_attention(
-            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, self.causal, arithmetic
+            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, self.causal, arithmetic, window
         )  # fmt: skip
 
     def project(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Sequence[Tensor]:
