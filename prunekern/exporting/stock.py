@@ -22,6 +22,7 @@ from ..compacting.head import plain_head
 from ..compacting.plan import Plan
 from ..compacting.plan import plan as plan_of
 from ..families.family import Block, StockConfig
+from ..families.fused import join
 from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..storage.folders import replacing
@@ -52,9 +53,11 @@ def save_stock(model: PreTrainedModel, path: str | os.PathLike[str], max_shard_s
         setattr(config, name, value)
     with torch.device("meta"):
         stock = type(small)(config)
+    families.split(stock)
     with plain_head(small):
         state = {n: _as(t, small.get_input_embeddings().weight.dtype) for n, t in small.state_dict().items()}
         stock.load_state_dict(state, assign=True)
+    join(stock)
     stock.tie_weights()
     if getattr(small, "generation_config", None) is not None:
         stock.generation_config = copy.deepcopy(small.generation_config)

@@ -120,10 +120,11 @@ def results(model, inputs):
     return torch.cat([out[n].flatten() for n in ("logits", "start_logits", "end_logits", "last_hidden_state") if n in out])
 
 
-def check(model, inputs, tolerance, small=None):
-    """masked == stock merged by the definition, compact == masked; returns the compact model."""
-    small = pk.compact(model) if small is None else small
-    masked = results(model, inputs)
-    assert difference(masked, results(reference(model), inputs)) <= tolerance
-    assert difference(results(small, inputs), masked) <= tolerance
+def check(model, every, tolerance):
+    """masked == stock merged by the definition, compact == masked, of all these inputs; returns the compact model."""
+    small, merged = pk.compact(model), reference(model)
+    for inputs in every:
+        masked = results(model, inputs)
+        assert difference(masked, results(merged, inputs)) <= tolerance
+        assert difference(results(small, inputs), masked) <= tolerance
     return small
