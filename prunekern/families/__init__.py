@@ -70,6 +70,11 @@ def splitting(model: PreTrainedModel) -> AbstractContextManager[None]:
     return fused.splitting(model, fused_linears(model))
 
 
+def save_whole(model: PreTrainedModel, whole: bool = True) -> None:
+    """Whether `save_pretrained` of a model with split linears writes them whole, as transformers names them."""
+    fused.save_whole(model, fused_linears(model), whole)
+
+
 def most_tokens(model: PreTrainedModel) -> int | None:
     """The longest sequence a transformers model has positions for, by its family or else its config; None: any."""
     config = model.config
@@ -78,4 +83,4 @@ def most_tokens(model: PreTrainedModel) -> int | None:
 
 
 __all__ = ["COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "fused_linears", "most_tokens", "of", "of_type",
-           "split", "splitting"]  # fmt: skip
+           "save_whole", "split", "splitting"]  # fmt: skip

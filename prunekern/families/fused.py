@@ -77,6 +77,23 @@ def join(model: PreTrainedModel) -> None:
             _put(model, name, _linear(weight, torch.cat(biases) if biases else None, parts[0]))
 
 
+def save_whole(model: PreTrainedModel, fused: Fused, whole: bool = True) -> None:
+    """Let `save_pretrained` of a model write these linears' tensors whole, by the names of transformers (a masked
+    model's are the dense weights), or else by those of their parts.
+    """
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    ours = {}  # by the name of the tensor, those of its parts
+    for name, parts in fused.items():
+        owner = name.rpartition(".")[2]
+        ours |= {f"{owner}.{leaf}": [f"{owner}.{p}.{leaf}" for p in parts] for leaf in ("weight", "bias")}
+    before = getattr(model, "_weight_conversions", None) or []
+    kept = [c for c in before if c.target_patterns not in ours.values()]
+    added = [WeightConverter([name], parts, operations=[Chunk(dim=0)]) for name, parts in ours.items() if whole]
+    if added or len(kept) < len(before):
+        model._weight_conversions = kept + added
+
+
 @torch.no_grad()
 def _parts(linear: nn.Linear, rows: Mapping[str, int]) -> SplitLinear:
     """Copies: parameters in one memory would be written to files as one."""

@@ -49,6 +49,7 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
         for name in adapted:
             _refuse_misfit(name, model.get_submodule(name), config)
 
+    families.save_whole(model)
     head = task_head(model)
     generator = torch.Generator(device="cpu").manual_seed(config.seed)
     model.requires_grad_(False)
