@@ -160,8 +160,8 @@ struct Head {
       for (std::int64_t r = 0; r < count; ++r) after[r] = last ? 1.0f / sum[r] : 1.0f;
       for (std::int64_t c = 0; c < v; c += width) {
         const float* sums = weigh({first, first + keys}, c, rows, work, ahead);
-        kernel.attention.combine({sums, count, std::min(width, v - c), first == begin ? nullptr : decay, after,
-                                  y + rows.begin * y_stride + c, y_stride});
+        kernel.attention.combine({sums, count, std::min(width, v - c), first == begin ? nullptr : decay,
+                                  after, y + rows.begin * y_stride + c, y_stride});
       }
     }
     if (seen != nullptr)

@@ -17,6 +17,7 @@ void add_rotary(pybind11::module_& m);
 void add_norm(pybind11::module_& m);
 void add_decoder_block(pybind11::module_& m);
 void add_encoder_block(pybind11::module_& m);
+void add_prenorm_block(pybind11::module_& m);
 void add_unchanged(pybind11::module_& m);
 
 }  // namespace prunekern

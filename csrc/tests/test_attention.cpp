@@ -151,7 +151,8 @@ void run_with(Isa isa, const Case& c) {
                 "head %ld query %ld channel %ld: %g, "
                 "want %g within %g",
                 name(isa), long(c.batch), long(c.queries), long(c.keys), long(d), long(c.v[h]), int(c.mask),
-                long(shared), int(c.causal), long(c.window), long(b), long(each), long(t), long(i - v[h]), got, want, bound);
+                long(shared), int(c.causal), long(c.window), long(b), long(each), long(t), long(i - v[h]),
+                got, want, bound);
         }
       }
   for (std::int64_t b = 0; b < c.batch; ++b)
@@ -296,7 +297,8 @@ int main() {
     run(isa, {1, 40, 600, {20}, {33}, Mask::holes, 1, 1.0f, 0.3f, 2, true});
     run(isa, {1, 20, 600, {16}, {16}, Mask::none, 1, 1e4f, 0.3f, 1, true});
     run(isa, {2, 7, 9, ragged_qk, ragged_v, Mask::none, 2, 1.0f, 0.3f, 4, false});
-    // Windows: none of them, one key, odd ones, more than a block of keys apart, with keys that are not allowed.
+    // Windows: none of them, one key, odd ones, more than a block of keys apart, with keys that are not
+    // allowed.
     for (std::int64_t window : {0, 1, 8, 33, 128})
       for (Mask mask : {Mask::none, Mask::padding, Mask::holes})
         run(isa, {2, 129, 129, {20, 0}, {33, 8}, mask, 2, 1.0f, 0.3f, 2, false, Arithmetic::fp32, window});

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class SplitLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[rows of all parts, in], a copy: transformers' `_init_weights` names the weight that was here."""
-        return torch.cat([part.weight for part in self.children()])
+        parts: list[Any] = [*self.children()]
+        return torch.cat([part.weight for part in parts])
 
 
 def split(model: PreTrainedModel, fused: Fused) -> dict[str, nn.Linear]:
@@ -71,7 +72,7 @@ def join(model: PreTrainedModel) -> None:
     """The other way: every `SplitLinear` of `model`, of plain linears, becomes one `nn.Linear` again, in place."""
     for name, module in [*model.named_modules()]:
         if isinstance(module, SplitLinear):
-            parts: list[nn.Linear] = [*module.children()]  # type: ignore[list-item]
+            parts: list[Any] = [*module.children()]
             weight = torch.cat([part.weight for part in parts])
             biases = [part.bias for part in parts if part.bias is not None]
             _put(model, name, _linear(weight, torch.cat(biases) if biases else None, parts[0]))
@@ -83,7 +84,7 @@ def save_whole(model: PreTrainedModel, fused: Fused, whole: bool = True) -> None
     """
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    ours = {}  # by the name of the tensor, those of its parts
+    ours: dict[str, list[str]] = {}  # by the name of the tensor, those of its parts
     for name, parts in fused.items():
         owner = name.rpartition(".")[2]
         ours |= {f"{owner}.{leaf}": [f"{owner}.{p}.{leaf}" for p in parts] for leaf in ("weight", "bias")}

@@ -40,7 +40,8 @@ def compact_attention(
     """y_h = softmax(scale q_h k_h^T) v_h for every sequence and head h, over the keys that key_mask allows.
 
     Schema: `prunekern::compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first,
-    Tensor? key_mask, float scale, int shared_by=1, bool causal=False, str arithmetic="fp32", int? window=None) -> Tensor`.
+    Tensor? key_mask, float scale, int shared_by=1, bool causal=False, str arithmetic="fp32", int? window=None) ->
+    Tensor`.
 
     Args:
         q: [batch, queries, shared_by C], any strides; float64 computes in float64, float32, bfloat16 and float16 in
@@ -125,9 +126,7 @@ def _readable(
     return q, k.masked_fill(forbidden, 0.0), v.masked_fill(forbidden, 0.0), key_mask.unsqueeze(1)
 
 
-def _may_read(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, window: int | None = None
-) -> Tensor | None:
+def _may_read(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, window: int | None = None) -> Tensor | None:
     """bool [batch or 1, queries or 1, keys], or None: everyone reads everything. key_mask: [batch, 1, keys]."""
     queries, keys = q.shape[1], k.shape[1]
     if window is not None:

@@ -40,7 +40,12 @@ def build(task="token", attention="sdpa", dtype=torch.float32, plain=False, seed
     """A dense model in eval mode."""
     options = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "intermediate_size": FFN, "vocab_size": VOCAB}
     options |= {"num_hidden_layers": LAYERS, "global_attn_every_n_layers": 2, "local_attention": 2 * WINDOW + 1}
-    options |= {"max_position_embeddings": 64, "num_labels": 2 if task == "question" else 3, "pad_token_id": PAD, "bos_token_id": 2}
+    options |= {
+        "max_position_embeddings": 64,
+        "num_labels": 2 if task == "question" else 3,
+        "pad_token_id": PAD,
+        "bos_token_id": 2,
+    }
     options |= {"eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3, "global_rope_theta": 1000.0}
     options |= {"local_rope_theta": 50.0} | ({} if plain else BIASES)
     model = CLASSES[task]._from_config(ModernBertConfig(**options | changes), attn_implementation=attention)
@@ -117,7 +122,9 @@ def fused(state):
 def results(model, inputs):
     """All that a head gives, one after the other: hidden states, logits, or start and end logits."""
     out = model(**inputs)
-    return torch.cat([out[n].flatten() for n in ("logits", "start_logits", "end_logits", "last_hidden_state") if n in out])
+    return torch.cat(
+        [out[n].flatten() for n in ("logits", "start_logits", "end_logits", "last_hidden_state") if n in out]
+    )
 
 
 def check(model, every, tolerance):

@@ -16,7 +16,9 @@ from ..fused import SplitLinear
 from ..linears import Activation, Make, activation_name
 from ..table import Table
 from .norms import make_layer_norms_fast
+from .prenorm_step import Parts, PrenormStep, make_prenorm_step
 from .rotary import CompactRotaryAttention, Turns
+from .step import takes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -44,12 +46,15 @@ class CompactModernBertMLP(hf.ModernBertMLP):
 
 
 class CompactModernBertEncoderLayer(hf.ModernBertEncoderLayer):
-    """A block whose projections write into the residual directly, unless someone listens to the modules around them."""
+    """A block that is one C++ call where it is an ordinary one; else its projections write into the residual directly,
+    unless someone listens to the modules around them.
+    """
 
     attn: Any  # CompactModernBertAttention and CompactModernBertMLP, unless somebody put others there
     mlp: Any
     attn_norm: nn.Module
     mlp_norm: nn.Module
+    _step: PrenormStep | None = None
 
     def forward(
         self,
@@ -58,6 +63,9 @@ class CompactModernBertEncoderLayer(hf.ModernBertEncoderLayer):
         position_embeddings: Turns = None,  # type: ignore[assignment]  # transformers always gives them
         **kwargs: Any,
     ) -> Tensor:
+        whole = self._at_once(hidden_states, position_embeddings, attention_mask)
+        if whole is not None:
+            return whole
         attention = self.attn
         x = self.attn_norm(hidden_states)
         attended: Tensor
@@ -68,8 +76,33 @@ class CompactModernBertEncoderLayer(hf.ModernBertEncoderLayer):
             context, _ = attention.attend(x, position_embeddings, attention_mask, **kwargs)
             attended = attention.Wo(context, residual=hidden_states)
         x = self.mlp_norm(attended)
-        whole = _ffn(self.mlp, x, attended)
-        return attended + self.mlp(x) if whole is None else whole
+        y = _ffn(self.mlp, x, attended)
+        return attended + self.mlp(x) if y is None else y
+
+    def _at_once(self, x: Tensor, turns: Turns, mask: Tensor | None) -> Tensor | None:
+        """The block's output; None where its modules must be called."""
+        if not takes(x):
+            return None
+        step = self._step
+        if step is None or not step.is_fresh():
+            parts = self._parts()
+            step = self._step = None if parts is None else make_prenorm_step(self, parts)
+        return None if step is None else step(x, turns, mask)
+
+    def _parts(self) -> Parts | None:
+        """The modules the call stands for; None where one of them is not ours."""
+        attention, mlp = self.attn, self.mlp
+        if type(attention) is not CompactModernBertAttention or type(mlp) is not CompactModernBertMLP:
+            return None
+        if type(attention.Wqkv) is not SplitLinear or type(mlp.Wi) is not SplitLinear:
+            return None
+        gate, up = (mlp.Wi._modules[name] for name in FFN)
+        return Parts(attention, attention.Wo, self.attn_norm, up, gate, mlp.act, mlp.Wo, self.mlp_norm,
+                     (attention.out_drop, mlp.drop), (attention.Wqkv, mlp, mlp.Wi))  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles make their own.
+        return {**self.__dict__, "_step": None}
 
 
 def _adds_alone(attention: CompactModernBertAttention, o: nn.Module) -> bool:
@@ -148,7 +181,8 @@ def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
     """Turn every block into a compact one, in place."""
     heads, activation = _heads(model.config), activation_name(model.config.hidden_activation)
     for module, block in blocks(model):
-        attention, mlp = module.attn, module.mlp
+        attention: Any = module.attn
+        mlp: Any = module.mlp
         linears, layout = compact_decoder_attention(make, plan, block, heads)
         attention.__class__ = CompactModernBertAttention
         attention.make_compact(linears, layout)
