@@ -156,6 +156,7 @@ struct Head {
       if (seen != nullptr) forbid(rows, {first, first + keys}, work.scores);
       kernel.attention.softmax(
           {work.scores, count, keys, last ? present : all, work.p, work.p_stride, max, sum, decay});
+      if (seen != nullptr) take_out(rows, {first, first + keys}, work);
       if (pairs != nullptr) prepare(work.p, work.p_stride, count, keys, work.p_tile);
       for (std::int64_t r = 0; r < count; ++r) after[r] = last ? 1.0f / sum[r] : 1.0f;
       for (std::int64_t c = 0; c < v; c += width) {
@@ -244,12 +245,28 @@ struct Head {
     const std::int64_t width = kernel.width, count = rows.size();
     for (std::int64_t r = 0; r < count; ++r) {
       auto forbid_from = [&](std::int64_t first, std::int64_t end) {
-        for (std::int64_t i = first; i < end; ++i)
-          scores[(i / width * count + r) * width + i % width] = -std::numeric_limits<float>::infinity();
+        for (std::int64_t p = first / width; first < end; ++p) {
+          const std::int64_t next = std::min(end, (p + 1) * width);
+          std::fill(scores + p * count * width + r * width + first - p * width,
+                    scores + p * count * width + r * width + next - p * width,
+                    -std::numeric_limits<float>::infinity());
+          first = next;
+        }
       };
       const Range row = seen[rows.begin + r];
       forbid_from(0, std::min(row.begin, keys.end) - keys.begin);
       forbid_from(std::max(row.end, keys.begin) - keys.begin, keys.size());
+    }
+  }
+
+  // The powers of those scores, which are 2^-126: sums that begin with them would be denormal, and eight
+  // times slower.
+  void take_out(Range rows, Range keys, const Workspace& work) const {
+    for (std::int64_t r = 0; r < rows.size(); ++r) {
+      const Range row = seen[rows.begin + r];
+      float* p = work.p + r * work.p_stride;
+      std::fill(p, p + std::clamp(row.begin, keys.begin, keys.end) - keys.begin, 0.0f);
+      std::fill(p + std::clamp(row.end, keys.begin, keys.end) - keys.begin, p + keys.size(), 0.0f);
     }
   }
 
