@@ -85,8 +85,7 @@ class CompactRotaryAttention(PacksTogether):
     ) -> Tensor:
         at, ragged = self.layout, self.ragged
         query, key, value = ragged.project(x, layers, fuses=True)
-        angle = self._on(x.device, at.angle)
-        query, key = (rotate_pairs(t, *turns, angle, at.key_first) for t in (query, key))
+        query, key = (rotate_pairs(t, *turns, at.angle, at.key_first) for t in (query, key))
         return ragged.attend(query, key, value, key_mask, arithmetic_of(layers), window)
 
     def _attend_padded(
@@ -96,7 +95,7 @@ class CompactRotaryAttention(PacksTogether):
         heads, width = self.layout.kv, self.layout.width
         shape = (*x.shape[:-1], heads, width)
         query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in layers)
-        turn = self._on(x.device, self.layout.turn)
+        turn = self._turn_on(x.device)
         cos, sin = (c.index_select(-1, turn).view(*c.shape[:2], heads, width).transpose(1, 2) for c in turns)
         query, key = (_rotated(t, cos, sin) for t in (query, key))
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
@@ -116,10 +115,9 @@ class CompactRotaryAttention(PacksTogether):
     def _dropout_rate(self) -> float:
         return self.attention_dropout
 
-    def _on(self, device: torch.device, index: Tensor) -> Tensor:
-        """`layout.turn` or `layout.angle` there."""
+    def _turn_on(self, device: torch.device) -> Tensor:
         if device.type == "cpu":
-            return index
+            return self.layout.turn
         if device not in self._turns:
             self._turns[device] = self.layout.turn.to(device)
         return self._turns[device]

@@ -14,7 +14,7 @@ from transformers import (
 
 import prunekern as pk
 from prunekern import families
-from prunekern.families.encoders import prenorm_step
+from prunekern.families.encoders import prenorm_step as step
 from tests.helpers.equal_models import F32, F64
 from tests.helpers.tiny_models import attached, difference, keep_only, prune, state, unchanged, watch
 from tests.helpers.tiny_modernbert import (
@@ -314,7 +314,7 @@ def test_runs_on_the_kernels(monkeypatch):
     model = build()
     prune(attached(model), 0.4)
     small = pk.compact(model)
-    monkeypatch.setattr(prenorm_step, "_RUN", None)
+    monkeypatch.setattr(step, "_RUN", None)
     calls = watch(monkeypatch)
     results(small, batch())
     assert calls == ["compact_linear", "compact_attention", "compact_linear", "compact_mlp"] * LAYERS

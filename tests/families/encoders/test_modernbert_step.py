@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import prunekern as pk
 from prunekern import _native
 from prunekern.compacting import checkpoint
-from prunekern.families.encoders import prenorm_step
+from prunekern.families.encoders import prenorm_step as step
 from tests.helpers.equal_models import F32
 from tests.helpers.tiny_models import attached, difference, prune
 from tests.helpers.tiny_modernbert import HIDDEN, LAYERS, batch, build, names, results
@@ -26,17 +26,17 @@ def compact(kind="fp32", share=0.4, **options):
 
 
 def by_parts(model, inputs):
-    run, prenorm_step._RUN = prenorm_step._RUN, None
+    run, step._RUN = step._RUN, None
     try:
         return results(model, inputs)
     finally:
-        prenorm_step._RUN = run
+        step._RUN = run
 
 
 @pytest.fixture
 def count(monkeypatch):
     """How many blocks were one call since the last look."""
-    made, real = [], prenorm_step._RUN
+    made, real = [], step._RUN
 
     def whole(*args):
         y = real(*args)
@@ -48,7 +48,7 @@ def count(monkeypatch):
         made.clear()
         return seen
 
-    monkeypatch.setattr(prenorm_step, "_RUN", whole)
+    monkeypatch.setattr(step, "_RUN", whole)
     return look
 
 
