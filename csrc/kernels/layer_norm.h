@@ -49,13 +49,15 @@ void layer_norm(const LayerNormArgs& args) {
     const auto normed = [&](F v, F weight, F bias) __attribute__((always_inline)) {
       return V::madd(V::mul(V::sub(v, mean), inverse), weight, bias);
     };
+    const F none = V::set(0.0f);
     std::int64_t at = 0;
     for (; at + kVector <= args.n; at += kVector)
-      V::store(y + at, normed(V::load(x + at), V::load(args.weight + at), V::load(args.bias + at)));
+      V::store(y + at, normed(V::load(x + at), V::load(args.weight + at),
+                              args.bias == nullptr ? none : V::load(args.bias + at)));
     if (const int left = static_cast<int>(args.n - at); left > 0)
       V::store_part(y + at,
                     normed(V::load_part(x + at, left), V::load_part(args.weight + at, left),
-                           V::load_part(args.bias + at, left)),
+                           args.bias == nullptr ? none : V::load_part(args.bias + at, left)),
                     left);
   }
 }

@@ -120,7 +120,7 @@ struct InPlace {
 struct Head {
   const Kernels& kernel;
   std::int64_t keys_there, qk, v;  // allowed keys, channels
-  const std::int64_t* seen;        // [queries]: how many of the allowed keys each may read; null: all
+  const Range* seen;               // [queries]: which of the allowed keys each may read; null: all
   const float* q;                  // at query 0
   std::int64_t q_stride;
   float* y;
@@ -134,8 +134,10 @@ struct Head {
   // One tile of queries.
   void run(Range rows, const Workspace& work, Ahead& ahead) const {
     const std::int64_t width = kernel.width, count = rows.size();
-    // Those that see the most come last.
-    const std::int64_t n = seen == nullptr ? keys_there : seen[rows.end - 1];
+    // Both ends of what they see ascend. Blocks begin at whole panels, and at whole steps of a product.
+    const std::int64_t n = seen == nullptr ? keys_there : seen[rows.end - 1].end;
+    const std::int64_t whole = pairs == nullptr ? width : std::max(width, pairs->step_inputs);
+    const std::int64_t begin = seen == nullptr ? 0 : seen[rows.begin].begin / whole * whole;
     alignas(64) float max[kMaxLanes], sum[kMaxLanes] = {}, decay[kMaxLanes], after[kMaxLanes];
     alignas(64) float present[kMaxWidth], all[kMaxWidth];
     std::fill_n(max, kMaxLanes, std::numeric_limits<float>::lowest());
@@ -150,7 +152,7 @@ struct Head {
       a_stride = work.q_stride;
     }
     if (pairs != nullptr) prepare(a, a_stride, count, qk, work.q_tile);
-    for (std::int64_t first = 0; first < n; first += kKeyBlock) {
+    for (std::int64_t first = begin; first < n; first += kKeyBlock) {
       const std::int64_t keys = std::min(kKeyBlock, n - first);
       const bool last = first + keys == n;
       score({first, first + keys}, a, a_stride, count, work, ahead);
@@ -158,17 +160,18 @@ struct Head {
       if (seen != nullptr) forbid(rows, {first, first + keys}, work.scores);
       kernel.attention.softmax(
           {work.scores, count, keys, last ? present : all, work.p, work.p_stride, max, sum, decay});
+      if (seen != nullptr) take_out(rows, {first, first + keys}, work);
       if (pairs != nullptr) prepare(work.p, work.p_stride, count, keys, work.p_tile);
       for (std::int64_t r = 0; r < count; ++r) after[r] = last ? 1.0f / sum[r] : 1.0f;
       for (std::int64_t c = 0; c < v; c += width) {
         const float* sums = weigh({first, first + keys}, c, rows, work, ahead);
-        kernel.attention.combine({sums, count, std::min(width, v - c), first == 0 ? nullptr : decay, after,
-                                  y + rows.begin * y_stride + c, y_stride});
+        kernel.attention.combine({sums, count, std::min(width, v - c), first == begin ? nullptr : decay,
+                                  after, y + rows.begin * y_stride + c, y_stride});
       }
     }
     if (seen != nullptr)
-      for (std::int64_t r = rows.begin; r < rows.end && seen[r] == 0; ++r)
-        std::fill_n(y + r * y_stride, v, 0.0f);
+      for (std::int64_t r = rows.begin; r < rows.end; ++r)
+        if (seen[r].size() == 0) std::fill_n(y + r * y_stride, v, 0.0f);
   }
 
   // Scores of `count` rows from a on with a block of keys.
@@ -219,7 +222,6 @@ struct Head {
     }
     const std::int64_t columns = std::min<std::int64_t>(kernel.width, v - c);
     if (pairs != nullptr) {
-      // Blocks of keys begin at whole steps: kKeyBlock is a multiple of one.
       const std::int64_t panel = c / kernel.width * steps(*pairs, keys_there) * pairs->panel_step_bytes;
       multiply(work.p_tile, keys.size(), rows.size(),
                work.value_pairs + panel + steps(*pairs, keys.begin) * pairs->panel_step_bytes, columns,
@@ -258,12 +260,35 @@ struct Head {
     }
   }
 
-  // Scores of keys that a row does not see: only the blocks on the diagonal have any.
+  // Scores of keys that a row does not see: only the blocks on the diagonal, or at the ends of a window, have
+  // any.
   void forbid(Range rows, Range keys, float* scores) const {
     const std::int64_t width = kernel.width, count = rows.size();
-    for (std::int64_t r = 0; r < count; ++r)
-      for (std::int64_t i = std::max(seen[rows.begin + r], keys.begin) - keys.begin; i < keys.size(); ++i)
-        scores[(i / width * count + r) * width + i % width] = -std::numeric_limits<float>::infinity();
+    for (std::int64_t r = 0; r < count; ++r) {
+      auto forbid_from = [&](std::int64_t first, std::int64_t end) {
+        for (std::int64_t p = first / width; first < end; ++p) {
+          const std::int64_t next = std::min(end, (p + 1) * width);
+          std::fill(scores + p * count * width + r * width + first - p * width,
+                    scores + p * count * width + r * width + next - p * width,
+                    -std::numeric_limits<float>::infinity());
+          first = next;
+        }
+      };
+      const Range row = seen[rows.begin + r];
+      forbid_from(0, std::min(row.begin, keys.end) - keys.begin);
+      forbid_from(std::max(row.end, keys.begin) - keys.begin, keys.size());
+    }
+  }
+
+  // The powers of those scores, which are 2^-126: sums that begin with them would be denormal, and eight
+  // times slower.
+  void take_out(Range rows, Range keys, const Workspace& work) const {
+    for (std::int64_t r = 0; r < rows.size(); ++r) {
+      const Range row = seen[rows.begin + r];
+      float* p = work.p + r * work.p_stride;
+      std::fill(p, p + std::clamp(row.begin, keys.begin, keys.end) - keys.begin, 0.0f);
+      std::fill(p + std::clamp(row.end, keys.begin, keys.end) - keys.begin, p + keys.size(), 0.0f);
+    }
   }
 
   // Rows in bf16, and their product with one panel of `columns`.
@@ -302,12 +327,15 @@ void allowed_keys(const AttentionCall& call, std::int64_t sequence, std::vector<
     if (mask == nullptr || mask[i]) keys.push_back(i);
 }
 
-// How many of the allowed keys each query may read.
-void count_seen(const AttentionCall& call, const std::vector<std::int64_t>& keys,
-                std::vector<std::int64_t>& seen) {
+// Which of the allowed keys each query may read.
+void find_seen(const AttentionCall& call, const std::vector<std::int64_t>& keys, std::vector<Range>& seen) {
+  auto before = [&](std::int64_t key) {
+    return std::lower_bound(keys.begin(), keys.end(), key) - keys.begin();
+  };
   seen.resize(call.queries);
   for (std::int64_t i = 0; i < call.queries; ++i)
-    seen[i] = std::upper_bound(keys.begin(), keys.end(), call.keys - call.queries + i) - keys.begin();
+    seen[i] = call.causal ? Range{0, before(call.keys - call.queries + i + 1)}
+                          : Range{before(i - call.window), before(i + call.window + 1)};
 }
 
 // Keys of the next head, where a lone query reads them: in the same sequence the same rows.
@@ -323,7 +351,8 @@ NextRows next_head(const AttentionCall& call, const Item& item, const Item* next
 
 void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item, const Item* next) {
   static thread_local Scratch scratch;
-  static thread_local std::vector<std::int64_t> keys, k_row, v_row, seen;
+  static thread_local std::vector<std::int64_t> keys, k_row, v_row;
+  static thread_local std::vector<Range> seen;
   const std::int64_t sequence = item.sequence, head = item.head, shared = call.shared_by;
   const std::int64_t qk_first = call.qk_first[head], v_first = call.v_first[head];
   const std::int64_t qk = call.qk_first[head + 1] - qk_first, v = call.v_first[head + 1] - v_first;
@@ -363,7 +392,8 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
     pairs->pair_up(work.keys, ceil_div(n, kernel.width), qk, work.key_pairs);
     pairs->pair_up(work.values, ceil_div(v, kernel.width), n, work.value_pairs);
   }
-  if (call.causal && !is_lone) count_seen(call, keys, seen);
+  const bool sees_part = (call.causal || (call.window >= 0 && call.window < call.keys - 1)) && !is_lone;
+  if (sees_part) find_seen(call, keys, seen);
   const Range queries = is_lone ? Range{0, shared} : item.queries;
   const std::int64_t passes = is_lone ? 1 : shared, tiles = ceil_div(queries.size(), kernel.rows);
   Ahead ahead;
@@ -377,7 +407,7 @@ void run_item(const AttentionCall& call, const Kernels& kernel, const Item& item
         n,
         qk,
         v,
-        call.causal && !is_lone ? seen.data() : nullptr,
+        sees_part ? seen.data() : nullptr,
         q + i * qk,
         is_lone ? qk : call.q_stride,
         y + i * v,

@@ -38,6 +38,8 @@ void check(const AttentionCall& call) {
   require(call.bias == nullptr || (call.shared_by == 1 && call.bias_head != nullptr),
           "a bias needs bias_head, and shared_by of 1");
   require(!call.causal || call.queries <= call.keys, "queries must be at most keys where causal");
+  require(call.window < 0 || (!call.causal && call.queries == call.keys),
+          "queries must be as many as keys, and not causal, with a window");
   require(call.y_stride >= call.shared_by * call.v_first[call.heads], "bad row stride of y");
   require(call.threads >= 1, "threads must be at least 1 (got " + std::to_string(call.threads) + ")");
 }

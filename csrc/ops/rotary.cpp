@@ -29,6 +29,7 @@ void check(const RotaryCall& call) {
   require(call.batch >= 0 && call.tokens >= 0 && call.heads >= 0 && call.angles >= 0,
           "sizes must not be negative");
   require(call.shared_by >= 1, "shared_by must be at least 1 (got " + std::to_string(call.shared_by) + ")");
+  require(call.arrays >= 1, "arrays must be at least 1 (got " + std::to_string(call.arrays) + ")");
   require(call.first != nullptr && call.first[0] == 0, "first must start with 0");
   for (std::int64_t h = 0; h < call.heads; ++h) {
     const std::int64_t width = call.first[h + 1] - call.first[h];
@@ -59,11 +60,12 @@ void run_token(const RotaryCall& call, std::int64_t row, float* cos, float* sin)
   }
   const float* x = call.x + sequence * call.x_batch_stride + token * call.x_stride;
   float* y = call.y + sequence * call.y_batch_stride + token * call.y_stride;
-  for (std::int64_t h = 0; h < call.heads; ++h) {
-    const std::int64_t first = call.first[h] / 2, half = call.first[h + 1] / 2 - first;
-    for (std::int64_t i = 0; i < call.shared_by; ++i, x += 2 * half, y += 2 * half)
-      turn(x, cos + first, sin + first, half, y);
-  }
+  for (std::int64_t array = 0; array < call.arrays; ++array)
+    for (std::int64_t h = 0; h < call.heads; ++h) {
+      const std::int64_t first = call.first[h] / 2, half = call.first[h + 1] / 2 - first;
+      for (std::int64_t i = 0; i < call.shared_by; ++i, x += 2 * half, y += 2 * half)
+        turn(x, cos + first, sin + first, half, y);
+    }
 }
 
 }  // namespace
@@ -72,7 +74,7 @@ void rotate_pairs(const RotaryCall& call) {
   check(call);
   const std::int64_t rows = call.batch * call.tokens, pairs = call.first[call.heads] / 2;
   if (rows == 0 || pairs == 0) return;
-  const std::int64_t most = 1 + rows * pairs * call.shared_by / kFloatsOfOneThread;
+  const std::int64_t most = 1 + rows * pairs * call.shared_by * call.arrays / kFloatsOfOneThread;
   const int threads = static_cast<int>(std::min<std::int64_t>({call.threads, rows, most}));
   parallel(threads, [&](int i, int count) {
     static thread_local Scratch scratch;

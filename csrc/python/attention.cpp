@@ -22,7 +22,7 @@ void attention(std::int64_t batch, std::int64_t queries, std::int64_t keys, cons
                const Firsts& v_first, Address q, Strides q_strides, Address k, Strides k_strides, Address v,
                Strides v_strides, Address y, Strides y_strides, Address key_mask,
                std::int64_t key_mask_stride, float scale, int threads, std::int64_t shared_by, bool causal,
-               const std::string& arithmetic) {
+               const std::string& arithmetic, std::int64_t window) {
   if (qk_first.empty() || qk_first.size() != v_first.size())
     throw std::invalid_argument("compact_attention: qk_first and v_first must have heads + 1 entries");
   AttentionCall call;
@@ -47,6 +47,7 @@ void attention(std::int64_t batch, std::int64_t queries, std::int64_t keys, cons
   call.shared_by = shared_by;
   call.arithmetic = parse_arithmetic(arithmetic);
   call.causal = causal;
+  call.window = window;
   py::gil_scoped_release release;
   compact_attention(call);
 }
@@ -65,6 +66,7 @@ struct EagerAttention {
     kCausal,
     kThreads,
     kArithmetic,
+    kWindow,
     kArguments
   };
 
@@ -97,6 +99,8 @@ struct EagerAttention {
         arithmetic > static_cast<int>(Arithmetic::int8))
       return false;
     attention.arithmetic = static_cast<Arithmetic>(arithmetic);
+    if (!eager::to_int(args[kWindow], attention.window)) return false;
+    if (attention.window >= 0 && (attention.causal || attention.queries != attention.keys)) return false;
     return eager::read_key_mask(args[kMask], attention.batch, attention.keys, attention.key_mask,
                                 attention.key_mask_stride) &&
            eager::to_float(args[kScale], attention.scale) &&
@@ -122,13 +126,13 @@ void add_attention(py::module_& m) {
   m.def("compact_attention", &attention, arg("batch"), arg("queries"), arg("keys"), arg("qk_first"),
         arg("v_first"), arg("q"), arg("q_strides"), arg("k"), arg("k_strides"), arg("v"), arg("v_strides"),
         arg("y"), arg("y_strides"), arg("key_mask"), arg("key_mask_stride"), arg("scale"), arg("threads"),
-        arg("shared_by"), arg("causal"), arg("arithmetic") = "fp32",
+        arg("shared_by"), arg("causal"), arg("arithmetic") = "fp32", arg("window") = -1,
         "AttentionCall of prunekern/attention.h; strides are (of a sequence, of a token), key_mask 0 where "
         "every "
-        "key may be read.");
+        "key may be read, window negative where all keys are near enough.");
   eager::add_call<EagerAttention>(m,
                                   "call_attention(q, k, v, qk_first, v_first, key_mask, scale, shared_by, "
-                                  "causal, threads, arithmetic) -> y, or None: "
+                                  "causal, threads, arithmetic, window) -> y, or None: "
                                   "the same for compact_attention.");
 }
 

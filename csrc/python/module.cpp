@@ -15,5 +15,6 @@ PYBIND11_MODULE(_C, m) {
   prunekern::add_decoder_block(m);
   prunekern::add_disentangled_attention(m);
   prunekern::add_encoder_block(m);
+  prunekern::add_prenorm_block(m);
   prunekern::add_unchanged(m);
 }

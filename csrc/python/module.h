@@ -18,6 +18,7 @@ void add_norm(pybind11::module_& m);
 void add_decoder_block(pybind11::module_& m);
 void add_disentangled_attention(pybind11::module_& m);
 void add_encoder_block(pybind11::module_& m);
+void add_prenorm_block(pybind11::module_& m);
 void add_unchanged(pybind11::module_& m);
 
 }  // namespace prunekern

@@ -61,8 +61,8 @@ struct EagerLayerNorm : EagerRows<LayerNormCall> {
 
   bool read(PyObject* const* args) {
     return read_x(args[kX]) && eager::view_vector(args[kWeight], norm.n, norm.weight) &&
-           eager::view_vector(args[kBias], norm.n, norm.bias) && eager::to_float(args[kEps], norm.eps) &&
-           eager::read_threads(args[kThreads], norm.threads);
+           (args[kBias] == Py_None || eager::view_vector(args[kBias], norm.n, norm.bias)) &&
+           eager::to_float(args[kEps], norm.eps) && eager::read_threads(args[kThreads], norm.threads);
   }
   void run() const { layer_norm(norm); }
 };

@@ -24,6 +24,7 @@ struct Case {
   bool causal = false;
   Arithmetic arithmetic = Arithmetic::fp32;
   bool biased = false;
+  std::int64_t window = -1;
 };
 
 // Products of bf16, and fp32 arithmetic that no other set has tested.
@@ -56,6 +57,7 @@ bool is_allowed(Mask mask, std::int64_t b, std::int64_t key, std::int64_t keys) 
 }
 
 bool is_seen(const Case& c, std::int64_t b, std::int64_t query, std::int64_t key) {
+  if (c.window >= 0 && std::abs(key - query) > c.window) return false;
   return is_allowed(c.mask, b, key, c.keys) && (!c.causal || key <= c.keys - c.queries + query);
 }
 
@@ -102,6 +104,7 @@ void run_with(Isa isa, const Case& c) {
   call.threads = c.threads;
   call.shared_by = shared;
   call.causal = c.causal;
+  call.window = c.window;
   call.arithmetic = c.arithmetic;
   // One matrix more than heads; what stands at forbidden keys is not read.
   std::vector<float> bias = random_floats((heads + 1) * c.queries * c.keys, 5);
@@ -160,11 +163,12 @@ void run_with(Isa isa, const Case& c) {
           const double off = std::expm1(2 * error) + 4e-7 + double(allowed + 4) * eps + narrow;
           const double got = y.at(b, t, y_at + i - v[h]), bound = 2 * off * size + 1e-30;
           CHECK(std::fabs(got - want) <= bound,
-                "%s b=%ld q=%ld k=%ld qk=%ld v=%ld mask %d shared by %ld causal %d: sequence %ld head %ld "
-                "query %ld channel %ld: %g, "
+                "%s b=%ld q=%ld k=%ld qk=%ld v=%ld mask %d shared by %ld causal %d window %ld: sequence %ld "
+                "head %ld query %ld channel %ld: %g, "
                 "want %g within %g",
                 name(isa), long(c.batch), long(c.queries), long(c.keys), long(d), long(c.v[h]), int(c.mask),
-                long(shared), int(c.causal), long(b), long(each), long(t), long(i - v[h]), got, want, bound);
+                long(shared), int(c.causal), long(c.window), long(b), long(each), long(t), long(i - v[h]),
+                got, want, bound);
         }
       }
   for (std::int64_t b = 0; b < c.batch; ++b)
@@ -245,7 +249,7 @@ void run_strange_heads(Isa isa) {
 }
 
 std::string refusal(std::vector<std::int64_t> qk, std::vector<std::int64_t> v, int threads,
-                    std::int64_t shared_by = 1, std::int64_t queries = 1) {
+                    std::int64_t shared_by = 1, std::int64_t queries = 1, std::int64_t window = -1) {
   AttentionCall call;
   call.batch = call.queries = call.keys = 1;
   call.heads = static_cast<std::int64_t>(qk.size()) - 1;
@@ -255,7 +259,8 @@ std::string refusal(std::vector<std::int64_t> qk, std::vector<std::int64_t> v, i
   call.threads = threads;
   call.shared_by = shared_by;
   call.queries = queries;
-  call.causal = true;
+  call.causal = window < 0;
+  call.window = window;
   return message_of([&] { compact_attention(Isa::generic, call); });
 }
 
@@ -320,6 +325,15 @@ int main() {
     run(isa, {1, 40, 600, {20}, {33}, Mask::holes, 1, 1.0f, 0.3f, 2, true});
     run(isa, {1, 20, 600, {16}, {16}, Mask::none, 1, 1e4f, 0.3f, 1, true});
     run(isa, {2, 7, 9, ragged_qk, ragged_v, Mask::none, 2, 1.0f, 0.3f, 4, false});
+    // Windows: none of them, one key, odd ones, more than a block of keys apart, with keys that are not
+    // allowed.
+    for (std::int64_t window : {0, 1, 8, 33, 128})
+      for (Mask mask : {Mask::none, Mask::padding, Mask::holes})
+        run(isa, {2, 129, 129, {20, 0}, {33, 8}, mask, 2, 1.0f, 0.3f, 2, false, Arithmetic::fp32, window});
+    run(isa, {1, 600, 600, {5}, {9}, Mask::none, 2, 1.0f, 0.3f, 1, false, Arithmetic::fp32, 40});
+    run(isa, {1, 600, 600, {5}, {9}, Mask::padding, 2, 1.0f, 0.3f, 1, false, Arithmetic::fp32, 300});
+    run(isa, {2, 9, 9, ragged_qk, ragged_v, Mask::none, 1, 1.0f, 0.3f, 1, false, Arithmetic::fp32, 1000});
+    run(isa, {1, 1, 1, {4}, {4}, Mask::none, 1, 1.0f, 0.3f, 1, false, Arithmetic::fp32, 0});
   }
   const std::string start = "compact_attention: ";
   CHECK(refusal({0, 4, 3}, {0, 4, 8}, 1) == start + "qk_first must not descend (got 3 after 4 at position 2)",
@@ -337,5 +351,8 @@ int main() {
             start + "a bias needs bias_head, and shared_by of 1",
         "bias");
   CHECK(refusal({0, 4}, {0, 4}, 1, 1, 2) == start + "queries must be at most keys where causal", "causal");
+  CHECK(refusal({0, 4}, {0, 4}, 1, 1, 2, 3) ==
+            start + "queries must be as many as keys, and not causal, with a window",
+        "window");
   return 0;
 }

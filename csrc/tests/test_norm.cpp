@@ -72,6 +72,11 @@ void run_layer(Isa isa, std::int64_t rows, std::int64_t n, float offset, int thr
   for (std::int64_t r = 0; r < rows; ++r) std::copy_n(&x[r * stride], n, &same[r * n]);
   layer_norm(isa, {rows, n, same.data(), n, weight.data(), bias.data(), eps, same.data(), threads});
   for (std::int64_t i = 0; i < rows * n; ++i) CHECK(same[i] == y[i], "in place");
+  const std::vector<float> zeros(n);
+  std::vector<float> unbiased(rows * n);
+  layer_norm(isa, {rows, n, x.data(), stride, weight.data(), zeros.data(), eps, same.data(), threads});
+  layer_norm(isa, {rows, n, x.data(), stride, weight.data(), nullptr, eps, unbiased.data(), threads});
+  for (std::int64_t i = 0; i < rows * n; ++i) CHECK(unbiased[i] == same[i], "without a bias");
 }
 
 std::string refusal(NormCall call) {

@@ -41,6 +41,7 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     # Block linears are not copied: their place is taken by the compact ones.
     small = copy.deepcopy(model, {id(module): nn.Identity() for module in linears.values()})
     take_off_mixed_precision(small)
+    families.save_whole(small, False)
 
     def make(
         name: str, in_index: Tensor | None, out_index: Tensor | None, out_features: int, activation: str

@@ -174,6 +174,7 @@ class PrunekernQuantizer(HfQuantizer):
                 heads=heads,
                 held=None if held is None else held.to_dict(),
             )
+            families.split(model)
             check(plan, families.of(model).table(model))
             skeleton(model, plan)
             self._restoring = _check_files(model, plan, stored, checkpoint_files)

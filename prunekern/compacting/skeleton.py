@@ -21,4 +21,5 @@ def skeleton(model: nn.Module, plan: Plan) -> None:
         bias = torch.empty(layer.rows.numel(), dtype=dense.dtype, device="meta") if layer.bias else None
         return CompactLinear(weight, bias, in_index, out_index, out_features, activation)
 
+    families.split(model)
     families.of(model).rebuild(model, plan, make)

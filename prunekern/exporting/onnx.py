@@ -193,8 +193,9 @@ def _check(model: PreTrainedModel, path: Path, opset: int, with_past: bool) -> N
         raise ValueError(f"export_onnx: opset must be {LEAST_OPSET} to {LAST_OPSET} (got {opset!r})")
     if with_past and not name.endswith("ForCausalLM"):
         raise ValueError(f"export_onnx: with_past needs a causal language model (got {name})")
-    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in _ROPE:
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    of_types = [p for p in parameters.values() if isinstance(p, dict)]  # ModernBERT's: by type of layer
+    for rope in {p.get("rope_type", "default") for p in (*of_types, parameters)} - {*_ROPE}:
         raise ValueError(
             f"export_onnx: rope_type must be one of {', '.join(_ROPE)}, whose angles do not depend on how long the "
             f"sequences are (got {rope!r})"

@@ -22,6 +22,7 @@ from ..compacting.head import plain_head, word_embeddings
 from ..compacting.plan import Plan
 from ..compacting.plan import plan as plan_of
 from ..families.family import Block, StockConfig
+from ..families.fused import join
 from ..families.wrapped import unwrapped
 from ..nn import CompactLinear
 from ..storage.folders import replacing
@@ -52,11 +53,13 @@ def save_stock(model: PreTrainedModel, path: str | os.PathLike[str], max_shard_s
         setattr(config, name, value)
     with torch.device("meta"):
         stock = type(small)(config)
+    families.split(stock)
     words = word_embeddings(small)
     dtype: torch.dtype = small.dtype if words is None else words.weight.dtype  # type: ignore[assignment]
     with plain_head(small):
         state = {n: _as(t, dtype) for n, t in small.state_dict().items()}
         stock.load_state_dict(state, assign=True)
+    join(stock)
     stock.tie_weights()
     if getattr(small, "generation_config", None) is not None:
         stock.generation_config = copy.deepcopy(small.generation_config)

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from . import fused
 from .checking import check
 from .family import Family, StockConfig
 from .groups import attention_group, mlp_group, residual_group
@@ -39,6 +41,7 @@ FILES: dict[str, str] = {
         for name in ("clip", "siglip", "siglip2")
         for tower in ("", "_text_model", "_vision_model")
     },
+    "modernbert": "encoders.modernbert",
     "llama": "decoders.llama",
     "mistral": "decoders.llama",
     "qwen2": "decoders.llama",
@@ -90,6 +93,33 @@ def attention_heads(model: PreTrainedModel) -> int | list[int] | None:
     return [tower.num_attention_heads for tower in towers if tower is not None] or family.stock(config).heads
 
 
+def fused_linears(model: nn.Module) -> fused.Fused:
+    """The fused linears of a dense model, by module name, and what their parts are called; few families have any.
+
+    ValueError for an architecture without a family.
+    """
+    find = getattr(of(model), "fused", None)
+    found: fused.Fused = {} if find is None else find(model)
+    return found
+
+
+def split(model: PreTrainedModel) -> None:
+    """Give the fused linears of a dense model parts of their own, in place, by which tables, plans and files call
+    them. Again: nothing.
+    """
+    fused.split(model, fused_linears(model))
+
+
+def splitting(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """`split`, taken back where what is tried inside raises."""
+    return fused.splitting(model, fused_linears(model))
+
+
+def save_whole(model: PreTrainedModel, whole: bool = True) -> None:
+    """Whether `save_pretrained` of a model with split linears writes them whole, as transformers names them."""
+    fused.save_whole(model, fused_linears(model), whole)
+
+
 def most_tokens(model: PreTrainedModel) -> int | None:
     """The longest sequence a transformers model has positions for, by its family or else its config; None: any."""
     config = model.config
@@ -101,5 +131,6 @@ def most_tokens(model: PreTrainedModel) -> int | None:
 
 __all__ = [
     "COSTS", "Family", "Group", "Layer", "StockConfig", "Table", "attention_group", "attention_heads", "check",
-    "mlp_group", "most_tokens", "of", "of_type", "register", "residual_group", "types_in", "unregister",
+    "fused_linears", "mlp_group", "most_tokens", "of", "of_type", "register", "residual_group", "save_whole", "split",
+    "splitting", "types_in", "unregister",
 ]  # fmt: skip

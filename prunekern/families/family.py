@@ -90,3 +90,11 @@ class Family(Protocol):
     def most_tokens(self, config: PretrainedConfig) -> int | None:
         """The longest sequence the model has positions for; None where there is no limit."""
         ...
+
+
+class FusedFamily(Family, Protocol):
+    """A family some of whose linears are fused in transformers' models; `families.split` gives their parts names."""
+
+    def fused(self, model: PreTrainedModel) -> Mapping[str, Mapping[str, int]]:
+        """Module names of fused linears -> names of their parts, and how many rows each has, in order."""
+        ...

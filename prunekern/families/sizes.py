@@ -13,7 +13,7 @@ from typing import Any
 WIDTHS = ("dim", "hidden_dim", "n_heads", "hidden_size", "intermediate_size", "num_attention_heads")
 DERIVED = ("num_key_value_heads", "head_dim")  # null: of the others
 LAYERS = ("n_layers", "num_hidden_layers")
-_WORDS = ("word_embeddings.weight", "embed_tokens.weight", "token_embedding.weight")
+_WORDS = ("word_embeddings.weight", "embed_tokens.weight", "token_embedding.weight", "tok_embeddings.weight")
 # Field -> ends of the tensors' names, and the dimension that it is.
 TABLES = {
     "vocab_size": (_WORDS, 0),

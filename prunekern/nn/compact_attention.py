@@ -72,14 +72,14 @@ class CompactAttention(nn.Module):
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, arithmetic: str = "fp32",
-        causal: bool | None = None,
+        causal: bool | None = None, window: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Of queries, and of keys and values of these and earlier tokens. arithmetic: as in `compact_attention`.
-        causal: None for the module's own.
+        """Of queries, and of keys and values of these and earlier tokens. arithmetic, window: as in
+        `compact_attention`. causal: None for the module's own.
         """
         causal = self.causal if causal is None else causal
         return compact_attention(
-            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, causal, arithmetic
+            q, k, v, self.qk_first, self.v_first, key_mask, self.scale, self.shared_by, causal, arithmetic, window
         )
 
     def project(self, x: Tensor, layers: Layers, fuses: bool | None = None) -> Sequence[Tensor]:

@@ -35,11 +35,13 @@ def compact_attention(
     shared_by: int = 1,
     causal: bool = False,
     arithmetic: str = "fp32",
+    window: int | None = None,
 ) -> Tensor:
     """y_h = softmax(scale q_h k_h^T) v_h for every sequence and head h, over the keys that key_mask allows.
 
     Schema: `prunekern::compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first,
-    Tensor? key_mask, float scale, int shared_by=1, bool causal=False, str arithmetic="fp32") -> Tensor`.
+    Tensor? key_mask, float scale, int shared_by=1, bool causal=False, str arithmetic="fp32", int? window=None) ->
+    Tensor`.
 
     Args:
         q: [batch, queries, shared_by C], any strides; float64 computes in float64, float32, bfloat16 and float16 in
@@ -58,22 +60,24 @@ def compact_attention(
         arithmetic: "fp32", or "bf16": the C++ kernel may round q, k, v and attention weights to bfloat16 before it
             multiplies them, and does so where the CPU is faster so and there is more than one query; sums and the
             softmax stay float32.
+        window: queries and keys are of the same tokens, and query i sees keys i - window to i + window; None: no limit.
 
     Returns y [batch, queries, shared_by D] in the dtype of q. On the CPU, in float32 (and in 16 bits, by way of it) and
     where no gradient is needed, the C++ kernel runs; anything else runs the PyTorch reference. Differentiable in q, k
     and v. Raises ValueError (shapes, devices) or TypeError (dtypes), naming the argument.
     """
-    if _EAGER and calls.short() and not calls.needs_grad(q, k, v):
+    if _EAGER and calls.short() and not calls.needs_grad(q, k, v) and (window is None or window >= 0):
         number = ARITHMETIC.get(arithmetic, -1) if type(arithmetic) is str else -1
-        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads(), number)
+        y = _EAGER(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, calls.threads(), number,
+                   -1 if window is None else window)  # fmt: skip
         if y is not None:
             return y
     checks.tensors(OP, {"q": q, "k": k, "v": v}, {"key_mask": key_mask})
     if calls.transformed():
-        _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic)
-        return compact_attention_reference(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal)
+        _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic, window)
+        return compact_attention_reference(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, window)
     read: Tensor = torch.ops.prunekern.compact_attention(
-        q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic
+        q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic, window
     )  # fmt: skip
     return read
 
@@ -88,11 +92,12 @@ def compact_attention_reference(
     scale: float = 1.0,
     shared_by: int = 1,
     causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, head by head; differentiable; never calls the C++ core."""
     dtype = checks.compute_dtype(q, k, v)  # 16 bits never meet a matmul
     q, k, v, key_mask, out = *_readable(q, k, v, key_mask, dtype), q.dtype
-    may_read = _may_read(q, k, key_mask, causal)
+    may_read = _may_read(q, k, key_mask, causal, window)
     with checks.without_autocast(q.device):
         parts = [
             _weights(q[..., a], k[..., b], may_read, scale) @ v[..., c]  # [batch, queries, d]
@@ -121,9 +126,12 @@ def _readable(
     return q, k.masked_fill(forbidden, 0.0), v.masked_fill(forbidden, 0.0), key_mask.unsqueeze(1)
 
 
-def _may_read(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor | None:
+def _may_read(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, window: int | None = None) -> Tensor | None:
     """bool [batch or 1, queries or 1, keys], or None: everyone reads everything. key_mask: [batch, 1, keys]."""
     queries, keys = q.shape[1], k.shape[1]
+    if window is not None:
+        near = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(-window).tril(window).unsqueeze(0)
+        return near if key_mask is None else near & key_mask
     if not causal or queries == 1:
         return key_mask
     before = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries).unsqueeze(0)
@@ -144,7 +152,7 @@ def _weights(q: Tensor, k: Tensor, may_read: Tensor | None, scale: float) -> Ten
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
-    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32",
+    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32", window: int | None = None,
 ) -> None:  # fmt: skip
     if arithmetic not in ARITHMETIC:
         raise ValueError(f"{OP}: arithmetic must be fp32 or bf16 (got {arithmetic!r})")
@@ -161,6 +169,12 @@ def _check(
     checks.shape(OP, "v", v, (batch, k.shape[1], None))
     if causal and queries > k.shape[1]:
         raise ValueError(f"{OP}: causal needs as many keys as queries at least (got {k.shape[1]} and {queries})")
+    if window is not None and window < 0:
+        raise ValueError(f"{OP}: window must not be negative (got {window})")
+    if window is not None and (causal or queries != k.shape[1]):
+        raise ValueError(
+            f"{OP}: a window needs as many keys as queries, and causal False (got {k.shape[1]}, {queries}, {causal})"
+        )
     checks.floating(OP, "q", q)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
@@ -187,6 +201,7 @@ def _check(
 def _run(
     run: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int],
     key_mask: Tensor | None, scale: float, shared_by: int, causal: bool, arithmetic: str,
+    window: int | None,
 ) -> Tensor:  # fmt: skip
     """The C++ kernel on float32 tensors of the CPU."""
     q, k, v = (t if t.stride(2) == 1 and not t.is_neg() else t.resolve_neg().contiguous() for t in (q, k, v))
@@ -200,6 +215,7 @@ def _run(
         batch, queries, keys, qk_first, v_first, q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2],
         v.data_ptr(), v.stride()[:2], y.data_ptr(), (queries * width, width), mask_address, mask_stride, scale,
         calls.threads(), shared_by, causal, arithmetic,
+        -1 if window is None else window,
     )  # fmt: skip
     return y
 
@@ -208,33 +224,33 @@ def _run(
 
 _SCHEMA = (
     "compact_attention(Tensor q, Tensor k, Tensor v, int[] qk_first, int[] v_first, Tensor? key_mask, float scale, "
-    'int shared_by=1, bool causal=False, str arithmetic="fp32") -> Tensor'
+    'int shared_by=1, bool causal=False, str arithmetic="fp32", int? window=None) -> Tensor'
 )
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
-    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32",
+    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32", window: int | None = None,
 ) -> Tensor:  # fmt: skip
-    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic)
+    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic, window)
     rest = (qk_first, v_first, key_mask, scale, shared_by, causal)
     if not q.is_cpu or q.dtype == torch.float64 or _RUN is None:
-        return compact_attention_reference(q, k, v, *rest)
+        return compact_attention_reference(q, k, v, *rest, window)
     if q.dtype is _f32:
-        return _run(_RUN, q, k, v, *rest, arithmetic)
-    return _run(_RUN, q.float(), k.float(), v.float(), *rest, arithmetic).to(q.dtype)
+        return _run(_RUN, q, k, v, *rest, arithmetic, window)
+    return _run(_RUN, q.float(), k.float(), v.float(), *rest, arithmetic, window).to(q.dtype)
 
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, qk_first: Sequence[int], v_first: Sequence[int], key_mask: Tensor | None,
-    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32",
+    scale: float, shared_by: int = 1, causal: bool = False, arithmetic: str = "fp32", window: int | None = None,
 ) -> Tensor:  # fmt: skip
-    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic)
+    _check(q, k, v, qk_first, v_first, key_mask, scale, shared_by, causal, arithmetic, window)
     return q.new_empty(*q.shape[:-1], shared_by * v.shape[2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, ctx.qk_first, ctx.v_first, key_mask, ctx.scale, ctx.shared_by, ctx.causal, _ = inputs
+    q, k, v, ctx.qk_first, ctx.v_first, key_mask, ctx.scale, ctx.shared_by, ctx.causal, _, ctx.window = inputs
     ctx.save_for_backward(q, k, v, key_mask)
 
 
@@ -244,7 +260,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dtypes, dtype = (q.dtype, k.dtype, v.dtype), checks.compute_dtype(q, k, v)
     grad = grad.to(dtype)
     q, k, v, key_mask = _readable(q, k, v, key_mask, dtype)
-    may_read, at = _may_read(q, k, key_mask, ctx.causal), 0
+    may_read, at = _may_read(q, k, key_mask, ctx.causal, ctx.window), 0
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with checks.without_autocast(q.device):
         for a, b, c in _heads(ctx.qk_first, ctx.v_first, ctx.shared_by):
@@ -256,7 +272,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             d_k[..., b] += d_logits.transpose(1, 2) @ q[..., a]
             d_v[..., c] += p.transpose(1, 2) @ g
     grads = (t.to(dtype) for t, dtype in zip((d_q, d_k, d_v), dtypes, strict=True))
-    return (*grads, None, None, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None, None, None)
 
 
 def _flops(q: Shape, k: Shape, v: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from .. import families
 from ..compacting.checkpoint import naming
 from ..compacting.plan import Plan, dense_sizes
 from ..families.own import registered, registered_as
@@ -111,10 +112,11 @@ def load_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> Pruner
     resized_for(trial, tensors)
     attach(trial, prune_config).load_state_dict(config["pruner"])
     check_adapter(trial, tensors, Path(path))
-    for name, module in model.named_modules():
-        if name in config["base_norms"] and f"{name}.weight" not in tensors and not module.weight.is_meta:
-            check_base(config, name, row_sqnorm(module.weight).double().sum().item(), path)
-    _check_frozen(model, config, tensors, path)
+    with families.splitting(model):
+        for name, module in model.named_modules():
+            if name in config["base_norms"] and f"{name}.weight" not in tensors and not module.weight.is_meta:
+                check_base(config, name, row_sqnorm(module.weight).double().sum().item(), path)
+        _check_frozen(model, config, tensors, path)
     resized_for(model, tensors)
     pruner = attach(model, prune_config)
     pruner.load_state_dict(config["pruner"])

@@ -47,13 +47,15 @@ def attach(model: PreTrainedModel, config: PruneConfig | None = None) -> Pruner:
             raise ValueError(f"attach: model is {state} already; start from the dense model")
     family, own = families.of(model), families.own_of(model)
     _refuse_crashing_autocast(model)
-    table = family.table(model)
-    adapted = _adapted(table, config)
-    masked = [name for name in adapted if name in table.groups]
-    _refuse_unreachable(table, masked, config)
-    for name in adapted:
-        _refuse_misfit(name, model.get_submodule(name), config)
+    with families.splitting(model):
+        table = family.table(model)
+        adapted = _adapted(table, config)
+        masked = [name for name in adapted if name in table.groups]
+        _refuse_unreachable(table, masked, config)
+        for name in adapted:
+            _refuse_misfit(name, model.get_submodule(name), config)
 
+    families.save_whole(model)
     head = task_head(model)
     generator = torch.Generator(device="cpu").manual_seed(config.seed)
     model.requires_grad_(False)

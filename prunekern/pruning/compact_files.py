@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from .. import ops
+from .. import families, ops
 from ..compacting import card
 from ..compacting.checkpoint import is_model_file, naming
 from ..compacting.compact import mark
@@ -34,6 +34,7 @@ from .adapter import check_adapter, check_base, model_class, model_config, read_
 from .attach import attach
 from .config import PruneConfig
 from .frozen import check_tensor
+from .split_shards import SplitShards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,13 +93,15 @@ class _Source:
         self.cls = model_class(config, adapter)
         self.where, self.trained = adapter, config
         _check_base(base, self.cls.config_class.model_type, adapter)
-        self.base, self.adapter = Shards.of_model(base), Shards.of_file(adapter / "adapter.safetensors")
-        self.config = model_config(config, adapter, self.base.shapes, self.adapter.shapes)
+        shards, self.adapter = Shards.of_model(base), Shards.of_file(adapter / "adapter.safetensors")
+        self.config = model_config(config, adapter, shards.shapes, self.adapter.shapes)
         self.config.name_or_path = str(base)
-        self.dtype = self.config.dtype or self.base.dtype()  # as from_pretrained does
+        self.dtype = self.config.dtype or shards.dtype()  # as from_pretrained does
 
         dense = self._skeleton()
-        self.base = self.base.renamed(names_in(dense))
+        self.base = SplitShards(
+            shards.renamed(names_in(dense)), families.fused_linears(dense), f"{dense.base_model_prefix}."
+        )
         self.dense = dense.state_dict()
         self.same = _names_of_each(dense)
         self.prefix = f"{dense.base_model_prefix}."
@@ -123,6 +126,7 @@ class _Source:
         with torch.device("meta"), naming(self.where / "adapter_config.json"):
             model = self.cls._from_config(self.config, dtype=self.dtype)
         model.tie_weights()
+        families.split(model)
         return model
 
     def _kept(self, carrier: str) -> Tensor:

@@ -86,6 +86,9 @@ def from_peft(model: PeftModel, config: PruneConfig | None = None) -> Pruner:
     same = _untrained(model, adapter)
     trial = copy.deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()})
     dense = _unload(trial, adapter, same)
+    fused = families.fused_linears(dense)
+    low_ranks = dict(part for name, low in low_ranks.items() for part in _parts(name, low, fused.get(name)))
+    families.split(dense)
     blocks = families.of(dense).table(dense).layers
     in_blocks = {name: low_rank for name, low_rank in low_ranks.items() if name in blocks}
     outside = {name: low_rank for name, low_rank in low_ranks.items() if name not in blocks}
@@ -151,6 +154,20 @@ def _read(name: str, module: Any, adapter: str, lora: Any) -> _LowRank:
     A, B = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
     magnitude = module.lora_magnitude_vector[adapter].weight.detach() if is_dora else None
     return _LowRank(A, B, float(module.scaling[adapter]), magnitude)
+
+
+def _parts(name: str, low_rank: _LowRank, rows: Mapping[str, int] | None) -> Iterator[tuple[str, _LowRank]]:
+    """Of a fused linear, the adapters of its parts: the same A, and the rows of B and of the magnitude that are theirs.
+
+    rows: how many each part has, by its name; None: `name` is no fused linear.
+    """
+    if rows is None:
+        yield name, low_rank
+        return
+    sizes, m = [*rows.values()], low_rank.magnitude
+    magnitudes = [None] * len(sizes) if m is None else m.split(sizes)
+    for part, B, magnitude in zip(rows, low_rank.B.split(sizes), magnitudes, strict=True):
+        yield f"{name}.{part}", _LowRank(low_rank.A, B, low_rank.scale, magnitude)
 
 
 def _as_the_adapter(config: PruneConfig, low_ranks: Iterable[_LowRank], dropout: float) -> PruneConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import families
 from ..families.wrapped import unwrapped
 from ..storage.folders import replacing
 from .attach import task_head
@@ -39,11 +40,13 @@ def to_peft(pruner: Pruner, path: str | os.PathLike[str]) -> None:
     files in it stay; the model is left as it was, random numbers included.
 
     ImportError without PEFT. ValueError: masks that prune anything, a model shrunk already, a row of V + s B A that is
-    all zero (PEFT divides by its norm and gives NaN), parameters trained besides adapters, masks and task head.
+    all zero (PEFT divides by its norm and gives NaN), parameters trained besides adapters, masks and task head, and
+    adapted linears that are one fused linear in transformers (ModernBERT).
     """
     peft = import_peft("to_peft")
     unwrapped(pruner.model, "to_peft")
     _refuse_pruned(pruner)
+    _refuse_split(pruner)
     _refuse_zero_rows(pruner)
     modules_to_save = _head_modules(pruner)
     with torch.random.fork_rng():  # PEFT draws an A, then overwritten: training must not notice
@@ -76,6 +79,16 @@ def _refuse_pruned(pruner: Pruner) -> None:
         )
     if pruner.shrunk:
         raise ValueError("to_peft: the model must not be shrunk (its layers were rebuilt); use prunekern.compact")
+
+
+def _refuse_split(pruner: Pruner) -> None:
+    for name in families.fused_linears(pruner.model):
+        parts = [layer for layer in pruner.layers if layer.startswith(name + ".")]
+        if parts:
+            raise ValueError(
+                f"to_peft: the adapted layer {parts[0]!r} must be a linear of transformers' model (it is a part of the "
+                f"fused {name!r}, and has an adapter of its own); use prunekern.compact, or leave it out of targets"
+            )
 
 
 def _refuse_zero_rows(pruner: Pruner) -> None:

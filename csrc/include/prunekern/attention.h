@@ -16,10 +16,12 @@ namespace prunekern {
 // Bias: what is added to the logits, scale behind it; head h reads the matrix bias_head[h]. Only where
 // shared_by is 1.
 // Causal: the queries are those of the last tokens; query i sees keys 0 .. keys - queries + i.
+// With a window every token is a query and a key; query i sees keys i - window .. i + window.
 struct AttentionCall {
   std::int64_t batch = 0, queries = 0, keys = 0, heads = 0;
   std::int64_t shared_by = 1;
   bool causal = false;
+  std::int64_t window = -1;                // negative: none
   const std::int64_t* qk_first = nullptr;  // [heads + 1]: head h has channels qk_first[h] .. qk_first[h + 1]
   const std::int64_t* v_first = nullptr;   // [heads + 1]: the same for values
   const float* q = nullptr;                // [batch, queries, shared_by * qk_first[heads]]

@@ -7,7 +7,7 @@
 
 namespace prunekern {
 
-// The weight and bias of a layer norm, [hidden] each.
+// The weight and bias of a layer norm, [hidden] each; bias null: none.
 struct NormOf {
   const float* weight = nullptr;
   const float* bias = nullptr;

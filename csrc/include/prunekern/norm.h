@@ -26,7 +26,7 @@ struct LayerNormCall {
   const float* x = nullptr;  // [rows, n], rows x_stride apart
   std::int64_t x_stride = 0;
   const float* weight = nullptr;  // [n]
-  const float* bias = nullptr;    // [n]
+  const float* bias = nullptr;    // [n], or null: none
   float eps = 0.0f;
   float* y = nullptr;  // [rows, n], contiguous; may be x
   int threads = 1;

@@ -11,4 +11,5 @@
 #include "prunekern/linear.h"
 #include "prunekern/mlp.h"
 #include "prunekern/norm.h"
+#include "prunekern/prenorm_block.h"
 #include "prunekern/rotary.h"
