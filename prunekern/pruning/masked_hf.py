@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .. import families
 from ..compacting.hf import renamer
 from ..compacting.plan import LayerPlan, Plan, check
+from ..families.wrapped import is_transformers
 from ..nn import MaskedDoRALinear
 from .attach import attach
 from .config import PruneConfig
@@ -86,9 +88,9 @@ def _restored(said: dict[str, Any]) -> MaskedConfig:
 
 def say_masked(pruner: Pruner) -> None:
     """Have the model's config say that it is masked, and how, wherever it is written from now on."""
-    config = getattr(pruner.model, "config", None)
-    if config is not None:
-        config.quantization_config = _OfNow(pruner)
+    if is_transformers(pruner.model):
+        pruner.model.config.quantization_config = _OfNow(pruner)
+        families.save_whole(pruner.model, False)  # its adapters are of the parts, and so are its shrunk layers
 
 
 class Fits:

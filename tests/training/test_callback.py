@@ -16,7 +16,7 @@ from transformers import (
 
 import prunekern as pk
 import prunekern.hf  # noqa: F401  (from_pretrained of masked models)
-from tests.helpers import trainer_runs
+from tests.helpers import tiny_modernbert, trainer_runs
 from tests.helpers.callback_runs import STAGES, fresh
 from tests.helpers.tiny_models import attached, batch, build, logits
 from tests.helpers.trainer_runs import BOUNDARY, STEPS, Rows, Stop, arguments, result, same, stop_at
@@ -79,6 +79,29 @@ def test_a_checkpoint_loads_as_a_masked_model(step, whole):
     assert torch.equal(logits(model.eval(), inputs), logits(trainer.model, inputs))
     small = pk.compact(model)
     assert pk.plan(small) == pk.plan(model)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_model_whose_fused_linears_are_split(step, tmp_path):
+    """ModernBERT: its checkpoints hold the parts, which adapters and kept channels belong to."""
+
+    def made(folder):
+        model = tiny_modernbert.build("sequence")
+        pruner = pk.attach(model, pk.PruneConfig(rank=2, sparsity=0.3))
+        args = arguments(folder, save_steps=4)
+        optimizers = (pk.optimizer(pruner, args), None)
+        callbacks = [pk.PruneCallback(pruner, stage_one=0.6, warm=0.2, ramp=0.4)]
+        return Trainer(model, args, train_dataset=Rows(), callbacks=callbacks, optimizers=optimizers)
+
+    whole = made(tmp_path)
+    whole.train()
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    again = made(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(checkpoint))
+    same(result(whole), result(again))
+    loaded, masked = AutoModelForSequenceClassification.from_pretrained(checkpoint), made(tmp_path / "other")
+    masked._load_from_checkpoint(str(checkpoint))
+    same(masked.model.state_dict(), loaded.state_dict())
 
 
 def test_accumulated_gradients_are_one_step(tmp_path):
