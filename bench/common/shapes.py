@@ -7,8 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -19,6 +23,19 @@ MODELS = {
     "DistilBERT-base": lambda: DistilBertForSequenceClassification(DistilBertConfig()),
     "RoBERTa-base": lambda: RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=514)),
 }
+# Encoders of other kinds: models that cannot be sliced plainly (bench/common/sliced.py knows blocks like BERT's), so
+# that peers run the dense model only. The vocabulary of DeBERTa is smaller than it is: no product reads it.
+OTHERS = {
+    "DeBERTa-v3-base": lambda: DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            vocab_size=30_000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+            relative_attention=True, position_buckets=256, max_relative_positions=-1, share_att_key=True,
+            norm_rel_ebd="layer_norm", pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
+            layer_norm_eps=1e-7,
+        )
+    ),
+    "ModernBERT-base": lambda: ModernBertForSequenceClassification(ModernBertConfig(vocab_size=50_368)),
+}  # fmt: skip
 # For trying a script out.
 TINY = {
     "DistilBERT tiny": lambda: DistilBertForSequenceClassification(
@@ -35,7 +52,7 @@ SMOLLM2 = {
 def dense_model(name: str) -> nn.Module:
     """The model with random weights, biases too (a fresh model's are zero: removing the wrong one would not show)."""
     torch.manual_seed(0)
-    model = (MODELS | TINY)[name]().eval().requires_grad_(False)
+    model = (MODELS | OTHERS | TINY)[name]().eval().requires_grad_(False)
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             parameter.normal_(0, 0.02)

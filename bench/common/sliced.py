@@ -36,13 +36,27 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return [(name, module) for name, module in model.named_modules() if name.endswith(ends)]
 
 
+# Parts of fused linears, in the order of their rows: ModernBERT's.
+_PARTS = {"Wqkv": ("q", "k", "v"), "Wi": ("gate", "up")}
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether the model can be sliced plainly."""
+    return model.config.model_type in _NAMES
+
+
 def masked(dense: nn.Module, plan) -> nn.Module:
     """The definition: every removed row of the dense model's weights and biases is zero. float64."""
     model = copy.deepcopy(dense).double().eval()
+    modules = dict(model.named_modules())
     for name, layer in plan.layers.items():
-        linear = model.get_submodule(name)
-        gone = torch.ones(layer.out_features, dtype=torch.bool)
-        gone[layer.rows] = False
+        whole, _, part = name.rpartition(".")
+        fused = name not in modules
+        linear = modules[whole if fused else name]
+        first = layer.out_features * _PARTS[whole.rpartition(".")[2]].index(part) if fused else 0
+        gone = torch.zeros(linear.out_features, dtype=torch.bool)
+        gone[first : first + layer.out_features] = True
+        gone[first + layer.rows] = False
         with torch.no_grad():
             linear.weight[gone] = 0
             if linear.bias is not None:

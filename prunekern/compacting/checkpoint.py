@@ -80,7 +80,7 @@ def save(
     if weights is not None:
         check_kinds(weights, "auto", "save")
     if is_sentence_model(model):
-        save_sentence(model, path, lambda inner, at: save(inner, at, max_shard_size, command, weights))
+        save_sentence(model, path, lambda inner, at: save(inner, at, max_shard_size, command, weights), is_model_file)
         return
     model = unwrapped(model, "save")
     if not any(isinstance(m, CompactLinear) for m in model.modules()):

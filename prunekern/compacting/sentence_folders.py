@@ -27,7 +27,10 @@ def is_sentence_folder(path: Path) -> bool:
 
 
 def save_sentence(
-    model: Any, path: str | os.PathLike[str], save_inner: Callable[[PreTrainedModel, Path], None]
+    model: Any,
+    path: str | os.PathLike[str],
+    save_inner: Callable[[PreTrainedModel, Path], None],
+    is_model_file: Callable[[str], bool],
 ) -> None:
     """All that sentence-transformers writes, and in the transformer's place what `save_inner(model, folder)` does.
 
@@ -36,16 +39,13 @@ def save_sentence(
     inner = transformer_in(model, "save")
     if not any(isinstance(module, CompactLinear) for module in inner.modules()):
         raise ValueError(f"save: model is not compact ({type(model).__name__}); call prunekern.compact(model) first")
-    with replacing(Path(path), lambda name: _is_theirs(Path(path) / name)) as folder:
+
+    def is_replaced(name: str) -> bool:  # modules' folders begin with their number
+        return is_model_file(name) or ((Path(path) / name).is_dir() and name.partition("_")[0].isdigit())
+
+    with replacing(Path(path), is_replaced) as folder:
         model.save_pretrained(str(folder))
         save_inner(inner, _transformer_folder(folder, model, inner))
-
-
-def _is_theirs(path: Path) -> bool:
-    """Of an old folder: models' files, and modules' folders, which begin with their number."""
-    from .checkpoint import is_model_file
-
-    return is_model_file(path.name) or (path.is_dir() and path.name.partition("_")[0].isdigit())
 
 
 def _transformer_folder(folder: Path, model: nn.Module, inner: nn.Module) -> Path:
@@ -60,14 +60,15 @@ def load_sentence(path: Path, set_inner: Callable[[PreTrainedModel], Any]) -> An
     `set_inner(model)` packs the compact transformer. ValueError for a folder whose transformer is not compact;
     ImportError without sentence-transformers.
     """
-    from .checkpoint import read_config
     from .hf import METHOD
 
     modules = json.loads((path / MODULES).read_text(encoding="utf-8"))
     parts = [path / str(entry.get("path", "")) for entry in modules]
     configs = [part for part in parts if (part / "config.json").is_file() and _method(part) is not None]
     if not any(_method(part) == METHOD for part in configs):
-        read_config(parts[0])  # says what is wrong with the file, where that is the reason
+        read_json(
+            parts[0] / "config.json", "a folder written by prunekern.save"
+        )  # says what is wrong with the file, where that is the reason
         raise ValueError(f"{path}: no module of {MODULES} holds a prunekern plan; this is not a compact model")
     try:
         import sentence_transformers

@@ -30,8 +30,6 @@ def transformer_in(model: nn.Module, who: str) -> PreTrainedModel:
 
     who: the caller, for messages.
     """
-    from .wrapped import is_transformers
-
     for name, part in model.named_modules():
         kind = next((c.__name__ for c in type(part).__mro__ if c.__name__ in _PARTS), None)
         if kind is not None and any(c.__module__.startswith(_PACKAGE) for c in type(part).__mro__):
@@ -41,7 +39,7 @@ def transformer_in(model: nn.Module, who: str) -> PreTrainedModel:
     found: Any = []
     for part in model.children():
         inner = getattr(part, "auto_model", None)
-        if isinstance(inner, nn.Module) and is_transformers(inner):
+        if isinstance(inner, nn.Module) and any(c.__name__ == "PreTrainedModel" for c in type(inner).__mro__):
             found.append(inner)
     if len(found) != 1:
         modules = [type(part).__name__ for part in model.children()]

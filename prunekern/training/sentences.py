@@ -100,6 +100,9 @@ def distil_sentences(
     pruner = attach(model, config)
     if options.max_length and model.max_seq_length is not None:
         model.max_seq_length = min(options.max_length, model.max_seq_length)
+    for module in pruner.model.modules():  # a few numbers a layer, which removed channels leave off their mean
+        if type(module).__name__.endswith("Norm"):
+            module.requires_grad_(True)
     loss = DistilLoss(model, pruner)
     progress = RichProgress(pruner, console)
     args = Arguments(

@@ -17,7 +17,7 @@ MAY_KNOW["training"] = {*CHAIN, *ASIDE, "exporting", "pruning"}
 MAY_KNOW["demo"] = MAY_KNOW["serving"] = MAY_KNOW["training"] | {"training"}
 MAY_KNOW["cli"] = MAY_KNOW["demo"] | {"demo", "serving"}
 MAY_KNOW["_native"] = {"_C"}
-MAY_KNOW["hf"] = {"compacting"}
+MAY_KNOW["hf"] = {"compacting", "pruning"}  # a front door: compact models, and masked ones
 MAY_KNOW["__main__"] = {"cli"}
 FRONT = ("_C", "_native", "_moved")  # private to the package as a whole, not to a file
 ABOVE_TORCH = ("transformers", "datasets", "peft", "accelerate")

@@ -71,7 +71,7 @@ def test_the_distillation_loss_is_its_definition(tmp_path):
     model = sentence_model(tmp_path / "dense")
     theirs = model.encode(texts(6), convert_to_tensor=True)
     pruner = pk.attach(model, pk.PruneConfig(rank=2, sparsity=0.4, warm_steps=0))
-    loss = pk.DistilLoss(model, pruner, cosines=0.5)
+    loss = pk.DistilLoss(model, pruner, cosines=0.5, hidden=0.0)
     with torch.no_grad():
         for mask in pruner.masks.values():
             mask.finalize(torch.arange(mask.logits.numel()) % 3 > 0)
@@ -188,5 +188,5 @@ def test_losses_of_other_models(tmp_path):
     loss = pk.DistilLoss(model, pruner)
     with pytest.raises(ValueError, match="distil must be a loss of the same pruner"):
         pk.PruneCallback(pk.attach(other, CONFIG), distil=loss)
-    with pytest.raises(ValueError, match="weight must be positive, cosines not negative"):
+    with pytest.raises(ValueError, match="weight must be positive, cosines and hidden not negative"):
         pk.DistilLoss(model, pruner, weight=-1)
