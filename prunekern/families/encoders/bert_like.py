@@ -92,7 +92,8 @@ class BertLikeLayer(RunsAtOnce):
         past_key_values: object = None,
         **kwargs: Any,
     ) -> Tensor:
-        if encoder_hidden_states is None and past_key_values is None and not self.chunk_size_feed_forward:
+        others = encoder_hidden_states is not None or past_key_values is not None or kwargs.get("is_causal")
+        if not others and not self.chunk_size_feed_forward:
             whole = self.at_once(hidden_states, attention_mask)
             if whole is not None:
                 return whole

@@ -48,7 +48,7 @@ class CompactSelfAttention(PacksTogether):
                 weights = x.new_zeros(len(x), 0, x.shape[1], x.shape[1])
             return x.new_zeros(*x.shape[:-1], 0), weights
         layers = self._layers()
-        if self._runs_ragged(x, layers):
+        if self._runs_ragged(x, layers) and not kwargs.get("is_causal"):
             forbids_keys_only, key_mask = key_mask_of(mask)
             if forbids_keys_only:
                 return self.ragged(x, layers, for_each(key_mask, len(x)), fuses=True), None

@@ -48,7 +48,7 @@ class CompactDistilBertBlock(RunsAtOnce, hf.TransformerBlock):
     output_layer_norm: nn.Module
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        whole = self.at_once(hidden_states, attention_mask)
+        whole = None if kwargs.get("is_causal") else self.at_once(hidden_states, attention_mask)
         if whole is not None:
             return whole
         attention, ffn = self.attention, self.ffn

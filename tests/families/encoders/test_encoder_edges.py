@@ -20,6 +20,7 @@ from tests.helpers.tiny_models import (
     keep_only,
     logits,
     names,
+    prune,
 )
 
 
@@ -154,3 +155,15 @@ def test_attentions_of_a_layer_without_heads(family, gone):
         out = small(**batch(), output_attentions=True)
     assert [a.shape[1] for a in out.attentions] == [HEADS * (layer != gone) for layer in (0, 1)]
     assert difference(out.logits, logits(model, batch())) <= F64
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_call_that_says_it_is_causal(family):
+    """transformers' attention honours `is_causal` where no mask says more: so do ragged heads, by not running."""
+    model = build(family, "base")
+    prune(attached(model), 0.3)
+    small, inputs = pk.compact(model), batch(2, padded=False)
+    with torch.no_grad():
+        want, got = (m(**inputs, is_causal=True).last_hidden_state for m in (model, small))
+        assert difference(want, model(**inputs).last_hidden_state) > 0.1
+    assert difference(got, want) < 1e-4
