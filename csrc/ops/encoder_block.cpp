@@ -17,6 +17,13 @@ void check(const EncoderBlockCall& call) {
   auto fail = [](const std::string& message) { throw std::invalid_argument("encoder_block: " + message); };
   if (call.batch < 0 || call.tokens < 0 || call.heads < 1)
     fail("sizes must not be negative, and heads not zero");
+  if (call.starts != nullptr) {
+    if (call.key_mask != nullptr || call.bias != nullptr) fail("starts leave no keys to forbid, and no bias");
+    for (std::int64_t s = 0; s < call.batch; ++s)
+      if (call.starts[0] != 0 || call.starts[s] > call.starts[s + 1])
+        fail("starts must ascend from 0 (got " + std::to_string(call.starts[s + 1]) + " after " +
+             std::to_string(call.starts[s]) + ")");
+  }
   const std::int64_t keys = call.qk_first[call.heads], values = call.v_first[call.heads];
   auto fits = [&](const char* name, const Packed& weight, std::int64_t n, std::int64_t k) {
     if (weight.n != n || weight.k != k)
@@ -28,8 +35,8 @@ void check(const EncoderBlockCall& call) {
 }
 
 void norm_in_place(Isa isa, const EncoderBlockCall& call, const NormOf& norm, float* y) {
-  layer_norm(isa, {call.batch * call.tokens, call.hidden, y, call.hidden, norm.weight, norm.bias, norm.eps, y,
-                   call.threads});
+  layer_norm(isa,
+             {rows_of(call), call.hidden, y, call.hidden, norm.weight, norm.bias, norm.eps, y, call.threads});
 }
 
 void attend(Isa isa, const EncoderBlockCall& call, const float* projected, float* context) {
@@ -55,14 +62,28 @@ void attend(Isa isa, const EncoderBlockCall& call, const float* projected, float
   attention.scale = call.scale;
   attention.arithmetic = call.arithmetic;
   attention.threads = call.threads;
-  compact_attention(isa, attention);
+  if (call.starts == nullptr) {
+    compact_attention(isa, attention);
+    return;
+  }
+  attention.batch = 1;
+  for (std::int64_t s = 0; s < call.batch; ++s) {
+    const std::int64_t first = call.starts[s];
+    AttentionCall one = attention;
+    one.queries = one.keys = call.starts[s + 1] - first;
+    one.q += first * stride;
+    one.k += first * stride;
+    one.v += first * stride;
+    one.y += first * call.o.k;
+    compact_attention(isa, one);
+  }
 }
 
 }  // namespace
 
 void encoder_block(Isa isa, const EncoderBlockCall& call) {
   check(call);
-  const std::int64_t rows = call.batch * call.tokens;
+  const std::int64_t rows = rows_of(call);
   if (rows == 0) return;
   static thread_local Scratch scratch;
   auto floats = [&](std::int64_t channels) { return round_up(rows * channels, kLine / 4); };

@@ -58,7 +58,7 @@ struct EagerEncoderBlock {
   void run() const { encoder_block(block); }
 
   dlpack::Tensor x;
-  Firsts keys, values;
+  Firsts keys, values, starts;
   std::vector<std::int64_t> bias_head;
   EncoderBlockCall block;
 
@@ -72,9 +72,19 @@ struct EagerEncoderBlock {
     const std::int64_t rows = block.batch * block.tokens;
     block.x = static_cast<const float*>(x.data);
     return rows * block.hidden > 0 && eager::rows(x, rows, block.x_stride) &&
-           eager::read_key_mask(args[kKeyMask], block.batch, block.tokens, block.key_mask,
-                                block.key_mask_stride) &&
+           (PyTuple_CheckExact(args[kKeyMask])
+                ? read_starts(args[kKeyMask])
+                : eager::read_key_mask(args[kKeyMask], block.batch, block.tokens, block.key_mask,
+                                       block.key_mask_stride)) &&
            eager::read_threads(args[kThreads], block.threads);
+  }
+
+  // In a mask's place: x is [1, rows, hidden], sequences one after the other.
+  bool read_starts(PyObject* tuple) {
+    if (!eager::read_firsts(tuple, starts) || block.batch != 1 || starts.back() != block.tokens) return false;
+    block.batch = static_cast<std::int64_t>(starts.size()) - 1;
+    block.starts = starts.data();
+    return true;
   }
 
   bool read_attention(PyObject* const* parts) {
@@ -130,7 +140,7 @@ struct EagerEncoderBlock {
 void add_encoder_block(pybind11::module_& m) {
   eager::add_call<EagerEncoderBlock>(
       m,
-      "call_encoder_block(x, key_mask, bias, threads, layer) -> y, or None: EncoderBlockCall of "
+      "call_encoder_block(x, key_mask or starts, bias, threads, layer) -> y, or None: EncoderBlockCall of "
       "prunekern/encoder_block.h. layer: what prunekern/families makes for an encoder's step.");
 }
 

@@ -329,11 +329,13 @@ int main() {
     // allowed.
     for (std::int64_t window : {0, 1, 8, 33, 128})
       for (Mask mask : {Mask::none, Mask::padding, Mask::holes})
-        run(isa, {2, 129, 129, {20, 0}, {33, 8}, mask, 2, 1.0f, 0.3f, 2, false, Arithmetic::fp32, window});
-    run(isa, {1, 600, 600, {5}, {9}, Mask::none, 2, 1.0f, 0.3f, 1, false, Arithmetic::fp32, 40});
-    run(isa, {1, 600, 600, {5}, {9}, Mask::padding, 2, 1.0f, 0.3f, 1, false, Arithmetic::fp32, 300});
-    run(isa, {2, 9, 9, ragged_qk, ragged_v, Mask::none, 1, 1.0f, 0.3f, 1, false, Arithmetic::fp32, 1000});
-    run(isa, {1, 1, 1, {4}, {4}, Mask::none, 1, 1.0f, 0.3f, 1, false, Arithmetic::fp32, 0});
+        run(isa,
+            {2, 129, 129, {20, 0}, {33, 8}, mask, 2, 1.0f, 0.3f, 2, false, Arithmetic::fp32, false, window});
+    run(isa, {1, 600, 600, {5}, {9}, Mask::none, 2, 1.0f, 0.3f, 1, false, Arithmetic::fp32, false, 40});
+    run(isa, {1, 600, 600, {5}, {9}, Mask::padding, 2, 1.0f, 0.3f, 1, false, Arithmetic::fp32, false, 300});
+    run(isa,
+        {2, 9, 9, ragged_qk, ragged_v, Mask::none, 1, 1.0f, 0.3f, 1, false, Arithmetic::fp32, false, 1000});
+    run(isa, {1, 1, 1, {4}, {4}, Mask::none, 1, 1.0f, 0.3f, 1, false, Arithmetic::fp32, false, 0});
   }
   const std::string start = "compact_attention: ";
   CHECK(refusal({0, 4, 3}, {0, 4, 8}, 1) == start + "qk_first must not descend (got 3 after 4 at position 2)",

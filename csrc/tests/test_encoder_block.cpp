@@ -1,5 +1,6 @@
 // encoder_block against its parts, called one after the other with as many threads: the same numbers, bit for
 // bit.
+#include <cmath>
 #include <memory>
 
 #include "tests/block_parts.h"
@@ -129,9 +130,34 @@ void run(Isa isa, WeightType type, std::int64_t batch, std::int64_t tokens, bool
   for (std::size_t i = want.size(); i < one.y.size(); ++i) CHECK(one.y[i] == kPoison, "wrote past the end");
 }
 
+// Sequences of any length, one after the other, are what each is by itself: to rounding, as products of more
+// rows take other tiles.
+void run_together(Isa isa) {
+  const std::int64_t starts[] = {0, 3, 3, 20, 21, 26};
+  Subject all(isa, WeightType::fp32, 1, 26, false, 2);
+  all.call.batch = 5;
+  all.call.tokens = 0;  // not read
+  all.call.starts = starts;
+  encoder_block(isa, all.call);
+  for (int s = 0; s < 5; ++s) {
+    const std::int64_t first = starts[s], count = starts[s + 1] - first;
+    if (count == 0) continue;
+    Subject one(isa, WeightType::fp32, 1, count, false, 1);
+    one.call.bias = nullptr;
+    one.call.bias_head = nullptr;
+    one.call.x = all.x.data() + first * kHidden;
+    encoder_block(isa, one.call);
+    for (std::int64_t i = 0; i < count * kHidden; ++i)
+      CHECK(std::abs(one.y[i] - all.y[first * kHidden + i]) < 2e-5f, "%s sequence %d: y %ld is %g, want %g",
+            name(isa), s, long(i), all.y[first * kHidden + i], one.y[i]);
+  }
+  for (std::size_t i = 26 * kHidden; i < all.y.size(); ++i) CHECK(all.y[i] == kPoison, "wrote past the end");
+}
+
 }  // namespace
 
 int main() {
+  for (Isa isa : supported_isas()) run_together(isa);
   for (Isa isa : supported_isas())
     for (WeightType type : {WeightType::fp32, WeightType::bf16, WeightType::int8, WeightType::int4})
       for (bool masked : {false, true})
@@ -149,6 +175,14 @@ int main() {
   s.call.down.k = 7;
   CHECK(refusal() == "compact_mlp: down must read what up makes (up is 45 x 37, down 33 x 7)", "down");
   s.call.down.k = kInner;
+  const std::int64_t falling[] = {0, 3, 2};
+  s.call.starts = falling;
+  s.call.batch = 2;
+  CHECK(refusal() == "encoder_block: starts must ascend from 0 (got 2 after 3)", "starts");
+  s.call.key_mask = s.mask.get();
+  CHECK(refusal() == "encoder_block: starts leave no keys to forbid, and no bias", "starts and a mask");
+  s.call.key_mask = nullptr;
+  s.call.starts = nullptr;
   s.call.batch = 0;
   encoder_block(Isa::generic, s.call);
   CHECK(s.y[0] == kPoison, "a refused or empty call has written");

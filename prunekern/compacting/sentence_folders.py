@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..families.sentence import transformer_in
+from ..families.sentence import leave_padding_out, transformer_in
 from ..nn import CompactLinear
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
@@ -81,7 +81,9 @@ def load_sentence(path: Path, set_inner: Callable[[PreTrainedModel], Any]) -> An
     if kind is None:
         raise ValueError(f"{path / CONFIG}: model_type must be a class of sentence-transformers (got {name!r})")
     model = kind(str(path), device="cpu", local_files_only=True)
-    set_inner(transformer_in(model, "load"))
+    inner = transformer_in(model, "load")
+    set_inner(inner)
+    leave_padding_out(inner)
     return model.requires_grad_(False).eval()
 
 

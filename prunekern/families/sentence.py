@@ -64,6 +64,14 @@ def around(model: Any, inner: nn.Module, new: nn.Module) -> Any:
             if hasattr(own, name):
                 setattr(own, name, None)
     copied = copy.deepcopy(model, memo)
+    leave_padding_out(new)
     if card is not None and hasattr(copied.model_card_data, "register_model"):
         copied.model_card_data.register_model(copied)
     return copied.eval()
+
+
+def leave_padding_out(inner: nn.Module) -> None:
+    """Have the transformer of such a model compute no padding where it can: poolings and heads do not read it."""
+    from .encoders.padding import skip_padding
+
+    skip_padding(inner)

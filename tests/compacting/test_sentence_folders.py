@@ -132,3 +132,15 @@ def test_without_sentence_transformers(masked, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r"which is not installed; pip install 'prunekern\[st\]'"):
         pk.load(tmp_path / "small")
+
+
+def test_padding_is_left_out(masked, tmp_path):
+    """Poolings do not read it: in what `compact` returns, and in what `load` does."""
+    pk.save(pk.compact(masked), tmp_path / "small")
+    for small in (pk.compact(masked), pk.load(tmp_path / "small")):
+        assert small[0].auto_model.encoder.skips_padding
+        for mode in ("mean", "max", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"):
+            small[1] = Pooling(48, pooling_mode=mode)
+            masked[1] = Pooling(48, pooling_mode=mode)
+            got, want = (m.encode(texts(9)) for m in (small, masked))
+            assert np.abs(got - want).max() < 1e-4, mode

@@ -19,7 +19,10 @@ struct NormOf {
 // numbers. All fp32 but the weights.
 struct EncoderBlockCall {
   std::int64_t batch = 0, tokens = 0, hidden = 0;
-  const float* x = nullptr;  // [batch * tokens, hidden], rows x_stride apart
+  // [batch + 1]: sequence s has the rows starts[s] .. starts[s + 1], as many as it likes, and all its keys
+  // may be read; there is neither padding nor a bias then. null: every sequence has `tokens` rows.
+  const std::int64_t* starts = nullptr;
+  const float* x = nullptr;  // [rows, hidden], rows x_stride apart
   std::int64_t x_stride = 0;
   Packed qkv;                               // makes C query, C key and D value channels
   Packed o;                                 // reads D channels
@@ -38,9 +41,13 @@ struct EncoderBlockCall {
   const std::int64_t* mlp_out_index = nullptr;  // [down.n]: the channels of y that down makes; null: all
   Activation activation = Activation::gelu;
   NormOf mlp_norm;
-  float* y = nullptr;  // [batch * tokens, hidden], contiguous; not x
+  float* y = nullptr;  // [rows, hidden], contiguous; not x
   int threads = 1;
 };
+
+inline std::int64_t rows_of(const EncoderBlockCall& call) {
+  return call.starts == nullptr ? call.batch * call.tokens : call.starts[call.batch];
+}
 
 void encoder_block(Isa isa, const EncoderBlockCall& call);
 inline void encoder_block(const EncoderBlockCall& call) { encoder_block(active_isa(), call); }

@@ -17,6 +17,7 @@ from ..table import Table
 from .blocks import CompactSelfAttention, RunsAtOnce, add_residual, run_activated, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
 from .norms import make_layer_norms_fast
+from .padding import SkipsPadding
 from .step import Parts
 from .table import EncoderBlock, encoder_table
 
@@ -132,6 +133,7 @@ class CompactClasses(NamedTuple):
     intermediate: type[Any]
     output: type[Any]
     layer: type[Any]
+    encoder: type[Any]
 
 
 class BertLike:
@@ -149,12 +151,14 @@ class BertLike:
             bases = (mixed_in, getattr(hf, f"{prefix}{part}"))
             return type(f"Compact{prefix}{part}", bases, {"__module__": file, "__doc__": mixed_in.__doc__, **own})
 
+        self.encoder: type[Any] = getattr(hf, f"{prefix}Encoder")
         self.compact = CompactClasses(
             compact("SelfAttention", BertLikeAttention, eager=staticmethod(hf.eager_attention_forward)),
             compact("SelfOutput", Residual),
             compact("Intermediate", Intermediate),
             compact("Output", Residual),
             compact("Layer", BertLikeLayer, containers=(getattr(hf, f"{prefix}Attention"),)),
+            compact("Encoder", SkipsPadding),
         )
 
     def blocks(self, model: PreTrainedModel) -> list[tuple[nn.Module, EncoderBlock]]:
@@ -186,6 +190,8 @@ class BertLike:
             make_ffn_compact(module, block, plan, make, model.config)
             module.intermediate.__class__, module.output.__class__ = self.compact.intermediate, self.compact.output
             module.__class__ = self.compact.layer
+        for encoder in [module for module in model.modules() if type(module) is self.encoder]:
+            encoder.__class__ = self.compact.encoder
         make_layer_norms_fast(model)
 
     def stock(self, config: PretrainedConfig) -> StockConfig:

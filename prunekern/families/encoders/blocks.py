@@ -17,7 +17,7 @@ from ..key_masks import for_each, key_mask_of
 from ..linears import Activation
 from ..packs_together import PacksTogether
 from .heads import EncoderLayout
-from .step import Parts, Step, make_step, takes
+from .step import Parts, Starts, Step, make_step, takes
 
 
 class CompactSelfAttention(PacksTogether):
@@ -89,7 +89,7 @@ class RunsAtOnce(nn.Module):
         """The modules the call stands for; None where one of them is not the family's own."""
         raise NotImplementedError
 
-    def at_once(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
+    def at_once(self, x: Tensor, mask: Tensor | Starts | None, bias: Tensor | None = None) -> Tensor | None:
         """The block's output, x [batch, tokens, hidden] -> the same; None where its modules must be called. bias: as of
         a `Step`.
         """

@@ -25,6 +25,8 @@ from .norms import CompactLayerNorm
 # csrc/python/encoder_block.cpp
 _RUN: Callable[..., Tensor | None] | None = _native.core().call_encoder_block if calls.EAGER else None
 _f32 = torch.float32
+# Where sequences that stand one after the other begin, and the last one ends: ascending from 0.
+Starts = tuple[int, ...]
 # Of rows, batch x tokens. The core keeps the memory of what is between the parts, 15 KB a row of BERT-base's shape
 # (2,304 + 768 + 768 floats), and the more rows there are, the less Python's questions weigh.
 _MOST_ROWS = 4096
@@ -96,12 +98,14 @@ class Step:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
         return self._made.is_fresh()
 
-    def __call__(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
+    def __call__(self, x: Tensor, mask: Tensor | Starts | None, bias: Tensor | None = None) -> Tensor | None:
         """The block's output; None where the call is not ordinary. bias: of the logits, [1, heads, tokens, tokens], for
-        parts with `bias_heads`.
+        parts with `bias_heads`. mask: where x [1, rows, hidden] holds sequences one after the other, their beginnings.
         """
         if _RUN is None or calls.needs_grad(x, bias, *self._parameters):
             return None
+        if isinstance(mask, tuple):
+            return _RUN(x, mask, bias, calls.threads(), self._layer)
         forbids_keys_only, key_mask = key_mask_of(mask)
         if not forbids_keys_only:
             return None

@@ -13,6 +13,7 @@ _family = BertLike(modeling_xlm_roberta, "XLMRoberta", __name__, counts_from_pad
     CompactXLMRobertaIntermediate,
     CompactXLMRobertaOutput,
     CompactXLMRobertaLayer,
+    CompactXLMRobertaEncoder,
 ) = _family.compact
 table, blocks, rebuild = _family.table, _family.blocks, _family.rebuild
 stock, most_tokens = _family.stock, _family.most_tokens
