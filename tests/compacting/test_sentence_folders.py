@@ -82,8 +82,12 @@ def test_encode_in_few_bits(precision, masked):
     assert got.shape == want.shape and np.mean(np.abs(got - want) <= 1) > 0.98
 
 
-def test_several_processes(masked):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_several_processes(loaded, masked, tmp_path):
     small = pk.compact(masked)
+    if loaded:
+        pk.save(small, tmp_path / "small")
+        small = pk.load(tmp_path / "small")
     got = small.encode(texts(8), device=["cpu", "cpu"], chunk_size=4)
     assert np.abs(got - masked.encode(texts(8))).max() < 1e-4
 

@@ -5,7 +5,7 @@ Of 32 texts of reviews and news padded to the longest, two fifths of the tokens 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from ...nn.hooked import is_hooked
 from ..key_masks import for_each, key_mask_of
 from .step import Starts, takes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _LEAST = 0.05  # share of padding from which on leaving it out pays for two copies of the states
 
@@ -37,6 +40,12 @@ class SkipsPadding(nn.Module):
             if skipped is not None:
                 return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=skipped)
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module. Where nothing is to be done, which `encode` of sentence-transformers asks at every call,
+        it is said ten times as fast as modules are set: 0.3 ms of all-MiniLM-L6-v2.
+        """
+        return self if not mode and not _any_trains(self) else super().train(mode)
 
     def _is_plain(self, kwargs: dict[str, Any]) -> bool:
         asked = ("output_hidden_states", "output_attentions", "is_causal", "encoder_hidden_states", "past_key_values")
@@ -65,6 +74,10 @@ class SkipsPadding(nn.Module):
                 return None
         assert y is not None
         return torch.zeros_like(rows).index_copy_(0, at, y[0]).view_as(x)
+
+
+def _any_trains(module: nn.Module) -> bool:
+    return module.training or any(_any_trains(child) for child in module._modules.values() if child is not None)
 
 
 def skip_padding(model: nn.Module, skips: bool = True) -> None:

@@ -115,3 +115,13 @@ def test_models_of_others_compute_padding():
     assert small.encoder.skips_padding is False
     with torch.no_grad():
         assert difference(small(**inputs).last_hidden_state, model(**inputs).last_hidden_state) < 1e-4
+
+
+def test_train_and_eval_set_every_module():
+    small = compacted("bert").eval()
+    assert small.encoder.eval() is small.encoder and not any(m.training for m in small.modules())
+    small.encoder.layer[1].attention.output.dropout.train()
+    small.eval()
+    assert not any(m.training for m in small.modules())
+    small.train()
+    assert all(m.training for m in small.modules())
