@@ -62,7 +62,7 @@ def compact_files(
     source = _Source(Path(base), Path(adapter))
     small = source.compact_skeleton()
     tied = small.all_tied_weights_keys
-    tensors = {n: t for n, t in sorted(small.state_dict().items(), key=_by_part) if n not in tied}
+    tensors = {n: t for n, t in small.state_dict().items() if n not in tied}  # in the order that `save` writes
     source.locate(tensors)
     pattern = "model{suffix}.safetensors"
     shards = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
@@ -252,11 +252,6 @@ def _check_base(base: Path, model_type: str, adapter: Path) -> None:
             f"{file}: model_type must be {model_type!r}, which the adapter in {adapter} was trained on "
             f"(got {config['model_type']!r})"
         )
-
-
-def _by_part(item: tuple[str, Tensor]) -> list[tuple[int, int | str]]:
-    """Layer 2 before layer 10: the order in which transformers saves a model that it has loaded."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in item[0].split(".")]
 
 
 def _names_of_each(model: nn.Module) -> dict[str, list[str]]:

@@ -26,11 +26,14 @@ def frozen_tensors(model: nn.Module, saved: Container[str]) -> Iterator[tuple[st
     The weights of adapted layers are left out: their norms are known already (`Pruner.base_norms`).
     """
     adapted = {n for n, m in model.named_modules() if isinstance(m, MaskedDoRALinear)}
+    shrunk = {n for n, m in model.named_modules() if getattr(m, "is_shrunk", False)}  # their indices are the plan's
     kept = model.state_dict(keep_vars=True)
     seen: set[int] = set()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         if name not in kept or name in saved or id(tensor) in seen:
+            continue
+        if owner in shrunk and leaf in ("rows", "cols"):
             continue
         if owner.removesuffix(".mask") not in adapted or (owner in adapted and leaf == "bias"):
             seen.add(id(tensor))

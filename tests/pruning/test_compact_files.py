@@ -246,7 +246,7 @@ print(json.dumps({"peak": status("VmHWM") - rss}))
 
 
 def test_a_model_larger_than_memory(tmp_path, monkeypatch):
-    """A limit on private memory (RLIMIT_DATA) of two linears and one shard, which the way through memory runs into.
+    """A limit on private memory (RLIMIT_DATA) of two linears, one shard and a little, which the way through memory runs into.
 
     Private mappings count, so that the shard of BASE in use does, whole.
     """
@@ -259,7 +259,7 @@ def test_a_model_larger_than_memory(tmp_path, monkeypatch):
     on_disk(tmp_path, build("llama", "causal", layers=layers, head_dim=128, **options), shard, rank=4)
     total = sum(f.stat().st_size for f in (tmp_path / "base").glob("*.safetensors"))
     linear = 4 * hidden * ffn
-    budget = 2 * linear + shard
+    budget = 2 * linear + shard + (3 << 20)  # the last for what MKL keeps on some CPUs
     assert total > 4 * budget and total > 200e6  # large beside what a process takes anyway
     done = python(BIG, tmp_path, "streaming", budget, shard)
     assert json.loads(done.stdout)["peak"] < budget
