@@ -246,7 +246,7 @@ print(json.dumps({"peak": status("VmHWM") - rss}))
 
 
 def test_a_model_larger_than_memory(tmp_path, monkeypatch):
-    """A limit on private memory (RLIMIT_DATA) of two linears, one shard and a little, which the way through memory runs into.
+    """A limit on private memory (RLIMIT_DATA) of two linears, a shard and a little: the way through memory hits it.
 
     Private mappings count, so that the shard of BASE in use does, whole.
     """
