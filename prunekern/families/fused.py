@@ -82,6 +82,8 @@ def save_whole(model: PreTrainedModel, fused: Fused, whole: bool = True) -> None
     """Let `save_pretrained` of a model write these linears' tensors whole, by the names of transformers (a masked
     model's are the dense weights), or else by those of their parts.
     """
+    if not fused:
+        return
     from transformers.core_model_loading import Chunk, WeightConverter
 
     ours: dict[str, list[str]] = {}  # by the name of the tensor, those of its parts

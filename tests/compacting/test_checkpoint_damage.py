@@ -124,7 +124,7 @@ def section(change):
         (section(lambda s: s["plan"]["layers"][UP].update(shape=[95, 48])), f"layer '{UP}'"),
         (lambda c: c.update(hidden_dim=80), "lin1' must be \\[80, 48\\]"),
         (lambda c: c.update(n_layers=3), "n_layers must be 2, as many as there are tensors for"),
-        (lambda c: c.update(architectures=["Nonsense"]), r"architectures must name one transformers model class \(got"),
+        (lambda c: c.update(architectures=["Nonsense"]), r"must name one transformers model class, or .* \(got \["),
         (lambda c: c.update(architectures=[]), "architectures must name one transformers model class"),
         (lambda c: c.update(architectures=None), "architectures must name one transformers model class"),
         (lambda c: c.update(architectures=["pipeline"]), "architectures must name one transformers model class"),

@@ -70,9 +70,9 @@ def sentences(cache):
 
 
 def test_names():
-    assert MODEL_NAMES == ("mini-distilbert", "mini-bert", "mini-roberta", "smollm2-135m")
+    assert MODEL_NAMES == ("mini-distilbert", "mini-bert", "mini-roberta", "smollm2-135m", "all-minilm-l6-v2")
     with pytest.raises(
-        ValueError, match=r"name must be one of mini-distilbert, mini-bert, mini-roberta, smollm2-135m \(got 'bert'\)"
+        ValueError, match=r"name must be one of mini-distilbert, .*, smollm2-135m, all-minilm-l6-v2 \(got 'bert'\)"
     ):
         demo_model("bert")
 

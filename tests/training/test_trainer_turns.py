@@ -129,7 +129,7 @@ def test_an_optimiser_with_masks_and_adapters_in_one_group_is_refused(tmp_path):
         args=arguments(tmp_path, save_strategy="no"), pruner=pruner, train_dataset=Rows(), optimizers=(own, None)
     )
     with pytest.raises(
-        ValueError, match=r"mask logits must have a group of their own; build the optimizer from pruner"
+        ValueError, match=r"mask logits must have a group of their own; build the optimizer by prunekern"
     ):
         trainer.train()
 
