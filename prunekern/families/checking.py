@@ -150,9 +150,11 @@ def _random_twin(
         keep_off_fast_path(twin)
         for name in table.layers:
             linear: Any = twin.get_submodule(name)
-            linear.weight.copy_(torch.randn(linear.weight.shape) / max(linear.weight.shape[1], 1) ** 0.5)
+            linear.weight.copy_(
+                torch.randn(linear.weight.shape, dtype=dtype, device="cpu") / max(linear.weight.shape[1], 1) ** 0.5
+            )
             if linear.bias is not None:
-                linear.bias.copy_(torch.randn(linear.bias.shape))
+                linear.bias.copy_(torch.randn(linear.bias.shape, dtype=dtype, device="cpu"))
         given = _cast((inputs, kwargs), dtype)
 
         def run(twin: nn.Module = twin, given: Any = given) -> list[Tensor]:
