@@ -264,21 +264,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     d = grad.to(dtype)
     if out_index is not None:
         d = d.index_select(-1, out_index)  # [..., N]
-    if ctx.activation != "none":
-        z = F.linear(read, wide).to(dtype)
-        d = activate_backward(d, z if bias is None else z + bias.to(dtype), ctx.activation)
-    summed, d = d.reshape(-1, d.shape[-1]), d.to(products)  # the bias has no product: its sum is of what is not rounded
-    rows = d.reshape(-1, d.shape[-1])
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = d @ wide
-        if in_index is not None:
-            grad_x = torch.zeros_like(x, dtype=products).index_copy(-1, in_index, grad_x)
-        grad_x = grad_x.to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = (rows.t() @ read.reshape(-1, read.shape[-1])).to(weight.dtype)
-    if ctx.with_bias and ctx.needs_input_grad[2]:
-        grad_bias = summed.sum(0, dtype=checks.compute_dtype(summed)).to(bias.dtype)
+    with checks.without_autocast(x.device):  # of a backward pass that is called inside it, too
+        if ctx.activation != "none":
+            z = F.linear(read, wide).to(dtype)
+            d = activate_backward(d, z if bias is None else z + bias.to(dtype), ctx.activation)
+        summed, d = (
+            d.reshape(-1, d.shape[-1]),
+            d.to(products),
+        )  # the bias has no product: its sum is of what is not rounded
+        rows = d.reshape(-1, d.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = d @ wide
+            if in_index is not None:
+                grad_x = torch.zeros_like(x, dtype=products).index_copy(-1, in_index, grad_x)
+            grad_x = grad_x.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.t() @ read.reshape(-1, read.shape[-1])).to(weight.dtype)
+        if ctx.with_bias and ctx.needs_input_grad[2]:
+            grad_bias = summed.sum(0, dtype=checks.compute_dtype(summed)).to(bias.dtype)
     return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.with_residual else None, None, None
 
 

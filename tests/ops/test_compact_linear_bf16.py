@@ -26,7 +26,8 @@ def run(function, leaves, rest):
     x, weight, bias, residual = leaves
     y = function(x, weight, bias, *rest, residual)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    grads = torch.autograd.grad((y.double() * weights).sum(), leaves)
+    with torch.autocast("cpu", enabled=False):  # as training loops do; inside it PyTorch's own products would be bf16's
+        grads = torch.autograd.grad((y.double() * weights).sum(), leaves)
     return [t.detach().double() for t in (y, *grads)]
 
 
