@@ -86,11 +86,13 @@ class Race:
                     if kills:
                         raise Missing("kills its process on this CPU")
                     call = make(model, ids, mask, args.threads)
-                except Missing as why:
-                    self.missing[peer, what] = str(why)
-                    progress.say(f"  {peer}, {what}: {why}")
+                    found = call()
+                except Exception as why:  # a peer's own, of a model that it does not take
+                    reason = str(why) if isinstance(why, Missing) else f"fails: {' '.join(str(why).split())[:200]}"
+                    self.missing[peer, what] = reason
+                    progress.say(f"  {peer}, {what}: {reason}")
                     continue
-                self.noise[peer, what] = right(f"{peer}, {what}, {precision}", call(), exact[what], precision)
+                self.noise[peer, what] = right(f"{peer}, {what}, {precision}", found, exact[what], precision)
                 self.calls[peer, what] = call
                 progress.say(f"  {peer}, {what}: built in {time.perf_counter() - start:.0f} s, answer right")
 
