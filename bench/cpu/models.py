@@ -3,7 +3,7 @@
     make peers-venv                                # peers that are not in .venv: NNCF, CTranslate2, zentorch
     .venv-peers/bin/python -m bench.cpu.models     # two models, two shapes, 25 % removed, one thread; ~40 minutes
     python -m bench.cpu.models --precision int8 --models DistilBERT-base --shapes 1x128
-    python -m bench.cpu.models --models DeBERTa-v3-base,ModernBERT-base --shapes 1x128 --precision int8 --out encoders-int8
+    python -m bench.cpu.models --models DeBERTa-v3-base,ModernBERT-base --shapes 1x128 --out encoders
     python -m bench.cpu.models --quick             # a tiny model, every peer: does it run, are the answers right
 
 Weights are random (they do not matter for speed); the plan is ragged: every mask loses its own number of channels,
