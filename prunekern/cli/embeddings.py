@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from .errors import reading
+from .kinds import kinds_table
 from .options import console
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ def train_embeddings(
     from ..training.recipe import refuse_missing, write_report
     from ..training.sentences import agreement, distil_sentences, embed, held_out, read_texts
 
+    if options.rule != "learned":  # what it would be for, OUT/stock, is no folder of sentence-transformers
+        raise ValueError(f"--rule must be learned with --task {TASK} (got {options.rule!r})")
     if data is None:
         raise ValueError(f"--data must name a file with a text a line for --task {TASK}")
     train, score = held_out(read_texts(data))
@@ -83,12 +84,8 @@ def train_embeddings(
         block_params={"compact": plan.params(), "dense": plan.dense_params()},
     )
     plot(trained["history"], trained, out / "report.png")
-    table = Table(title=f"{TASK}: {100 * trained['sparsity']:.2f} % of the block {config.cost} removed")
-    for column in ("kind", "kept", "of"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
-    for kind, (kept, of) in trained["by_kind"].items():
-        table.add_row(kind.replace("_", " / "), f"{kept:,}", f"{of:,}")
-    console.print(table)
+    title = f"{TASK}: {100 * trained['sparsity']:.2f} % of the block {config.cost} removed"
+    console.print(kinds_table(title, trained["by_kind"]))
     for name, found in scores.items():
         console.print(
             f"{len(score)} texts held out, {name}: cosine with the original's embeddings {found['cosine']:.4f}, "

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from . import embeddings
 from .errors import reading
 from .fits import check_bf16, check_head, check_length, check_positive, say_cut
+from .kinds import kinds_table
 from .options import (
     Bf16,
     Choices,
@@ -79,7 +79,10 @@ def train(
     seed: int = 0,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Calibrate OUT/compact for int8 or int4 weights with training texts; the choice is saved."),
+        typer.Option(
+            help="Calibrate OUT/compact for int8 or int4 weights with training texts; the choice is saved. "
+            "Of embeddings: only score it so."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from OUT's newest checkpoint.")] = False,
     bf16: Bf16 = False,
@@ -163,12 +166,8 @@ def train(
         **calibrated,
     )
     plot(trained["history"], trained, out / "report.png")
-    table = Table(title=f"{data_task.name}: {100 * trained['sparsity']:.2f} % of the block {cost} removed")
-    for column in ("kind", "kept", "of"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
-    for kind, (kept, of) in trained["by_kind"].items():
-        table.add_row(kind.replace("_", " / "), f"{kept:,}", f"{of:,}")
-    console.print(table)
+    title = f"{data_task.name}: {100 * trained['sparsity']:.2f} % of the block {cost} removed"
+    console.print(kinds_table(title, trained["by_kind"]))
     name, split = data_task.metric, data_task.score_split
     before, after = (data_task.show(score[name]) for score in (masked, compact))
     rounded = "" if quantize is None else f", {data_task.show(score[quantize][name])} in {quantize}"

@@ -80,8 +80,8 @@ def load_sentence(path: Path, set_inner: Callable[[PreTrainedModel], Any]) -> An
     kind = getattr(sentence_transformers, str(name), None)
     if kind is None:
         raise ValueError(f"{path / CONFIG}: model_type must be a class of sentence-transformers (got {name!r})")
-    # With a map sentence-transformers does not look at the device of every tensor at every call (0.5 ms of
-    # all-MiniLM-L6-v2, as long as its blocks take for a sentence); model.to() moves it all the same.
+    # With a map sentence-transformers does not look at the device of every tensor at every call, which
+    # takes as long as a small model's blocks do for a sentence; model.to() moves it all the same.
     model = kind(str(path), local_files_only=True, model_kwargs={"device_map": "cpu"})
     inner = transformer_in(model, "load")
     set_inner(inner)

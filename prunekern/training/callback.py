@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..pruning.budget import Scores
 from ..pruning.masked_hf import Fits, say_masked
 from ..pruning.pruner import Pruner
+from ..storage.json_files import read_json
 from .arguments import check_arguments
 from .data_parallel import lay_out_anew
 from .distillation import Distillation, On, SelfTaught
@@ -136,6 +138,7 @@ class PruneCallback(TrainerCallback):
                 "the pruner's model"
             )
         if state.global_step and not self.resumed:
+            self._refuse_other_config(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "config.json")
             pruner.resume_at(state.global_step, warm, max(1, ramp))
         elif not pruner.finalized and not state.global_step:
             pruner.steps = 0  # a run that was interrupted and starts anew is warm again
@@ -153,6 +156,17 @@ class PruneCallback(TrainerCallback):
             self._adapters = adapter_rate(args, state.max_steps, boundary, self.final_learning_rate)
         if self.distil is not None:
             self.distil.begin(args)
+
+    def _refuse_other_config(self, file: Path) -> None:
+        """Where the checkpoint that the run goes on from is in its usual place, the config it was written with."""
+        said = read_json(file).get("quantization_config") if file.is_file() else None
+        theirs = said.get("prune_config") if isinstance(said, dict) else None
+        for name, ours in self.pruner.config.to_dict().items():
+            if isinstance(theirs, dict) and theirs.get(name, ours) != ours:
+                raise ValueError(
+                    f"{self.who}: {file} was trained with {name}={theirs[name]!r}, this run has {name}={ours!r}; "
+                    "resume with the config it was trained with, or train into another folder"
+                )
 
     # -- steps ---------------------------------------------------------------------------------------------------
 

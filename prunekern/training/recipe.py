@@ -158,7 +158,7 @@ def fine_tune(
     trainer.remove_callback(PrinterCallback)
     # A run killed before its first checkpoint starts again, and ends the same.
     resume = resume and last_checkpoint(out / "checkpoints") is not None
-    _same_run(out / "checkpoints" / "run.json", task, options, encoded["train"], resume)
+    same_run(out / "checkpoints" / "run.json", {"task": task.name}, options, encoded["train"], resume)
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -177,13 +177,15 @@ def fine_tune(
 _MAY_CHANGE = ("epochs", "max_steps", "save_steps")
 
 
-def _same_run(file: Path, task: AnyTask, options: TrainOptions, rows: Any, resume: bool) -> None:
-    """Write down what a run is made of; when it is resumed, ValueError unless it is made of the same."""
+def same_run(file: Path, what: dict[str, Any], options: TrainOptions, rows: Any, resume: bool) -> None:
+    """Write down what a run is made of: `what`, by name, options and rows. When it is resumed, ValueError unless it is
+    made of the same.
+    """
     digest = hashlib.sha256()
     for batch in rows.iter(1000):
         digest.update(json.dumps(batch, sort_keys=True).encode())
     made_of: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in _MAY_CHANGE}
-    made_of |= {"task": task.name, "training rows": f"{len(rows)}, sha256 {digest.hexdigest()[:16]}"}
+    made_of |= {**what, "training rows": f"{len(rows)}, sha256 {digest.hexdigest()[:16]}"}
     if not resume:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(made_of, indent=2) + "\n")

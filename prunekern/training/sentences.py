@@ -24,7 +24,7 @@ from .checkpoints import finished_state, last_full_checkpoint
 from .embeddings import DistilLoss
 from .optimizer import optimizer
 from .progress import RichProgress
-from .recipe import TrainOptions
+from .recipe import TrainOptions, same_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +92,8 @@ def distil_sentences(
 ) -> tuple[Pruner, dict[str, Any]]:
     """Attach, distil in both stages, finalise. Returns the pruner and its report (what was kept; seconds of training).
 
-    ValueError where there are fewer texts than a batch has: their cosines are what is learnt from.
+    Norms are trained, too. ValueError for a run that is resumed with other options, config or texts, and where there
+    are fewer texts than a batch has: their cosines are what is learnt from.
     """
     if len(texts) < options.batch_size:
         raise ValueError(f"texts must be at least {options.batch_size}, one batch (got {len(texts)})")
@@ -138,16 +139,19 @@ def distil_sentences(
         optimizer(pruner, args, options.mask_learning_rate, model),
         None,
     )  # the schedule is the Trainer's
+    rows = Dataset.from_dict({TEXT: list(texts)})
     trainer = Trainer(
         model,
         args,
-        train_dataset=Dataset.from_dict({TEXT: list(texts)}),
+        train_dataset=rows,
         loss=loss,
         callbacks=[pruning, progress],
         optimizers=optimizers,
     )
     trainer.remove_callback(PrinterCallback)
     newest = last_full_checkpoint(out / "checkpoints") if resume else None
+    what = {"task": "embeddings", **config.to_dict()}
+    same_run(out / "checkpoints" / "run.json", what, options, rows, newest is not None)
     finished = None if newest is None else finished_state(newest, args)
     start = time.perf_counter()
     try:

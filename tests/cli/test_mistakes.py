@@ -262,3 +262,13 @@ def test_weights_and_activations_that_do_not_go_together(files, trained, refused
     for command in (("eval", *ours), ("bench", trained / "compact")):
         refused("activations must be one of ('auto', 'float', 'int8') (got 'fp8')", *command, "--activations", "fp8")
         refused("activations must be auto or float with fp32 weights", *command, "--activations", "int8")
+
+
+def test_rule_stock_of_embeddings(tmp_path):
+    """OUT/stock is a folder of transformers alone."""
+    from prunekern.cli.embeddings import train_embeddings
+    from prunekern.pruning.config import PruneConfig
+    from prunekern.training.recipe import TrainOptions
+
+    with pytest.raises(ValueError, match=r"--rule must be learned with --task embeddings \(got 'stock'\)"):
+        train_embeddings("m", "m", None, PruneConfig(), TrainOptions(rule="stock"), tmp_path, False, None)

@@ -14,10 +14,12 @@ class Unlabelled(Rows):
         return {k: v for k, v in super().__getitem__(i).items() if k != "labels"}
 
 
-def fresh(folder, stages=None, rows=None, model_options=None, trainer=Trainer, trainer_options=None, **options):
+def fresh(
+    folder, stages=None, rows=None, model_options=None, trainer=Trainer, trainer_options=None, config=None, **options
+):
     """As `trainer_runs.fresh`, which it equals to the bit. Returns the trainer, with its callback in `pruning`."""
     model = build(**{"dropout": 0.1, "attention_dropout": 0.1, "seq_classif_dropout": 0.1} | (model_options or {}))
-    pruner = attached(model, sparsity=0.4, dropout=0.1)
+    pruner = attached(model, **{"sparsity": 0.4, "dropout": 0.1} | (config or {}))
     callback = pk.PruneCallback(pruner, **STAGES | (stages or {}))
     args = arguments(folder, **options)
     made = trainer(

@@ -178,6 +178,16 @@ def test_seq2seq_trainer(tmp_path):
     assert pk.plan(model).sparsity() == pytest.approx(0.4, abs=0.02)
 
 
+def test_a_run_resumed_with_another_config(tmp_path):
+    trainer = fresh(tmp_path)
+    trainer.add_callback(stop_at(5))
+    with pytest.raises(Stop):
+        trainer.train()
+    again = fresh(tmp_path, config={"sparsity": 0.2})
+    with pytest.raises(ValueError, match="checkpoint-4/config.json was trained with sparsity=0.4, this run has sparsi"):
+        again.train(resume_from_checkpoint=True)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------
 
 

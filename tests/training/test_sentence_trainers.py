@@ -142,6 +142,9 @@ def test_texts_alone(tmp_path):
     again = sentence_model(tmp_path / "dense")
     resumed, _ = distil_sentences(again, texts(), CONFIG, options, tmp_path / "run", resume=True)
     assert resumed.steps == 10
+    other = pk.PruneConfig(rank=2, sparsity=0.3)
+    with pytest.raises(ValueError, match="the run began with sparsity 0.4, to be resumed with 0.3"):
+        distil_sentences(sentence_model(tmp_path / "dense"), texts(), other, options, tmp_path / "run", resume=True)
 
 
 def test_batches_of_like_length():

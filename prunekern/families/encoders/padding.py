@@ -1,7 +1,4 @@
-"""Encoders that leave padding out: their blocks run on the tokens that the mask shows, one sequence after the other.
-
-Of 32 texts of reviews and news padded to the longest, two fifths of the tokens are padding.
-"""
+"""Encoders that leave padding out: their blocks run on the tokens that the mask shows, one sequence after the other."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ class SkipsPadding(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """As of every module. Where nothing is to be done, which `encode` of sentence-transformers asks at every call,
-        it is said ten times as fast as modules are set: 0.3 ms of all-MiniLM-L6-v2.
+        no module is set: reading is much cheaper.
         """
         return self if not mode and not _any_trains(self) else super().train(mode)
 
