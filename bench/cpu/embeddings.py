@@ -4,9 +4,10 @@
     .venv-peers/bin/python -m bench.cpu.embeddings       # quality and speed of all, one thread: table, JSON, plot
     python -m bench.cpu.embeddings --quick               # a few texts, few turns: does it run
 
---train distils on real text (news, movie reviews, Wikipedia; no labels), resumes where it was stopped, and takes about
-an hour a model on one core. Quality, on texts that training never saw: Spearman's correlation with the original's
-cosines, overlap of the ten nearest texts, accuracy of the nearest article's topic (bench/common/embedding_quality.py).
+--train distils on real text (news, movie reviews, Wikipedia, tweets; no labels), masked first and then, compact, in all
+that is kept; it resumes where it was stopped, and takes about two hours a model on one core. Quality, on texts that
+training never saw: Spearman's correlation with the original's cosines, overlap of the ten nearest texts, accuracy of
+the nearest article's topic (bench/common/embedding_quality.py).
 Speed: texts a second through `encode` as sentence-transformers has it, for 1, 32 and 256 texts of real lengths,
 everybody in turn in one process, minima compared. Peers: bench/common/embedding_peers.py.
 """
@@ -38,29 +39,42 @@ SINGLES = 16  # texts that one at a time is timed with
 KINDS = ("fp32", "int8")
 QUALITY = ("spearman", "nearest", "topics", "topics_kept", "cosine")
 # What was tried is in docs/figures.md.
-OPTIONS = {"batch_size": 32, "learning_rate": 2e-3, "stage_one": 0.4, "warm": 0.06, "ramp": 0.6, "max_length": 128}
-RANK, STEPS = 16, 1000
+OPTIONS = {"batch_size": 32, "learning_rate": 2e-3, "stage_one": 0.7, "warm": 0.06, "ramp": 0.7, "max_length": 128}
+RANK, STEPS = 16, 500
+KEPT = {"batch_size": 32, "learning_rate": 5e-4, "max_length": 256, "warmup_steps": 100}
+KEPT_STEPS = 6000
 
 
-def train(shares: list[float], steps: int, limit: int | None) -> None:
+def train(shares: list[float], steps: int, kept_steps: int, limit: int | None, bf16: bool) -> None:
     """RUNS/SHARE/compact of every share; what is there already is left."""
+    from prunekern.training.kept import train_kept
     from prunekern.training.recipe import TrainOptions
     from prunekern.training.sentences import distil_sentences
 
     data = texts.load().train[:limit]
+    common = {"seed": 1, "bf16": bf16}
     for share in shares:
         out = RUNS / f"{share:.0%}".rstrip("%")
         if (out / "compact").is_dir():
             print(f"{out}: trained already", flush=True)
             continue
-        model = SentenceTransformer(str(demo_model("all-minilm-l6-v2")), device="cpu")
-        longest = model.max_seq_length
-        config = pk.PruneConfig(rank=RANK, alpha=2 * RANK, sparsity=share, cost="macs")
-        options = TrainOptions(max_steps=steps, save_steps=100, seed=1, **OPTIONS)
-        pruner, found = distil_sentences(model, data, config, options, out, resume=True)
-        model.max_seq_length = longest
-        pk.save(pk.compact(model), out / "compact")
-        found["texts"] = len(data)
+        found: dict[str, object] = {"texts": len(data)}
+        if not (out / "masked").is_dir():
+            model = SentenceTransformer(str(demo_model("all-minilm-l6-v2")), device="cpu")
+            config = pk.PruneConfig(rank=RANK, alpha=2 * RANK, sparsity=share, cost="macs")
+            options = TrainOptions(max_steps=steps, save_steps=100, **OPTIONS, **common)
+            pruner, found["masked"] = distil_sentences(model, data, config, options, out, resume=True)
+            (out / "report.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+            pk.save(pk.compact(model), out / "masked")
+        small, original = (
+            pk.load(out / "masked"),
+            SentenceTransformer(str(demo_model("all-minilm-l6-v2")), device="cpu"),
+        )
+        longest = original.max_seq_length
+        options = TrainOptions(max_steps=kept_steps, save_steps=200, **KEPT, **common)
+        found["kept"] = train_kept(small, original, data, options, out / "kept", resume=True)
+        small.max_seq_length = longest
+        pk.save(small, out / "compact")
         (out / "report.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
@@ -154,6 +168,8 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--kept-steps", type=int, default=KEPT_STEPS, help="of training all that is kept, afterwards")
+    parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--limit", type=int, help="so many training texts only")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=120.0, help="about how long to measure each number of texts")
@@ -163,7 +179,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.train:
-        train(args.shares, args.steps, args.limit)
+        train(args.shares, args.steps, args.kept_steps, args.limit, args.bf16)
         return
     data = texts.load()
     if args.quick:

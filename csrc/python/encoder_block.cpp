@@ -1,4 +1,4 @@
-// prunekern._C: encoder_block, as an eager call only.
+// prunekern._C: blocks of an encoder, as an eager call only.
 #include "prunekern/encoder_block.h"
 
 #include "python/addresses.h"
@@ -8,9 +8,9 @@
 namespace prunekern {
 namespace {
 
-enum Argument { kX, kKeyMask, kBias, kThreads, kLayer, kArgumentCount };
+enum Argument { kX, kKeyMask, kBias, kThreads, kLayers, kArgumentCount };
 
-// What belongs to the layer, made once: a tuple.
+// What belongs to a layer, made once: a tuple.
 enum Part {
   kQkv,  // a weight is four: panels, bias, scale, activations
   kO = kQkv + 4,
@@ -39,31 +39,63 @@ bool read_norm(PyObject* const* parts, std::int64_t n, NormOf& norm) {
          eager::to_float(parts[2], norm.eps);
 }
 
-struct EagerEncoderBlock {
-  static constexpr const char* kName = "call_encoder_block";
+// A block, and what its call only points to.
+struct Layer {
+  EncoderBlockCall block;
+  Firsts keys, values;
+  std::vector<std::int64_t> bias_head;
+};
+
+// Blocks one after the other: what comes out of one is what the next one reads, in place.
+struct EagerEncoderBlocks {
+  static constexpr const char* kName = "call_encoder_blocks";
   static constexpr int kArguments = kArgumentCount;
 
   bool read(PyObject* const* args) {
-    if (!PyTuple_CheckExact(args[kLayer]) || PyTuple_GET_SIZE(args[kLayer]) != kParts) {
-      PyErr_Format(PyExc_TypeError, "call_encoder_block: layer must be a tuple of %d",
-                   static_cast<int>(kParts));
+    PyObject* tuple = args[kLayers];
+    if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) < 1) {
+      PyErr_SetString(PyExc_TypeError, "call_encoder_blocks: layers must be a tuple, and not empty");
       return false;
     }
-    PyObject* const* parts = PySequence_Fast_ITEMS(args[kLayer]);
-    return read_x(args) && read_attention(parts) && read_bias(args[kBias], parts[kBiasHead]) &&
-           read_mlp(parts);
+    EncoderBlockCall shared;
+    if (!read_x(args, shared)) return false;
+    layers.resize(static_cast<std::size_t>(PyTuple_GET_SIZE(tuple)));
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      PyObject* layer = PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i));
+      if (!PyTuple_CheckExact(layer) || PyTuple_GET_SIZE(layer) != kParts) {
+        PyErr_Format(PyExc_TypeError, "call_encoder_blocks: a layer must be a tuple of %d",
+                     static_cast<int>(kParts));
+        return false;
+      }
+      PyObject* const* parts = PySequence_Fast_ITEMS(layer);
+      layers[i].block = shared;
+      if (!read_attention(parts, layers[i]) || !read_bias(args[kBias], parts[kBiasHead], layers[i]) ||
+          !read_mlp(parts, layers[i].block))
+        return false;
+    }
+    return true;
   }
-  std::int64_t channels() const { return block.hidden; }
-  void write_to(void* y) { block.y = static_cast<float*>(y); }
-  void run() const { encoder_block(block); }
+  std::int64_t channels() const { return layers[0].block.hidden; }
+  void write_to(void* y) {
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      EncoderBlockCall& block = layers[i].block;
+      block.y = static_cast<float*>(y);
+      if (i > 0) {
+        block.x = block.y;
+        block.x_stride = block.hidden;
+      }
+    }
+  }
+  void run() const {
+    for (const Layer& layer : layers) encoder_block(layer.block);
+  }
 
   dlpack::Tensor x;
-  Firsts keys, values, starts;
-  std::vector<std::int64_t> bias_head;
-  EncoderBlockCall block;
+  Firsts starts;
+  std::vector<Layer> layers;
 
  private:
-  bool read_x(PyObject* const* args) {
+  bool read_x(PyObject* const* args, EncoderBlockCall& block) {
     Element element;
     if (!eager::view_input(args[kX], x, element) || element != Element::fp32 || x.ndim != 3) return false;
     block.batch = x.shape[0];
@@ -73,21 +105,23 @@ struct EagerEncoderBlock {
     block.x = static_cast<const float*>(x.data);
     return rows * block.hidden > 0 && eager::rows(x, rows, block.x_stride) &&
            (PyTuple_CheckExact(args[kKeyMask])
-                ? read_starts(args[kKeyMask])
+                ? read_starts(args[kKeyMask], block)
                 : eager::read_key_mask(args[kKeyMask], block.batch, block.tokens, block.key_mask,
                                        block.key_mask_stride)) &&
            eager::read_threads(args[kThreads], block.threads);
   }
 
   // In a mask's place: x is [1, rows, hidden], sequences one after the other.
-  bool read_starts(PyObject* tuple) {
+  bool read_starts(PyObject* tuple, EncoderBlockCall& block) {
     if (!eager::read_firsts(tuple, starts) || block.batch != 1 || starts.back() != block.tokens) return false;
     block.batch = static_cast<std::int64_t>(starts.size()) - 1;
     block.starts = starts.data();
     return true;
   }
 
-  bool read_attention(PyObject* const* parts) {
+  static bool read_attention(PyObject* const* parts, Layer& layer) {
+    EncoderBlockCall& block = layer.block;
+    Firsts &keys = layer.keys, &values = layer.values;
     std::int64_t arithmetic, n = block.hidden;
     if (!eager::read_firsts(parts[kKeyFirst], keys) || !eager::read_firsts(parts[kValueFirst], values) ||
         keys.size() != values.size() || values.back() == 0)
@@ -106,7 +140,9 @@ struct EagerEncoderBlock {
   }
 
   // bias: fp32 [1, matrices, tokens, tokens], or None.
-  bool read_bias(PyObject* bias, PyObject* of_heads) {
+  static bool read_bias(PyObject* bias, PyObject* of_heads, Layer& layer) {
+    EncoderBlockCall& block = layer.block;
+    std::vector<std::int64_t>& bias_head = layer.bias_head;
     if (bias == Py_None) return of_heads == Py_None;
     dlpack::Tensor tensor;
     Element element;
@@ -125,7 +161,7 @@ struct EagerEncoderBlock {
     return true;
   }
 
-  bool read_mlp(PyObject* const* parts) {
+  static bool read_mlp(PyObject* const* parts, EncoderBlockCall& block) {
     std::int64_t inner, n = block.hidden;
     return eager::to_int(parts[kInner], inner) && read_weight(parts + kUp, inner, block.hidden, block.up) &&
            eager::read_index(parts[kMlpOutIndex], block.mlp_out_index, n) &&
@@ -138,10 +174,11 @@ struct EagerEncoderBlock {
 }  // namespace
 
 void add_encoder_block(pybind11::module_& m) {
-  eager::add_call<EagerEncoderBlock>(
+  eager::add_call<EagerEncoderBlocks>(
       m,
-      "call_encoder_block(x, key_mask or starts, bias, threads, layer) -> y, or None: EncoderBlockCall of "
-      "prunekern/encoder_block.h. layer: what prunekern/families makes for an encoder's step.");
+      "call_encoder_blocks(x, key_mask or starts, bias, threads, layers) -> y, or None: an EncoderBlockCall "
+      "of prunekern/encoder_block.h for each layer, one after the other. A layer: what prunekern/families "
+      "makes for an encoder's step.");
 }
 
 }  // namespace prunekern

@@ -27,11 +27,12 @@ def refuse_others(**given: Any) -> None:
 
 def train_embeddings(
     model: str, source: str, data: Path | None, config: PruneConfig, options: TrainOptions, out: Path, resume: bool,
-    weights: str | None,
+    weights: str | None, kept_steps: int | None = None,
 ) -> None:  # fmt: skip
     """Train, save OUT/compact, OUT/adapter, OUT/report.json and .png, and say how near the embeddings are.
 
-    weights: bits that OUT/compact is to be scored in besides.
+    weights: bits that OUT/compact is to be scored in besides. kept_steps: of training all that is kept, at a quarter of
+    the adapters' rate; OUT/compact is then that model, and OUT/adapter the masked one it came from.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -41,6 +42,7 @@ def train_embeddings(
     from ..compacting.compact import compact
     from ..pruning.adapter import save_adapter
     from ..training.curves import plot
+    from ..training.kept import train_kept
     from ..training.recipe import refuse_missing, write_report
     from ..training.sentences import agreement, distil_sentences, embed, held_out, read_texts
 
@@ -62,14 +64,25 @@ def train_embeddings(
         ramp=0.6 if options.ramp is None else options.ramp,
     )
     pruner, trained = distil_sentences(dense, train, config, options, out, resume, console)
-    if longest is not None:
-        dense.max_seq_length = longest
     save_adapter(pruner, out / "adapter")
-    small = compact(dense)
+    small, kept, scores = compact(dense), {}, {}
+    for one in (dense, small):
+        if longest is not None:
+            one.max_seq_length = longest
+    if kept_steps is not None:
+        if theirs is not None:
+            scores["before all that is kept is trained"] = agreement(embed(small, score), theirs)
+        rate = options.learning_rate / 4
+        more = replace(options, max_steps=kept_steps, learning_rate=rate, warmup_steps=min(100, kept_steps // 10))
+        with reading(source):
+            original = SentenceTransformer(source)
+        kept["kept"] = train_kept(small, original, train, more, out / "kept", resume, console)
+        if longest is not None:
+            small.max_seq_length = longest
     save(small, out / "compact")
-    plan, scores = pruner.plan(), {}
+    plan = pruner.plan()
     if theirs is not None:
-        scores = {"compact": agreement(embed(small, score), theirs)}
+        scores["compact"] = agreement(embed(small, score), theirs)
         if weights is not None:
             scores[weights] = agreement(embed(load(out / "compact", weights=weights), score), theirs)
     write_report(
@@ -82,6 +95,7 @@ def train_embeddings(
         score=scores,
         texts={"train": len(train), "held_out": len(score)},
         block_params={"compact": plan.params(), "dense": plan.dense_params()},
+        **kept,
     )
     plot(trained["history"], trained, out / "report.png")
     title = f"{TASK}: {100 * trained['sparsity']:.2f} % of the block {config.cost} removed"

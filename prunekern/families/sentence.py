@@ -72,6 +72,6 @@ def around(model: Any, inner: nn.Module, new: nn.Module) -> Any:
 
 def leave_padding_out(inner: nn.Module) -> None:
     """Have the transformer of such a model compute no padding where it can: poolings and heads do not read it."""
-    from .encoders.padding import skip_padding
+    from .encoders.stack import skip_padding
 
     skip_padding(inner)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,16 +35,26 @@ class DistilLoss(nn.Module):
     also: another loss of sentence-transformers for this model, for data with labels; then the sum of both, and the task
     chooses the channels. Without, texts need no labels: they are chosen by the curvature of this loss
     (`Distillation` says how). weight: of this loss beside the other.
+
+    A compact model is trained in all it has kept, under the original or under what that said once:
+
+        small = prunekern.compact(model)
+        loss = prunekern.DistilLoss(small, teacher=original)   # or no teacher, and a column "label" of its embeddings
+
+    teacher: another model of the same class, which then teaches in the pruner's place. Without `also`, labels of a
+    batch are what the teacher gives ([texts, width], one column of texts; of a CrossEncoder its logits): no teacher is
+    run, and blocks are not compared.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        pruner: Pruner,
+        pruner: Pruner | None = None,
         also: nn.Module | None = None,
         weight: float = 1.0,
         cosines: float = 1.0,
         hidden: float = 1.0,
+        teacher: nn.Module | None = None,
     ):
         super().__init__()
         if not is_sentence_model(model):
@@ -52,8 +62,15 @@ class DistilLoss(nn.Module):
                 f"DistilLoss: model must be one of sentence-transformers (got {type(model).__name__}); for models of "
                 "transformers, PruneCallback(distil='logits') or 'hidden'"
             )
-        if transformer_in(model, "DistilLoss") is not pruner.model:
+        inner = transformer_in(model, "DistilLoss")
+        if pruner is not None and inner is not pruner.model:
             raise ValueError("DistilLoss: pruner must be that of the model (got that of another one)")
+        if teacher is not None and (pruner is not None or type(teacher) is not type(model) or teacher is model):
+            raise ValueError(
+                f"DistilLoss: teacher must be another {type(model).__name__}, and no pruner given (got "
+                f"{type(teacher).__name__}{', the model itself' if teacher is model else ''}"
+                f"{', and a pruner' if pruner is not None else ''})"
+            )
         if not weight > 0 or not cosines >= 0 or not hidden >= 0:
             raise ValueError(
                 f"DistilLoss: weight must be positive, cosines and hidden not negative (got {weight}, {cosines}, "
@@ -63,7 +80,10 @@ class DistilLoss(nn.Module):
         self.weight, self.cosines, self.hidden = float(weight), float(cosines), float(hidden)
         self.pruner = pruner
         self.scores = any(c.__name__ == "CrossEncoder" for c in type(model).__mro__)
-        self._original = Original(pruner)  # now: a run that is resumed loads what it has learnt later
+        # Now: a run that is resumed loads what it has learnt later.
+        self._original = None if pruner is None else Original(pruner)
+        self._teacher = (teacher,)  # in a tuple: no part of this module, whose parameters a trainer may save or move
+        self._inner = inner
         self.rests = False
         self._sum, self._count = 0.0, 0
 
@@ -96,15 +116,20 @@ class DistilLoss(nn.Module):
     def forward(self, inputs: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """inputs: what the trainer gives a loss: features of every column; of a CrossEncoder, columns of texts."""
         task: Tensor | None = None if self.also is None else self.also(inputs, labels, **kwargs)
-        if task is not None and self.pruner.warm and self.training:
+        warm = self.pruner is not None and self.pruner.warm
+        if task is not None and warm and self.training:
             self.rests = False
             return task
         columns: Any = self._preprocessed(inputs, **kwargs) if self.scores else [dict(f) for f in inputs]
-        with self._listening() as theirs:
-            taught = self._taught(columns)
-        with self._listening() as own:
-            ours = self._run(columns)
-        self.rests = task is None and self.pruner.warm
+        taught: Tensor | None = None
+        theirs: list[Tensor] = []
+        if labels is None or self.also is not None:
+            taught, theirs = self._taught(columns)
+        with self._listening(self._inner if theirs else None) as own:
+            ours = self._run(self.model, columns)
+        if taught is None:
+            taught = self._of_labels(labels, ours, columns)
+        self.rests = task is None and warm
         if self.rests and torch.is_grad_enabled():
             return (ours * torch.randn_like(ours)).sum(-1).mean()
         loss = self._loss(ours, taught) + self._between(own, theirs, columns)
@@ -117,37 +142,64 @@ class DistilLoss(nn.Module):
         features = model.preprocess(list(zip(*inputs, strict=True)), **kwargs)
         return [{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}]
 
-    def _taught(self, columns: Iterable[dict[str, Any]]) -> Tensor:
-        rest = [m for m in self.model.modules() if m.training]  # modules around the transformer: a dropout, say
+    def _taught(self, columns: list[dict[str, Any]]) -> tuple[Tensor, list[Tensor]]:
+        """What the teacher gives, and what each of its blocks does (`_listening`)."""
+        teacher = self._teacher[0] or self.model
+        inner = self._inner if teacher is self.model else transformer_in(teacher, "DistilLoss")
+        if self._original is None and teacher is self.model:
+            raise ValueError(
+                "DistilLoss: without pruner and teacher, data must have a column 'label' of the teacher's embeddings "
+                "(got none)"
+            )
+        if teacher is not self.model and next(teacher.parameters()).device != columns[0]["input_ids"].device:
+            teacher.to(columns[0]["input_ids"].device)
+        trains = [m for m in teacher.modules() if m.training]  # around the transformer, too: a dropout, say
         try:
-            for module in rest:
+            for module in trains:
                 module.training = False
-            with self._original():
-                return self._run(columns)
+            with (
+                self._original() if self._original is not None else torch.no_grad(),
+                self._listening(inner if self.hidden else None) as seen,
+            ):
+                return self._run(teacher, columns), seen
         finally:
-            for module in rest:
+            for module in trains:
                 module.training = True
 
-    def _run(self, columns: Iterable[dict[str, Any]]) -> Tensor:
+    def _of_labels(self, labels: Tensor | None, ours: Tensor, columns: list[dict[str, Any]]) -> Tensor:
+        """The teacher's answers that came with the data, as `_run` gives them."""
+        assert labels is not None
+        want = tuple(ours.shape)
+        if self.scores and labels.dim() == 1:
+            labels = labels[:, None]
+        if len(columns) != 1 or tuple(labels.shape) != want or not labels.is_floating_point():
+            raise ValueError(
+                f"DistilLoss: labels must be what the teacher gives of one column of texts, floats of shape "
+                f"{list(want)} (got {str(labels.dtype)[6:]} of {list(labels.shape)} and {len(columns)} columns); "
+                "another loss for data with labels of its own goes to also="
+            )
+        labels = labels.to(ours)
+        return labels if self.scores else F.normalize(labels, dim=-1)
+
+    def _run(self, model: Any, columns: list[dict[str, Any]]) -> Tensor:
         """[texts, width] of embeddings, normalised; of a CrossEncoder logits [pairs, labels]."""
         if self.scores:
-            return torch.cat([self.model(dict(f))["scores"] for f in columns]).float()
-        found = torch.cat([self.model(dict(f))["sentence_embedding"] for f in columns])
+            return torch.cat([model(dict(f))["scores"] for f in columns]).float()
+        found = torch.cat([model(dict(f))["sentence_embedding"] for f in columns])
         return F.normalize(found.float(), dim=-1)
 
+    @staticmethod
     @contextmanager
-    def _listening(self) -> Iterator[list[Tensor]]:
-        """What every block gives meanwhile, [batch, tokens, width], in the order they run; nothing without `hidden`."""
+    def _listening(model: Any) -> Iterator[list[Tensor]]:
+        """What every block of it gives meanwhile, [batch, tokens, width], in the order they run; of None nothing."""
         seen: list[Tensor] = []
-        handles = []
-        if self.hidden:
 
-            def see(module: nn.Module, args: Any, output: Any) -> None:
-                seen.append(output if isinstance(output, Tensor) else output[0])
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(output if isinstance(output, Tensor) else output[0])
 
-            model = self.pruner.model
-            blocks = getattr(families.of(model), "blocks", lambda m: ())(model)  # a class of one's own has none
-            handles = [block.register_forward_hook(see) for block, _ in blocks]
+        # A class of one's own has no blocks.
+        blocks = [] if model is None else getattr(families.of(model), "blocks", lambda m: ())(model)
+        handles = [block.register_forward_hook(see) for block, _ in blocks]
         try:
             yield seen
         finally:

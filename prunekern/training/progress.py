@@ -20,12 +20,14 @@ class RichProgress(TrainerCallback):
     Where output is a file it prints a line now and then instead.
     """
 
-    def __init__(self, pruner: Pruner, console: Console | None = None):
-        self.pruner, self.console = pruner, console
+    def __init__(self, pruner: Pruner | None, console: Console | None = None, what: str = "training"):
+        """pruner: None for a run without one, of which `what` is the name."""
+        self.pruner, self.console, self.what = pruner, console, what
         self.bar: Bar | None = None
         self.hook: RemovableHandle | None = None
         self.means: dict[str, float] = {}
         self.removed = ""
+        self.loss_logged = False  # and not seen in the model's own output
 
     def _observe(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
@@ -44,8 +46,10 @@ class RichProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.bar = Bar(TextColumn("{task.fields[text]}"), console=self.console)
-        self.task = self.bar.add_task("stage one", total=state.max_steps, completed=state.global_step, text="")
-        self.hook = self.pruner.model.register_forward_hook(self._observe, with_kwargs=True)
+        name = self.what if self.pruner is None else "stage one"
+        self.task = self.bar.add_task(name, total=state.max_steps, completed=state.global_step, text="")
+        if self.pruner is not None:
+            self.hook = self.pruner.model.register_forward_hook(self._observe, with_kwargs=True)
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -53,11 +57,21 @@ class RichProgress(TrainerCallback):
         if self.bar is None:
             return
         parts = [f"{name} {value:.3f}" for name, value in self.means.items()]
-        if state.global_step % 5 == 0 or not self.removed:  # a sum over all channel groups: not at every step
-            self.removed = f"removed {100 * self.pruner.expected_sparsity():.1f} %"
-        stage = "stage two" if self.pruner.finalized else "stage one"
-        text = "  ".join([*parts, self.removed])
-        self.bar.update(self.task, completed=state.global_step, description=stage, text=text)
+        stage = self.what
+        if self.pruner is not None:
+            if state.global_step % 5 == 0 or not self.removed:  # a sum over all channel groups: not at every step
+                self.removed = f"removed {100 * self.pruner.expected_sparsity():.1f} %"
+            stage = "stage two" if self.pruner.finalized else "stage one"
+            parts.append(self.removed)
+        self.bar.update(self.task, completed=state.global_step, description=stage, text="  ".join(parts))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """The loss, where the model itself says none: a loss around it does."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and (self.loss_logged or "loss" not in self.means):
+            self.means["loss"], self.loss_logged = float(loss), True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -41,7 +41,7 @@ struct EncoderBlockCall {
   const std::int64_t* mlp_out_index = nullptr;  // [down.n]: the channels of y that down makes; null: all
   Activation activation = Activation::gelu;
   NormOf mlp_norm;
-  float* y = nullptr;  // [rows, hidden], contiguous; not x
+  float* y = nullptr;  // [rows, hidden], contiguous; may be x, where that is, too
   int threads = 1;
 };
 

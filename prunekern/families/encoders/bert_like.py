@@ -17,7 +17,7 @@ from ..table import Table
 from .blocks import CompactSelfAttention, RunsAtOnce, add_residual, run_activated, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
 from .norms import make_layer_norms_fast
-from .padding import SkipsPadding
+from .stack import RunsStack
 from .step import Parts
 from .table import EncoderBlock, encoder_table
 
@@ -158,7 +158,7 @@ class BertLike:
             compact("Intermediate", Intermediate),
             compact("Output", Residual),
             compact("Layer", BertLikeLayer, containers=(getattr(hf, f"{prefix}Attention"),)),
-            compact("Encoder", SkipsPadding),
+            compact("Encoder", RunsStack),
         )
 
     def blocks(self, model: PreTrainedModel) -> list[tuple[nn.Module, EncoderBlock]]:

@@ -95,11 +95,16 @@ class RunsAtOnce(nn.Module):
         """
         if not takes(x):
             return None
+        step = self.fresh_step()
+        return None if step is None else step(x, mask, bias)
+
+    def fresh_step(self) -> Step | None:
+        """The arguments of the call, of the block as it is now; None where its modules must be called."""
         step = self._step
         if step is None or not step.is_fresh():
             parts = self.parts()
             step = self._step = None if parts is None else make_step(self, parts)
-        return None if step is None else step(x, mask, bias)
+        return step
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make their own.

@@ -16,6 +16,7 @@ from ..table import Table
 from .blocks import CompactSelfAttention, RunsAtOnce, run_ffn
 from .heads import compact_encoder_attention, compact_encoder_ffn
 from .norms import make_layer_norms_fast
+from .stack import RunsPlainStack
 from .step import Parts
 from .table import EncoderBlock, encoder_table
 
@@ -73,6 +74,10 @@ class CompactDistilBertBlock(RunsAtOnce, hf.TransformerBlock):
                      (attention.dropout, ffn.dropout), (ffn,))  # fmt: skip
 
 
+class CompactDistilBertTransformer(RunsPlainStack, hf.Transformer):
+    """All blocks as one call."""
+
+
 def _listens(attention: CompactDistilBertAttention) -> bool:
     return is_hooked(attention, attention.out_lin) or is_replaced(attention.out_lin)
 
@@ -107,6 +112,8 @@ def rebuild(model: PreTrainedModel, plan: Kept, make: Make) -> None:
         ffn.lin1, ffn.lin2 = compact_encoder_ffn(make, plan, block)
         ffn.activation = Activation(activation)
         module.__class__ = CompactDistilBertBlock
+    for encoder in [module for module in model.modules() if type(module) is hf.Transformer]:
+        encoder.__class__ = CompactDistilBertTransformer
     make_layer_norms_fast(model)
 
 

@@ -1,8 +1,8 @@
-"""A compact encoder block as one C++ call: attention, FFN, both residuals and both layer norms."""
+"""Compact encoder blocks as one C++ call: attention, FFN, both residuals and both layer norms of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..made_from import MadeFrom, parts_of
 from .norms import CompactLayerNorm
 
 # csrc/python/encoder_block.cpp
-_RUN: Callable[..., Tensor | None] | None = _native.core().call_encoder_block if calls.EAGER else None
+_RUN: Callable[..., Tensor | None] | None = _native.core().call_encoder_blocks if calls.EAGER else None
 _f32 = torch.float32
 # Where sequences that stand one after the other begin, and the last one ends: ascending from 0.
 Starts = tuple[int, ...]
@@ -65,7 +65,7 @@ class Parts:
 class Step:
     """The arguments of one block, and what they were made of; see `make_step`."""
 
-    __slots__ = ("_layer", "_made", "_parameters")
+    __slots__ = ("layer", "made", "parameters")
 
     def __init__(self, block: nn.Module, parts: Parts):
         attention, up, down = parts.attention, parts.up, parts.down
@@ -75,12 +75,12 @@ class Step:
         if qkv is None or o is None or first is None or last is None:
             raise _NotPacked
         ragged = attention.ragged
-        self._layer = (
+        self.layer = (
             *parts_of(qkv), *parts_of(o), parts.o.out_index, ragged.qk_first, ragged.v_first, parts.bias_heads,
             ragged.scale, ARITHMETIC[arithmetic_of(layers)], *_norm(parts.norm), *parts_of(first), *parts_of(last),
             down.out_index, up.out_features, NUMBER[parts.act.name], *_norm(parts.mlp_norm),
         )  # fmt: skip
-        made = self._made = MadeFrom(block, parts.modules, (qkv, o, first, last))
+        made = self.made = MadeFrom(block, parts.modules, (qkv, o, first, last))
         for norm in (parts.norm, parts.mlp_norm):
             made.also(norm._parameters, "weight", "bias")
             made.also(norm.__dict__, "eps", "normalized_shape")
@@ -92,24 +92,33 @@ class Step:
         made.also(attention.__dict__, "training", "scaling", "heads")
         made.also(attention.config.__dict__, "_attn_implementation_internal")
         weights = (parameter for module in parts.modules for parameter in module._parameters.values())
-        self._parameters = tuple(p for p in weights if p is not None)
+        self.parameters = tuple(p for p in weights if p is not None)
 
     def is_fresh(self) -> bool:
         """Whether the block still is what the arguments were made of, and nobody listens to its modules."""
-        return self._made.is_fresh()
+        return self.made.is_fresh()
 
     def __call__(self, x: Tensor, mask: Tensor | Starts | None, bias: Tensor | None = None) -> Tensor | None:
         """The block's output; None where the call is not ordinary. bias: of the logits, [1, heads, tokens, tokens], for
         parts with `bias_heads`. mask: where x [1, rows, hidden] holds sequences one after the other, their beginnings.
         """
-        if _RUN is None or calls.needs_grad(x, bias, *self._parameters):
-            return None
-        if isinstance(mask, tuple):
-            return _RUN(x, mask, bias, calls.threads(), self._layer)
-        forbids_keys_only, key_mask = key_mask_of(mask)
-        if not forbids_keys_only:
-            return None
-        return _RUN(x, for_each(key_mask, len(x)), bias, calls.threads(), self._layer)
+        return run_blocks(x, mask, bias, (self.layer,), self.parameters)
+
+
+def run_blocks(
+    x: Tensor, mask: Tensor | Starts | None, bias: Tensor | None, layers: tuple[Any, ...], parameters: Iterable[Tensor]
+) -> Tensor | None:
+    """x through blocks, one after the other; None where the call is not ordinary. Arguments as of a `Step`, of which
+    layers and parameters are.
+    """
+    if _RUN is None or calls.needs_grad(x, bias, *parameters):
+        return None
+    if isinstance(mask, tuple):
+        return _RUN(x, mask, bias, calls.threads(), layers)
+    forbids_keys_only, key_mask = key_mask_of(mask)
+    if not forbids_keys_only:
+        return None
+    return _RUN(x, for_each(key_mask, len(x)), bias, calls.threads(), layers)
 
 
 class _NotPacked(Exception):
@@ -120,11 +129,13 @@ def _norm(norm: Any) -> tuple[Tensor, Tensor, float]:
     return norm.weight, norm.bias, norm.eps
 
 
-def takes(x: Tensor) -> bool:
-    """Whether a call is one a `Step` may be made for: float32 on the CPU, nobody looks on."""
-    if _RUN is None or type(x) is not Tensor or x.dtype is not _f32 or x.device.type != "cpu":
+def takes(x: Tensor, rows: int | None = None) -> bool:
+    """Whether a call is one a `Step` may be made for: float32 on the CPU, nobody looks on. rows: how many of x
+    [batch, tokens, hidden] blocks are given at once, where that is not all.
+    """
+    if _RUN is None or type(x) is not Tensor or x.dtype is not _f32 or x.device.type != "cpu" or x.dim() != 3:
         return False
-    return x.dim() == 3 and x.shape[0] * x.shape[1] <= _MOST_ROWS and calls.short()
+    return (x.shape[0] * x.shape[1] if rows is None else rows) <= _MOST_ROWS and calls.short()
 
 
 def make_step(block: nn.Module, parts: Parts) -> Step | None:

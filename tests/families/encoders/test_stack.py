@@ -1,15 +1,20 @@
-"""An encoder that is told to leaves padding out: every other token gets what it got, and padding is zero."""
+"""All blocks of an encoder as one call: the numbers of the blocks one by one, for as long as they are what they were.
+An encoder that is told to leaves padding out: every other token gets what it got, and padding is zero.
+"""
+
+import copy
 
 import pytest
 import torch
 
 import prunekern as pk
 from prunekern import _native
+from prunekern.families.encoders import stack as encoder_stack
 from prunekern.families.encoders import step as encoder_step
-from prunekern.families.encoders.padding import skip_padding
+from prunekern.families.encoders.stack import skip_padding
 from tests.helpers.tiny_models import HIDDEN, attached, batch, build, difference, prune
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 
 
 def compacted(family, share=0.3, **options):
@@ -19,13 +24,13 @@ def compacted(family, share=0.3, **options):
 
 
 def calls(monkeypatch):
-    """Rows of the blocks that ran as one call."""
+    """(rows, blocks) of every call of the core."""
     rows, real = [], encoder_step._RUN
 
     def run(x, *args):
         y = real(x, *args)
         if y is not None:
-            rows.append(x.shape[0] * x.shape[1])
+            rows.append((x.shape[0] * x.shape[1], len(args[-1])))
         return y
 
     monkeypatch.setattr(encoder_step, "_RUN", run)
@@ -47,7 +52,7 @@ def test_other_tokens_are_what_they_were(family, side, monkeypatch):
         skip_padding(small)
         rows = calls(monkeypatch)
         got = small(**inputs).last_hidden_state
-    assert rows == [int(shown.sum())] * 2
+    assert rows == [(int(shown.sum()), 2)]
     assert difference(got[shown], want[shown]) < 1e-5 and not got[~shown].any()
     assert got.shape == (5, 11, HIDDEN)
 
@@ -92,10 +97,72 @@ def test_what_takes_all_tokens(what, monkeypatch):
         with torch.no_grad():
             got = small(**inputs, **options)
     assert difference(got.last_hidden_state, want.last_hidden_state) < 1e-5
-    assert all(count == 36 for count in rows)
+    assert all(count == (36, 1 if what == "a hook" else 2) for count in rows)
     assert not seen or seen == [(4, 9, HIDDEN)]
     if what == "hidden states":
         assert len(got.hidden_states) == 3
+
+
+@pytest.mark.skipif(not _native.available(), reason=str(_native.why_not()))
+@pytest.mark.parametrize("most", [1, 8, 9, 30])
+def test_groups_of_sequences(most, monkeypatch):
+    """Longer batches run group by group, a sequence never cut; each gets what it got."""
+    small, inputs = compacted("bert"), batch(7, 11)
+    shown = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        want = small(**inputs).last_hidden_state
+        skip_padding(small)
+        monkeypatch.setattr(encoder_stack, "_ROWS", most)
+        monkeypatch.setattr(encoder_step, "_MOST_ROWS", 40)  # all rows, padding and all, are more
+        rows = calls(monkeypatch)
+        got = small(**inputs).last_hidden_state
+    lengths = shown.sum(1).tolist()
+    assert sum(count for count, _ in rows) == sum(lengths) and len(rows) > 1
+    assert all(count <= max(most, max(lengths)) for count, _ in rows)
+    assert difference(got[shown], want[shown]) < 1e-5 and not got[~shown].any()
+
+
+@pytest.mark.skipif(not _native.available(), reason=str(_native.why_not()))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_call_for_all_blocks(family, monkeypatch):
+    small, inputs = compacted(family), batch(4, 9)
+    with torch.no_grad():
+        rows = calls(monkeypatch)
+        want = small(**inputs).last_hidden_state
+        assert rows == [(36, 2)]
+        small.train()
+        small.eval()
+        assert torch.equal(small(**inputs).last_hidden_state, want) and rows == [(36, 2)] * 2
+        twin = copy.deepcopy(small)
+        assert torch.equal(twin(**inputs).last_hidden_state, want) and len(rows) == 3
+        # Blocks that trade places, or are there twice, are seen.
+        layers = next(m for m in small.modules() if hasattr(m, "skips_padding")).layer
+        first, second = layers
+        layers[0], layers[1] = second, first
+        swapped = small(**inputs).last_hidden_state
+        assert difference(swapped, want) > 1e-3
+        del layers[0]
+        assert len(layers) == 1 and difference(small(**inputs).last_hidden_state, swapped) > 1e-3
+
+
+def test_a_block_that_is_replaced_is_called():
+    small, inputs = compacted("bert"), batch(4, 9)
+    seen = []
+
+    class Mine(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, *args, **kwargs):
+            seen.append(x.shape)
+            return self.inner(x, *args, **kwargs) + 1
+
+    with torch.no_grad():
+        want = small(**inputs).last_hidden_state
+        small.encoder.layer[1] = Mine(small.encoder.layer[1])
+        got = small(**inputs).last_hidden_state
+    assert seen == [(4, 9, HIDDEN)] and difference(got, want + 1) < 1e-5
 
 
 def test_a_sentence_without_any_token():

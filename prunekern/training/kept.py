@@ -1,0 +1,105 @@
+"""A compact model of sentence-transformers trained in all it has kept, under what the original said of the texts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformerTrainer as Trainer
+from torch import nn
+from transformers import set_seed
+
+from ..families.sentence import transformer_in
+from ..nn import CompactLinear
+from ..storage.progress import track
+from .embeddings import DistilLoss
+from .progress import RichProgress
+from .recipe import TrainOptions
+from .sentences import TEXT, embed, run, sentence_arguments
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LABEL = "label"  # the column that sentence-transformers gives to a loss
+_AT_ONCE = 1024  # texts embedded between two moves of the bar
+
+
+def train_kept(
+    small: SentenceTransformer,
+    original: SentenceTransformer,
+    texts: Sequence[str],
+    options: TrainOptions,
+    out: Path,
+    resume: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train the blocks and norms of `small` in place, all their weights, until its embeddings of `texts` are those of
+    `original`. Returns steps, seconds and history.
+
+    A step costs what the compact model does: the original embeds every text once, before. OUT/taught.npy keeps that,
+    [texts, width] in fp32, and OUT/checkpoints what `resume` goes on from. Word embeddings stay as they are. Options of
+    masks and stages are not read. ValueError for a model that is not compact, for fewer texts than a batch has, and for
+    a run resumed with other options or texts.
+    """
+    inner = transformer_in(small, "train_kept")
+    if not any(isinstance(module, CompactLinear) for module in inner.modules()):
+        raise ValueError(f"train_kept: small must be compact (got a {type(small).__name__} that is not)")
+    if len(texts) < options.batch_size:
+        raise ValueError(f"texts must be at least {options.batch_size}, one batch (got {len(texts)})")
+    set_seed(options.seed)
+    for model in (small, original):
+        if options.max_length and model.max_seq_length is not None:
+            model.max_seq_length = min(options.max_length, model.max_seq_length)
+    taught = answers(original, texts, out / "taught.npy", console)
+    trainable(inner)
+    rows = Dataset.from_dict({TEXT: list(texts), LABEL: list(taught)})
+    args = sentence_arguments(options, out / "checkpoints")
+    trainer = Trainer(small, args, train_dataset=rows, loss=DistilLoss(small))
+    try:
+        state, seconds = run(
+            trainer,
+            {"task": "embeddings, all that is kept"},
+            options,
+            rows.select_columns(TEXT),
+            resume,
+            RichProgress(None, console, "all that is kept"),
+        )
+    finally:
+        small.requires_grad_(False).eval()
+    return {
+        "train_seconds": seconds,
+        "steps": state.global_step,
+        "history": [entry for entry in state.log_history if "loss" in entry],
+    }
+
+
+def trainable(inner: nn.Module) -> None:
+    """Have weights and biases of compact layers and of norms ask for gradients, and nothing else."""
+    inner.requires_grad_(False)
+    for module in inner.modules():
+        if isinstance(module, CompactLinear) or type(module).__name__.endswith("Norm"):
+            module.requires_grad_(True)
+
+
+def answers(original: SentenceTransformer, texts: Sequence[str], file: Path, console: Console | None) -> np.ndarray:
+    """float32 unit rows [texts, width] of the original; from `file` where they are of these texts."""
+    digest = hashlib.sha256(f"{original.max_seq_length}".encode())
+    for text in texts:
+        digest.update(text.encode() + b"\n")
+    note = file.with_suffix(".sha256")
+    if file.is_file() and note.is_file() and note.read_text() == digest.hexdigest():
+        found: np.ndarray = np.load(file)
+        return found
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    parts = [order[i : i + _AT_ONCE] for i in range(0, len(order), _AT_ONCE)]
+    rows = [embed(original, [texts[i] for i in part]) for part in track(parts, "the original's embeddings", console)]
+    found = np.concatenate(rows).astype(np.float32)[np.argsort(order)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file, found)
+    note.write_text(digest.hexdigest())
+    return found
