@@ -41,7 +41,7 @@ QUALITY = ("spearman", "nearest", "topics", "topics_kept", "cosine")
 # What was tried is in docs/figures.md.
 OPTIONS = {"batch_size": 32, "learning_rate": 2e-3, "stage_one": 0.7, "warm": 0.06, "ramp": 0.7, "max_length": 128}
 RANK, STEPS = 16, 500
-KEPT = {"batch_size": 32, "learning_rate": 5e-4, "max_length": 256, "warmup_steps": 100}
+KEPT = {"batch_size": 32, "learning_rate": 1.5e-4, "max_length": 256, "warmup_steps": 100}
 KEPT_STEPS = 6000
 
 

@@ -78,6 +78,7 @@ def train(
         int | None,
         typer.Option(help="Of embeddings: so many steps more, of the compact model in all that is kept; none."),
     ] = None,
+    kept_lr: Annotated[float | None, typer.Option(help="Of these steps: 1.5e-4.")] = None,
     max_length: MaxLength = 128,
     save_steps: int = 500,
     seed: int = 0,
@@ -108,9 +109,11 @@ def train(
     embeds = task == embeddings.TASK
     batch_size = embeddings.BATCH_SIZE if embeds and batch_size is None else 8 if batch_size is None else batch_size
     check_positive(batch_size=batch_size, epochs=epochs, final_lr=final_lr, mask_lr=mask_lr, save_steps=save_steps)
-    check_positive(kept_steps=kept_steps)
+    check_positive(kept_steps=kept_steps, kept_lr=kept_lr)
     if kept_steps is not None and not embeds:
         raise ValueError(f"--kept-steps must not be given without --task {embeddings.TASK} (got {kept_steps})")
+    if kept_lr is not None and kept_steps is None:
+        raise ValueError(f"--kept-lr must not be given without --kept-steps (got {kept_lr})")
     if bf16:
         check_bf16()
     config = PruneConfig(
@@ -136,7 +139,7 @@ def train(
             text=text, choices=choices, label=label, label_columns=label_columns, label_separator=label_separator,
             task_type=task_type, regression=regression, metric=metric, validation=validation, test=test,
         )  # fmt: skip
-        embeddings.train_embeddings(model, source, data, config, options, out, resume, quantize, kept_steps)
+        embeddings.train_embeddings(model, source, data, config, options, out, resume, quantize, kept_steps, kept_lr)
         return
     data_task = task_of(
         task, data,
