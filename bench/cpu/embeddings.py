@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
@@ -104,6 +106,21 @@ def candidates(args, data: texts.Texts) -> tuple[dict[str, tuple[str, SentenceTr
     return found, missing
 
 
+def embedded_by(name: str, model: SentenceTransformer, data: texts.Texts, kept: Path | None) -> Embedded:
+    """All test texts. A peer's are kept in a folder, from one run to the next: some take minutes."""
+    digest = hashlib.sha256("\n".join([*data.reviews, *data.paragraphs, *data.articles]).encode()).hexdigest()[:16]
+    file = None if kept is None else kept / f"{name.replace(' ', '_')}-{digest}.npz"
+    if file is not None and file.is_file():
+        with np.load(file) as parts:
+            return Embedded(parts["reviews"], parts["paragraphs"], parts["articles"])
+    found = Embedded.of(lambda t: model.encode(t, batch_size=32, show_progress_bar=False), data)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, reviews=found.reviews, paragraphs=found.paragraphs, articles=found.articles)
+    print(f"{name}: embedded", flush=True)
+    return found
+
+
 def some_texts(data: texts.Texts, count: int) -> list[str]:
     """Of real lengths, half sentences of reviews and half paragraphs."""
     half = count // 2
@@ -174,6 +191,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=120.0, help="about how long to measure each number of texts")
     parser.add_argument("--peers", nargs="*", help="only these")
+    parser.add_argument("--only-embed", action="store_true", help="the test texts by all peers, for the next run")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", default="embeddings")
     args = parser.parse_args()
@@ -191,8 +209,9 @@ def main() -> None:
         models, missing = candidates(args, data)
         embedded = {}
         for name, (_, model) in models.items():
-            embedded[name] = Embedded.of(lambda t, m=model: m.encode(t, batch_size=32, show_progress_bar=False), data)
-            print(f"{name}: embedded", flush=True)
+            embedded[name] = embedded_by(name, model, data, RUNS / "peers" if name in PEERS else None)
+        if args.only_embed:
+            return
         found = {name: quality(e, embedded["torch"], data.labels) for name, e in embedded.items()}
         speed = measure(models, data, args)
     rows = [

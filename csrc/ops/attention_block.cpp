@@ -7,7 +7,7 @@
 #include <string>
 
 #include "loops/scratch.h"
-#include "prunekern/attention.h"
+#include "ops/block_parts.h"
 #include "prunekern/norm.h"
 #include "prunekern/rotary.h"
 
@@ -89,18 +89,6 @@ void attend(Isa isa, const AttentionBlockCall& call, const float* q, float* y) {
   compact_attention(isa, attention);
 }
 
-LinearCall product(const AttentionBlockCall& call, const Packed& weight, const float* x, float* y) {
-  LinearCall linear;
-  linear.m = call.batch * call.tokens;
-  linear.in_features = linear.x_stride = weight.k;
-  linear.weight = weight;
-  linear.x = x;
-  linear.y = y;
-  linear.n_out = linear.y_stride = weight.n;
-  linear.threads = call.threads;
-  return linear;
-}
-
 }  // namespace
 
 void attention_block(Isa isa, const AttentionBlockCall& call) {
@@ -119,7 +107,7 @@ void attention_block(Isa isa, const AttentionBlockCall& call) {
   const auto [normed, projected, q, context] = parts;
 
   rms_norm({rows, call.hidden, call.x, call.x_stride, call.norm, call.eps, normed, call.threads});
-  compact_linear(isa, product(call, call.qkv, normed, projected));
+  compact_linear(isa, block::product(rows, call.qkv, normed, projected, call.threads));
   turn(call, call.shared_by, projected, q, call.tokens * queries, queries);
   turn(call, 1, projected + queries, call.keys + call.past * call.k_stride, call.k_batch_stride,
        call.k_stride);
@@ -129,12 +117,7 @@ void attention_block(Isa isa, const AttentionBlockCall& call) {
                 projected + row * call.qkv.n + queries + keys, static_cast<std::size_t>(values) * 4);
   }
   attend(isa, call, q, context);
-  LinearCall o = product(call, call.o, context, call.y);
-  o.out_index = call.out_index;
-  o.n_out = o.y_stride = call.hidden;
-  o.residual = call.x;
-  o.residual_stride = call.x_stride;
-  compact_linear(isa, o);
+  compact_linear(isa, block::into_residual(call, rows, context, call.y));
 }
 
 }  // namespace prunekern

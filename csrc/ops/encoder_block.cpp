@@ -6,32 +6,21 @@
 #include <string>
 
 #include "loops/scratch.h"
-#include "prunekern/attention.h"
+#include "ops/block_parts.h"
 #include "prunekern/norm.h"
 
 namespace prunekern {
 namespace {
 
-// What the parts do not see: that they fit one another.
 void check(const EncoderBlockCall& call) {
+  block::check("encoder_block", call);
+  if (call.starts == nullptr) return;
   auto fail = [](const std::string& message) { throw std::invalid_argument("encoder_block: " + message); };
-  if (call.batch < 0 || call.tokens < 0 || call.heads < 1)
-    fail("sizes must not be negative, and heads not zero");
-  if (call.starts != nullptr) {
-    if (call.key_mask != nullptr || call.bias != nullptr) fail("starts leave no keys to forbid, and no bias");
-    for (std::int64_t s = 0; s < call.batch; ++s)
-      if (call.starts[0] != 0 || call.starts[s] > call.starts[s + 1])
-        fail("starts must ascend from 0 (got " + std::to_string(call.starts[s + 1]) + " after " +
-             std::to_string(call.starts[s]) + ")");
-  }
-  const std::int64_t keys = call.qk_first[call.heads], values = call.v_first[call.heads];
-  auto fits = [&](const char* name, const Packed& weight, std::int64_t n, std::int64_t k) {
-    if (weight.n != n || weight.k != k)
-      fail(std::string(name) + " must make " + std::to_string(n) + " channels of " + std::to_string(k) +
-           " (got " + std::to_string(weight.n) + " of " + std::to_string(weight.k) + ")");
-  };
-  fits("qkv", call.qkv, 2 * keys + values, call.hidden);
-  fits("o", call.o, call.o.n, values);
+  if (call.key_mask != nullptr || call.bias != nullptr) fail("starts leave no keys to forbid, and no bias");
+  for (std::int64_t s = 0; s < call.batch; ++s)
+    if (call.starts[0] != 0 || call.starts[s] > call.starts[s + 1])
+      fail("starts must ascend from 0 (got " + std::to_string(call.starts[s + 1]) + " after " +
+           std::to_string(call.starts[s]) + ")");
 }
 
 void norm_in_place(Isa isa, const EncoderBlockCall& call, const NormOf& norm, float* y) {
@@ -40,28 +29,9 @@ void norm_in_place(Isa isa, const EncoderBlockCall& call, const NormOf& norm, fl
 }
 
 void attend(Isa isa, const EncoderBlockCall& call, const float* projected, float* context) {
-  const std::int64_t keys = call.qk_first[call.heads], stride = call.qkv.n;
-  AttentionCall attention;
-  attention.batch = call.batch;
-  attention.queries = attention.keys = call.tokens;
-  attention.heads = call.heads;
-  attention.qk_first = call.qk_first;
-  attention.v_first = call.v_first;
-  attention.q = projected;
-  attention.k = projected + keys;
-  attention.v = projected + 2 * keys;
-  attention.q_stride = attention.k_stride = attention.v_stride = stride;
-  attention.q_batch_stride = attention.k_batch_stride = attention.v_batch_stride = call.tokens * stride;
-  attention.y = context;
-  attention.y_stride = call.o.k;
-  attention.y_batch_stride = call.tokens * call.o.k;
-  attention.key_mask = call.key_mask;
-  attention.key_mask_stride = call.key_mask_stride;
+  AttentionCall attention = block::attention(call, projected, context);
   attention.bias = call.bias;
   attention.bias_head = call.bias_head;
-  attention.scale = call.scale;
-  attention.arithmetic = call.arithmetic;
-  attention.threads = call.threads;
   if (call.starts == nullptr) {
     compact_attention(isa, attention);
     return;
@@ -71,9 +41,9 @@ void attend(Isa isa, const EncoderBlockCall& call, const float* projected, float
     const std::int64_t first = call.starts[s];
     AttentionCall one = attention;
     one.queries = one.keys = call.starts[s + 1] - first;
-    one.q += first * stride;
-    one.k += first * stride;
-    one.v += first * stride;
+    one.q += first * one.q_stride;
+    one.k += first * one.k_stride;
+    one.v += first * one.v_stride;
     one.y += first * call.o.k;
     compact_attention(isa, one);
   }
@@ -91,44 +61,13 @@ void encoder_block(Isa isa, const EncoderBlockCall& call) {
   float* context = projected + floats(call.qkv.n);
   float* attended = context + floats(call.o.k);
 
-  LinearCall qkv;
-  qkv.m = rows;
-  qkv.in_features = call.hidden;
-  qkv.x = call.x;
+  LinearCall qkv = block::product(rows, call.qkv, call.x, projected, call.threads);
   qkv.x_stride = call.x_stride;
-  qkv.weight = call.qkv;
-  qkv.y = projected;
-  qkv.n_out = qkv.y_stride = call.qkv.n;
-  qkv.threads = call.threads;
   compact_linear(isa, qkv);
-
   attend(isa, call, projected, context);
-
-  LinearCall o;
-  o.m = rows;
-  o.in_features = o.x_stride = call.o.k;
-  o.x = context;
-  o.weight = call.o;
-  o.out_index = call.out_index;
-  o.residual = call.x;
-  o.residual_stride = call.x_stride;
-  o.y = attended;
-  o.n_out = o.y_stride = call.hidden;
-  o.threads = call.threads;
-  compact_linear(isa, o);
+  compact_linear(isa, block::into_residual(call, rows, context, attended));
   norm_in_place(isa, call, call.norm, attended);
-
-  MlpCall mlp;
-  mlp.m = rows;
-  mlp.in_features = mlp.n_out = mlp.x_stride = mlp.y_stride = mlp.residual_stride = call.hidden;
-  mlp.x = mlp.residual = attended;
-  mlp.y = call.y;
-  mlp.up = call.up;
-  mlp.down = call.down;
-  mlp.out_index = call.mlp_out_index;
-  mlp.activation = call.activation;
-  mlp.threads = call.threads;
-  compact_mlp(isa, mlp);
+  compact_mlp(isa, block::mlp(call, rows, attended, attended));
   norm_in_place(isa, call, call.mlp_norm, call.y);
 }
 

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "python/eager.h"
+#include "python/block_arguments.h"
 #include "python/module.h"
 
 namespace prunekern {
@@ -34,10 +34,6 @@ enum Part {
   kActivation,
   kParts
 };
-
-bool read_weight(PyObject* const* parts, std::int64_t n, std::int64_t k, Packed& weight) {
-  return eager::read_weight(parts[0], parts[2], parts[1], parts[3], n, k, weight);
-}
 
 // [batch, 1, keys, channels] in fp32 with contiguous channels: what a cache of transformers holds.
 bool view_cache(PyObject* object, dlpack::Tensor& tensor, float*& data, std::int64_t& batch_stride,
@@ -83,8 +79,8 @@ bool read_attention(PyObject* const* pair, PyObject* const* parts, AttentionBloc
   call.v_first = firsts.values.data();
   return eager::read_index(parts[kOutIndex], call.out_index, n) &&
          eager::view_vector(parts[kNorm], call.hidden, call.norm) && eager::to_float(parts[kEps], call.eps) &&
-         read_weight(parts + kQkv, (call.shared_by + 1) * c + d, call.hidden, call.qkv) &&
-         read_weight(parts + kO, n, call.shared_by * d, call.o) &&
+         eager::read_weight(parts + kQkv, (call.shared_by + 1) * c + d, call.hidden, call.qkv) &&
+         eager::read_weight(parts + kO, n, call.shared_by * d, call.o) &&
          eager::view_index(parts[kAngle], call.angle, pairs) && pairs == c / 2 &&
          eager::to_float(parts[kScale], call.scale);
 }
@@ -95,9 +91,9 @@ bool read_mlp(PyObject* const* parts, DecoderBlockCall& call) {
   return eager::read_index(parts[kMlpOutIndex], call.out_index, n) && eager::to_int(parts[kHidden], hidden) &&
          eager::read_activation(parts[kActivation], call.activation) &&
          eager::view_vector(parts[kMlpNorm], width, call.norm) && eager::to_float(parts[kMlpEps], call.eps) &&
-         read_weight(parts + kUp, hidden, width, call.up) &&
-         read_weight(parts + kGate, hidden, width, call.gate) &&
-         read_weight(parts + kDown, n, hidden, call.down);
+         eager::read_weight(parts + kUp, hidden, width, call.up) &&
+         eager::read_weight(parts + kGate, hidden, width, call.gate) &&
+         eager::read_weight(parts + kDown, n, hidden, call.down);
 }
 
 struct EagerDecoderBlocks {

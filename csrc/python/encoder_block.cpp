@@ -1,8 +1,7 @@
 // prunekern._C: blocks of an encoder, as an eager call only.
 #include "prunekern/encoder_block.h"
 
-#include "python/addresses.h"
-#include "python/eager.h"
+#include "python/block_arguments.h"
 #include "python/module.h"
 
 namespace prunekern {
@@ -29,10 +28,6 @@ enum Part {
   kMlpNorm,
   kParts = kMlpNorm + 3
 };
-
-bool read_weight(PyObject* const* parts, std::int64_t n, std::int64_t k, Packed& weight) {
-  return eager::read_weight(parts[0], parts[2], parts[1], parts[3], n, k, weight);
-}
 
 bool read_norm(PyObject* const* parts, std::int64_t n, NormOf& norm) {
   return eager::view_vector(parts[0], n, norm.weight) && eager::view_vector(parts[1], n, norm.bias) &&
@@ -96,14 +91,7 @@ struct EagerEncoderBlocks {
 
  private:
   bool read_x(PyObject* const* args, EncoderBlockCall& block) {
-    Element element;
-    if (!eager::view_input(args[kX], x, element) || element != Element::fp32 || x.ndim != 3) return false;
-    block.batch = x.shape[0];
-    block.tokens = x.shape[1];
-    block.hidden = x.shape[2];
-    const std::int64_t rows = block.batch * block.tokens;
-    block.x = static_cast<const float*>(x.data);
-    return rows * block.hidden > 0 && eager::rows(x, rows, block.x_stride) &&
+    return eager::read_states(args[kX], x, block) &&
            (PyTuple_CheckExact(args[kKeyMask])
                 ? read_starts(args[kKeyMask], block)
                 : eager::read_key_mask(args[kKeyMask], block.batch, block.tokens, block.key_mask,
@@ -122,20 +110,12 @@ struct EagerEncoderBlocks {
   static bool read_attention(PyObject* const* parts, Layer& layer) {
     EncoderBlockCall& block = layer.block;
     Firsts &keys = layer.keys, &values = layer.values;
-    std::int64_t arithmetic, n = block.hidden;
-    if (!eager::read_firsts(parts[kKeyFirst], keys) || !eager::read_firsts(parts[kValueFirst], values) ||
-        keys.size() != values.size() || values.back() == 0)
+    std::int64_t n = block.hidden;
+    if (!eager::read_heads(parts[kKeyFirst], parts[kValueFirst], parts[kArithmetic], keys, values, block))
       return false;
-    block.heads = static_cast<std::int64_t>(keys.size()) - 1;
-    block.qk_first = keys.data();
-    block.v_first = values.data();
-    if (!eager::to_int(parts[kArithmetic], arithmetic) || arithmetic < 0 ||
-        arithmetic > static_cast<int>(Arithmetic::int8))
-      return false;
-    block.arithmetic = static_cast<Arithmetic>(arithmetic);
-    return read_weight(parts + kQkv, 2 * keys.back() + values.back(), block.hidden, block.qkv) &&
+    return eager::read_weight(parts + kQkv, 2 * keys.back() + values.back(), block.hidden, block.qkv) &&
            eager::read_index(parts[kOutIndex], block.out_index, n) &&
-           read_weight(parts + kO, n, values.back(), block.o) &&
+           eager::read_weight(parts + kO, n, values.back(), block.o) &&
            eager::to_float(parts[kScale], block.scale) && read_norm(parts + kNorm, block.hidden, block.norm);
   }
 
@@ -163,9 +143,10 @@ struct EagerEncoderBlocks {
 
   static bool read_mlp(PyObject* const* parts, EncoderBlockCall& block) {
     std::int64_t inner, n = block.hidden;
-    return eager::to_int(parts[kInner], inner) && read_weight(parts + kUp, inner, block.hidden, block.up) &&
+    return eager::to_int(parts[kInner], inner) &&
+           eager::read_weight(parts + kUp, inner, block.hidden, block.up) &&
            eager::read_index(parts[kMlpOutIndex], block.mlp_out_index, n) &&
-           read_weight(parts + kDown, n, inner, block.down) &&
+           eager::read_weight(parts + kDown, n, inner, block.down) &&
            eager::read_activation(parts[kActivation], block.activation) &&
            read_norm(parts + kMlpNorm, block.hidden, block.mlp_norm);
   }

@@ -1,8 +1,7 @@
 // prunekern._C: prenorm_block, as an eager call only.
 #include "prunekern/prenorm_block.h"
 
-#include "python/addresses.h"
-#include "python/eager.h"
+#include "python/block_arguments.h"
 #include "python/module.h"
 
 namespace prunekern {
@@ -30,10 +29,6 @@ enum Part {
   kActivation,
   kParts
 };
-
-bool read_weight(PyObject* const* parts, std::int64_t n, std::int64_t k, Packed& weight) {
-  return eager::read_weight(parts[0], parts[2], parts[1], parts[3], n, k, weight);
-}
 
 bool read_norm(PyObject* const* parts, std::int64_t n, NormOf& norm) {
   return eager::view_vector(parts[0], n, norm.weight) &&
@@ -64,46 +59,31 @@ struct EagerPrenormBlock {
 
  private:
   bool read_x(PyObject* const* args) {
-    Element element;
-    if (!eager::view_input(args[kX], x, element) || element != Element::fp32 || x.ndim != 3) return false;
-    block.batch = x.shape[0];
-    block.tokens = x.shape[1];
-    block.hidden = x.shape[2];
-    const std::int64_t rows = block.batch * block.tokens;
-    block.x = static_cast<const float*>(x.data);
-    return rows * block.hidden > 0 && eager::rows(x, rows, block.x_stride) &&
-           eager::read_tables(args[kCos], args[kSin], block) &&
+    return eager::read_states(args[kX], x, block) && eager::read_tables(args[kCos], args[kSin], block) &&
            eager::read_key_mask(args[kKeyMask], block.batch, block.tokens, block.key_mask,
                                 block.key_mask_stride) &&
            eager::to_int(args[kWindow], block.window) && eager::read_threads(args[kThreads], block.threads);
   }
 
   bool read_attention(PyObject* const* parts) {
-    std::int64_t arithmetic, pairs, n = block.hidden;
-    if (!eager::read_firsts(parts[kKeyFirst], keys) || !eager::read_firsts(parts[kValueFirst], values) ||
-        keys.size() != values.size() || values.back() == 0)
+    std::int64_t pairs, n = block.hidden;
+    if (!eager::read_heads(parts[kKeyFirst], parts[kValueFirst], parts[kArithmetic], keys, values, block))
       return false;
-    block.heads = static_cast<std::int64_t>(keys.size()) - 1;
-    block.qk_first = keys.data();
-    block.v_first = values.data();
-    if (!eager::to_int(parts[kArithmetic], arithmetic) || arithmetic < 0 ||
-        arithmetic > static_cast<int>(Arithmetic::int8))
-      return false;
-    block.arithmetic = static_cast<Arithmetic>(arithmetic);
     if (parts[kNorm] != Py_None && !read_norm(parts + kNorm, block.hidden, block.norm)) return false;
-    return read_weight(parts + kQkv, 2 * keys.back() + values.back(), block.hidden, block.qkv) &&
+    return eager::read_weight(parts + kQkv, 2 * keys.back() + values.back(), block.hidden, block.qkv) &&
            eager::view_index(parts[kAngle], block.angle, pairs) && 2 * pairs == keys.back() &&
            eager::read_index(parts[kOutIndex], block.out_index, n) &&
-           read_weight(parts + kO, n, values.back(), block.o) && eager::to_float(parts[kScale], block.scale);
+           eager::read_weight(parts + kO, n, values.back(), block.o) &&
+           eager::to_float(parts[kScale], block.scale);
   }
 
   bool read_mlp(PyObject* const* parts) {
     std::int64_t inner, n = block.hidden;
     return read_norm(parts + kMlpNorm, block.hidden, block.mlp_norm) && eager::to_int(parts[kInner], inner) &&
-           read_weight(parts + kUp, inner, block.hidden, block.up) &&
-           read_weight(parts + kGate, inner, block.hidden, block.gate) &&
+           eager::read_weight(parts + kUp, inner, block.hidden, block.up) &&
+           eager::read_weight(parts + kGate, inner, block.hidden, block.gate) &&
            eager::read_index(parts[kMlpOutIndex], block.mlp_out_index, n) &&
-           read_weight(parts + kDown, n, inner, block.down) &&
+           eager::read_weight(parts + kDown, n, inner, block.down) &&
            eager::read_activation(parts[kActivation], block.activation);
   }
 };
