@@ -1,15 +1,17 @@
 """Compact models of sentence-transformers trained in all they have kept, under the original or what it said once."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
 import prunekern as pk
 import prunekern.hf  # noqa: F401
 from prunekern.nn import CompactLinear
-from prunekern.training.kept import answers, train_kept
+from prunekern.training.kept import answers, map_answers, train_kept
 from prunekern.training.recipe import TrainOptions
 from prunekern.training.sentences import agreement, embed
 from tests.helpers.tiny_sentences import cross_encoder, sentence_model, texts
@@ -74,6 +76,26 @@ def test_no_dropout_and_eager_attention_meanwhile(models, tmp_path, monkeypatch)
         train_kept(small, original, texts(), OPTIONS, tmp_path)
     assert seen == [(True, 0.0, "eager")]
     assert all(m.p == 0.1 for m in dropouts) and small[0].auto_model.config._attn_implementation == "sdpa"
+
+
+def test_the_last_map_is_least_squares(models, tmp_path):
+    """Of embeddings that a matrix made from the original's, the map is its inverse; a folder holds it."""
+    original, folder = models
+    some = [" ".join(texts()[i : i + 1 + i % 3]) for i in range(24)] + [a + " " + b for a, b in pairwise(texts())]
+    taught = embed(original, some).astype(np.float32)
+    small = pk.load(folder)
+    own = embed(small, some)
+    width = own.shape[1]
+    ridge = 0.05 * len(own) / width * np.eye(width)
+    want = own @ np.linalg.inv(own.T @ own + ridge) @ (own.T @ taught + ridge)
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    assert map_answers(small, some, taught)
+    np.testing.assert_allclose(embed(small, some), want, atol=1e-5)
+    assert [type(m).__name__ for m in small.children()] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    pk.save(small, tmp_path / "mapped")
+    np.testing.assert_allclose(embed(pk.load(tmp_path / "mapped"), some), want, atol=1e-5)
+    bare = SentenceTransformer(modules=list(pk.load(folder).children())[:2], device="cpu")
+    assert not map_answers(bare, some, taught) and len(list(bare.children())) == 2
 
 
 def test_answers_are_of_these_texts(models, tmp_path):
