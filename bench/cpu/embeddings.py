@@ -60,22 +60,23 @@ def train(shares: list[float], steps: int, kept_steps: int, limit: int | None, b
         if (out / "compact").is_dir():
             print(f"{out}: trained already", flush=True)
             continue
-        found: dict[str, object] = {"texts": len(data)}
+        written = out / "report.json"
+        found = json.loads(written.read_text()) if (out / "masked").is_dir() else {"texts": len(data)}
         if not (out / "masked").is_dir():
             model = SentenceTransformer(str(demo_model("all-minilm-l6-v2")), device="cpu")
             config = pk.PruneConfig(rank=RANK, alpha=2 * RANK, sparsity=share, cost="macs")
             options = TrainOptions(max_steps=steps, save_steps=100, **OPTIONS, **common)
-            pruner, found["masked"] = distil_sentences(model, data, config, options, out, resume=True)
+            longest = model.max_seq_length
+            _, found["masked"] = distil_sentences(model, data, config, options, out, resume=True)
             (out / "report.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+            model.max_seq_length = longest
             pk.save(pk.compact(model), out / "masked")
         small, original = (
             pk.load(out / "masked"),
             SentenceTransformer(str(demo_model("all-minilm-l6-v2")), device="cpu"),
         )
-        longest = original.max_seq_length
         options = TrainOptions(max_steps=kept_steps, save_steps=200, **KEPT, **common)
         found["kept"] = train_kept(small, original, data, options, out / "kept", resume=True)
-        small.max_seq_length = longest
         pk.save(small, out / "compact")
         (out / "report.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
 

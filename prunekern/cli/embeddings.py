@@ -78,8 +78,6 @@ def train_embeddings(
         with reading(source):
             original = SentenceTransformer(source)
         kept["kept"] = train_kept(small, original, train, more, out / "kept", resume, console)
-        if longest is not None:
-            small.max_seq_length = longest
     save(small, out / "compact")
     plan = pruner.plan()
     if theirs is not None:

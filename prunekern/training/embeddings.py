@@ -41,9 +41,9 @@ class DistilLoss(nn.Module):
         small = prunekern.compact(model)
         loss = prunekern.DistilLoss(small, teacher=original)   # or no teacher, and a column "label" of its embeddings
 
-    teacher: another model of the same class, which then teaches in the pruner's place. Without `also`, labels of a
-    batch are what the teacher gives ([texts, width], one column of texts; of a CrossEncoder its logits): no teacher is
-    run, and blocks are not compared.
+    teacher: another model of the same class, which then teaches in the pruner's place. With neither, labels of a batch
+    are what a teacher gave ([texts, width], one column of texts; of a CrossEncoder its logits): no teacher is run, and
+    blocks are not compared. `also` needs one of both: its labels are its own.
     """
 
     def __init__(
@@ -71,6 +71,8 @@ class DistilLoss(nn.Module):
                 f"{type(teacher).__name__}{', the model itself' if teacher is model else ''}"
                 f"{', and a pruner' if pruner is not None else ''})"
             )
+        if also is not None and pruner is None and teacher is None:
+            raise ValueError("DistilLoss: also needs a pruner or a teacher beside it (got neither): labels are its own")
         if not weight > 0 or not cosines >= 0 or not hidden >= 0:
             raise ValueError(
                 f"DistilLoss: weight must be positive, cosines and hidden not negative (got {weight}, {cosines}, "
@@ -123,7 +125,7 @@ class DistilLoss(nn.Module):
         columns: Any = self._preprocessed(inputs, **kwargs) if self.scores else [dict(f) for f in inputs]
         taught: Tensor | None = None
         theirs: list[Tensor] = []
-        if labels is None or self.also is not None:
+        if labels is None or self.pruner is not None or self._teacher[0] is not None:
             taught, theirs = self._taught(columns)
         with self._listening(self._inner if theirs else None) as own:
             ours = self._run(self.model, columns)
@@ -151,8 +153,9 @@ class DistilLoss(nn.Module):
                 "DistilLoss: without pruner and teacher, data must have a column 'label' of the teacher's embeddings "
                 "(got none)"
             )
-        if teacher is not self.model and next(teacher.parameters()).device != columns[0]["input_ids"].device:
-            teacher.to(columns[0]["input_ids"].device)
+        device = next(self.model.parameters()).device
+        if teacher is not self.model and next(teacher.parameters()).device != device:
+            teacher.to(device)
         trains = [m for m in teacher.modules() if m.training]  # around the transformer, too: a dropout, say
         try:
             for module in trains:

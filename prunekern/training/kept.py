@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +57,24 @@ def train_kept(
     if len(texts) < options.batch_size:
         raise ValueError(f"texts must be at least {options.batch_size}, one batch (got {len(texts)})")
     set_seed(options.seed)
-    for model in (small, original):
-        if options.max_length and model.max_seq_length is not None:
-            model.max_seq_length = min(options.max_length, model.max_seq_length)
+    lengths = [model.max_seq_length for model in (small, original)]
+    known = [length for length in (*lengths, options.max_length) if length]
+    try:
+        for model in (small, original):  # of one text both must read as much
+            model.max_seq_length = min(known, default=None)
+        return _train(small, inner, original, texts, options, out, resume, console)
+    finally:
+        for model, length in zip((small, original), lengths, strict=True):
+            model.max_seq_length = length
+
+
+def _train(
+    small: SentenceTransformer, inner: nn.Module, original: SentenceTransformer, texts: Sequence[str],
+    options: TrainOptions, out: Path, resume: bool, console: Console | None,
+) -> dict[str, Any]:  # fmt: skip
     taught = answers(original, texts, out / "taught.npy", console)
+    what = {"task": "embeddings, all that is kept", "model": _digest(small)}
+    small.requires_grad_(False)
     trainable(inner)
     rows = Dataset.from_dict({TEXT: list(texts), LABEL: list(taught)})
     args = sentence_arguments(options, out / "checkpoints")
@@ -67,7 +82,7 @@ def train_kept(
     try:
         state, seconds = run(
             trainer,
-            {"task": "embeddings, all that is kept"},
+            what,
             options,
             rows.select_columns(TEXT),
             resume,
@@ -93,21 +108,35 @@ def trainable(inner: nn.Module) -> None:
 
 def answers(original: SentenceTransformer, texts: Sequence[str], file: Path, console: Console | None) -> np.ndarray:
     """float32 unit rows [texts, width] of the original; from `file` where they are of these texts."""
-    digest = hashlib.sha256(f"{original.max_seq_length}".encode())
-    for text in texts:
-        digest.update(text.encode() + b"\n")
+    made_of = json.dumps([_digest(original), original.max_seq_length, list(texts)]).encode()
+    digest = hashlib.sha256(made_of).hexdigest()
     note = file.with_suffix(".sha256")
-    if file.is_file() and note.is_file() and note.read_text() == digest.hexdigest():
+    if file.is_file() and note.is_file() and note.read_text() == digest:
         found: np.ndarray = np.load(file)
         return found
     order = np.argsort([len(text) for text in texts], kind="stable")
     parts = [order[i : i + _AT_ONCE] for i in range(0, len(order), _AT_ONCE)]
-    rows = [embed(original, [texts[i] for i in part]) for part in track(parts, "the original's embeddings", console)]
+    rows = [_plain(original, [texts[i] for i in part]) for part in track(parts, "the original's embeddings", console)]
     found = np.concatenate(rows).astype(np.float32)[np.argsort(order)]
     file.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)  # a kill between both leaves no note of other embeddings
     np.save(file, found)
-    note.write_text(digest.hexdigest())
+    note.write_text(digest)
     return found
+
+
+def _plain(model: SentenceTransformer, texts: Sequence[str]) -> np.ndarray:
+    """As `embed`, of what a Trainer runs: no prompt before the texts, all of the width."""
+    with model.truncate_embeddings(None):
+        return embed(model, texts, prompt="")
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + flat.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -122,18 +151,26 @@ def map_answers(
     a layer norm. Returns False, and does nothing, for a model whose last module is not `Normalize`: only directions
     were learnt.
     """
-    modules = list(small.children())
-    if not isinstance(modules[-1], Normalize):
+    *first, (name, normalize) = small._modules.items()
+    if not isinstance(normalize, Normalize):
         return False
     some = np.random.default_rng(len(texts)).permutation(len(texts))[:_MOST]
     order = some[np.argsort([len(texts[i]) for i in some], kind="stable")]
     parts = [order[i : i + _AT_ONCE] for i in range(0, len(order), _AT_ONCE)]
-    rows = [embed(small, [texts[i] for i in part]) for part in track(parts, "the last map", console)]
+    rows = [_plain(small, [texts[i] for i in part]) for part in track(parts, "the last map", console)]
     e, t = np.concatenate(rows), taught[order].astype(np.float64)
     width = e.shape[1]
     ridge = _RIDGE * len(e) / width * np.eye(width)
     solved = np.linalg.solve(e.T @ e + ridge, e.T @ t + ridge)  # [width, width]: e @ solved is t
-    weight = torch.from_numpy(solved.T.astype(np.float32)).to(small.device)
+    weight = torch.from_numpy(solved.T).to(small.device, next(small.parameters()).dtype)
     last = Dense(width, width, bias=False, activation_function=torch.nn.Identity(), init_weight=weight)
-    small.insert(len(modules) - 1, last.requires_grad_(False).eval())
+    # Modules are called by name, "0", "1", ... or as their owner called them; so is what `module_kwargs` says of them.
+    names = (name, str(int(name) + 1)) if name.isdigit() else (f"{name}_map", name)
+    small._modules.clear()
+    small._modules.update(first)
+    for own, module in zip(names, (last.requires_grad_(False).eval(), normalize), strict=True):
+        small.add_module(own, module)
+    kwargs: Any = small.module_kwargs
+    if kwargs and name in kwargs:
+        kwargs[names[1]] = kwargs.pop(name)
     return True

@@ -222,9 +222,13 @@ def held_out(texts: Sequence[str], most: int = 500) -> tuple[list[str], list[str
     return [t for i, t in enumerate(once) if i not in score], [once[i] for i in sorted(score)]
 
 
-def embed(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-    """float64 unit rows [texts, width]."""
-    found = model.encode(list(texts), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+def embed(
+    model: SentenceTransformer, texts: Sequence[str], batch_size: int = 32, prompt: str | None = None
+) -> np.ndarray:
+    """float64 unit rows [texts, width]. prompt: before each; None: the model's own."""
+    found = model.encode(
+        list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True
+    )
     rows: np.ndarray = np.asarray(found, dtype=np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows

@@ -1,5 +1,7 @@
 """Compact models of sentence-transformers trained in all they have kept, under the original or what it said once."""
 
+from collections import OrderedDict
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -94,6 +96,13 @@ def test_the_last_map_is_least_squares(models, tmp_path):
     assert [type(m).__name__ for m in small.children()] == ["Transformer", "Pooling", "Dense", "Normalize"]
     pk.save(small, tmp_path / "mapped")
     np.testing.assert_allclose(embed(pk.load(tmp_path / "mapped"), some), want, atol=1e-5)
+    named = SentenceTransformer(
+        modules=OrderedDict(zip(("words", "mean", "unit"), pk.load(folder).children(), strict=True)), device="cpu"
+    )
+    assert map_answers(named, some, taught) and list(named._modules) == ["words", "mean", "unit_map", "unit"]
+    np.testing.assert_allclose(embed(named, some), want, atol=1e-5)
+    half = pk.load(folder).bfloat16()
+    assert map_answers(half, some, taught) and np.isfinite(embed(half, some)).all()
     bare = SentenceTransformer(modules=list(pk.load(folder).children())[:2], device="cpu")
     assert not map_answers(bare, some, taught) and len(list(bare.children())) == 2
 
@@ -142,6 +151,61 @@ def test_a_teacher_beside_it(hidden, models):
     assert not any("teacher" in name for name, _ in loss.named_parameters())
 
 
+def test_a_teacher_is_asked_whatever_labels_say(models, tmp_path):
+    """Data of CrossEncoders nearly always have labels of another task."""
+    original = cross_encoder(tmp_path / "dense")
+    pairs, labels = [["the cat sat", "a dog"], ["on a mat", "songs of spring"]], torch.tensor([0.0, 1.0])
+    for loss in (
+        pk.DistilLoss(original, teacher=cross_encoder(tmp_path / "dense")),
+        pk.DistilLoss(original, pk.attach(original, pk.PruneConfig(rank=2, warm_steps=0))),
+    ):
+        torch.testing.assert_close(loss(pairs, labels), loss(pairs))
+
+
+def test_texts_longer_than_one_of_both_reads(models, tmp_path, monkeypatch):
+    """Both read as much as the one that reads less, and afterwards what they read before."""
+    original, folder = models
+    small, seen = pk.load(folder), []
+    small.max_seq_length = 6
+    forward = pk.DistilLoss.forward
+
+    def look(self, features, labels=None, **kwargs):
+        seen.append((small.max_seq_length, original.max_seq_length))
+        return forward(self, features, labels, **kwargs)
+
+    monkeypatch.setattr(pk.DistilLoss, "forward", look)
+    train_kept(small, original, texts(), replace(OPTIONS, max_steps=2), tmp_path)
+    assert set(seen) == {(6, 6)} and (small.max_seq_length, original.max_seq_length) == (6, 12)
+
+
+def test_another_original_or_model_is_seen(models, tmp_path):
+    original, folder = models
+    answers(original, texts(6), tmp_path / "taught.npy", None)
+    other = sentence_model(tmp_path / "dense")
+    with torch.no_grad():
+        other[0].auto_model.embeddings.word_embeddings.weight.neg_()
+    np.testing.assert_allclose(
+        answers(other, texts(6), tmp_path / "taught.npy", None), embed(other, texts(6)), atol=1e-6
+    )
+    options = replace(OPTIONS, max_steps=2, save_steps=1)
+    train_kept(pk.load(folder), original, texts(), options, tmp_path / "run")
+    changed = pk.load(folder)
+    with torch.no_grad():
+        next(m for m in changed.modules() if isinstance(m, CompactLinear)).weight.mul_(2)
+    with pytest.raises(ValueError, match="the run began with model '.*', to be resumed with"):
+        train_kept(changed, original, texts(), options, tmp_path / "run", resume=True)
+
+
+def test_prompts_are_not_trained_on(models, tmp_path):
+    original, _ = models
+    plain = answers(original, texts(6), tmp_path / "a.npy", None)
+    original.default_prompt_name = "query"
+    try:
+        np.testing.assert_array_equal(answers(original, texts(6), tmp_path / "b.npy", None), plain)
+    finally:
+        original.default_prompt_name = None
+
+
 def test_labels_are_the_teachers_answers(models):
     original, folder = models
     small = pk.load(folder)
@@ -183,6 +247,8 @@ def test_what_cannot_teach(models, tmp_path):
     small = pk.load(folder)
     with pytest.raises(ValueError, match="teacher must be another SentenceTransformer, .*got CrossEncoder"):
         pk.DistilLoss(small, teacher=cross_encoder(tmp_path / "dense"))
+    with pytest.raises(ValueError, match="also needs a pruner or a teacher beside it"):
+        pk.DistilLoss(small, also=torch.nn.Identity())
     with pytest.raises(ValueError, match="the model itself"):
         pk.DistilLoss(small, teacher=small)
     model = sentence_model(tmp_path / "other")

@@ -152,13 +152,14 @@ class BertLike:
             return type(f"Compact{prefix}{part}", bases, {"__module__": file, "__doc__": mixed_in.__doc__, **own})
 
         self.encoder: type[Any] = getattr(hf, f"{prefix}Encoder")
+        layer = compact("Layer", BertLikeLayer, containers=(getattr(hf, f"{prefix}Attention"),))
         self.compact = CompactClasses(
             compact("SelfAttention", BertLikeAttention, eager=staticmethod(hf.eager_attention_forward)),
             compact("SelfOutput", Residual),
             compact("Intermediate", Intermediate),
             compact("Output", Residual),
-            compact("Layer", BertLikeLayer, containers=(getattr(hf, f"{prefix}Attention"),)),
-            compact("Encoder", RunsStack),
+            layer,
+            compact("Encoder", RunsStack, block=layer),
         )
 
     def blocks(self, model: PreTrainedModel) -> list[tuple[nn.Module, EncoderBlock]]:

@@ -77,6 +77,8 @@ class CompactDistilBertBlock(RunsAtOnce, hf.TransformerBlock):
 class CompactDistilBertTransformer(RunsPlainStack, hf.Transformer):
     """All blocks as one call."""
 
+    block = CompactDistilBertBlock
+
 
 def _listens(attention: CompactDistilBertAttention) -> bool:
     return is_hooked(attention, attention.out_lin) or is_replaced(attention.out_lin)

@@ -28,17 +28,22 @@ _ASKS = ("output_hidden_states", "output_attentions")
 class Stack:
     """The blocks' own arguments, and what the encoder that calls them was."""
 
-    __slots__ = ("_layers", "_made", "_parameters")
+    __slots__ = ("_blocks", "_layers", "_made", "_parameters")
 
     def __init__(self, encoder: RunsStack, blocks: Sequence[nn.Module], steps: Sequence[Step]):
+        self._blocks = tuple((block, type(block)) for block in blocks)
         self._layers = tuple(step.layer for step in steps)
         self._parameters = tuple(parameter for step in steps for parameter in step.parameters)
         made = self._made = MadeFrom(encoder, (encoder.layer, *blocks), ())
         made.also(encoder._modules, "layer")
         made.join([step.made for step in steps])
 
-    def is_fresh(self) -> bool:
-        """Whether the blocks still are what the arguments were made of, stand where they stood, and nobody listens."""
+    def is_fresh(self, layer: nn.ModuleList) -> bool:
+        """Whether the blocks still are what the arguments were made of, stand where they stood, are all there are, and
+        nobody listens.
+        """
+        if len(layer) != len(self._blocks) or any(type(block) is not kind for block, kind in self._blocks):
+            return False
         return self._made.is_fresh()
 
     def __call__(self, x: Tensor, mask: Tensor | Starts | None) -> Tensor | None:
@@ -55,6 +60,7 @@ class RunsStack(nn.Module):
     """
 
     skips_padding = False
+    block: type[Any]  # the family's class of a block
     output: type[Any] = BaseModelOutputWithPastAndCrossAttentions  # what transformers' encoder returns
     layer: nn.ModuleList
     _stack: Stack | None = None
@@ -85,7 +91,7 @@ class RunsStack(nn.Module):
         if not takes(x, 0):
             return None
         stack = self._stack
-        if stack is None or not stack.is_fresh():
+        if stack is None or not stack.is_fresh(self.layer):
             stack = self._stack = self._make_stack()
         if stack is None:
             return None
@@ -118,7 +124,9 @@ class RunsStack(nn.Module):
         blocks: list[Any] = [*self.layer]
         steps = []
         for block in blocks:
-            step = block.fresh_step() if isinstance(block, RunsAtOnce) and not is_hooked(block) else None
+            # A subclass of somebody's may compute something else.
+            is_own = isinstance(block, RunsAtOnce) and type(block) is self.block
+            step = block.fresh_step() if is_own and not is_hooked(block) else None
             if step is None:
                 return None
             steps.append(step)

@@ -145,6 +145,25 @@ def test_one_call_for_all_blocks(family, monkeypatch):
         assert len(layers) == 1 and difference(small(**inputs).last_hidden_state, swapped) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_blocks_that_are_added_or_of_a_subclass(family):
+    small, inputs = compacted(family), batch(4, 9)
+    layers = next(m for m in small.modules() if hasattr(m, "skips_padding")).layer
+    with torch.no_grad():
+        want = small(**inputs).last_hidden_state
+        layers.append(copy.deepcopy(layers[0]))
+        assert difference(small(**inputs).last_hidden_state, want) > 1e-3
+        del layers[2]
+        assert torch.equal(small(**inputs).last_hidden_state, want)
+
+        class Plus(type(layers[1])):
+            def forward(self, *args, **kwargs):
+                return super().forward(*args, **kwargs) + 1
+
+        layers[1].__class__ = Plus
+        assert difference(small(**inputs).last_hidden_state, want + 1) < 1e-5
+
+
 def test_a_block_that_is_replaced_is_called():
     small, inputs = compacted("bert"), batch(4, 9)
     seen = []
