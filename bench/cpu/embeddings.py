@@ -153,6 +153,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, len(COUNTS), figsize=(15, 5), layout="constrained", sharey=True)
     marks = {"fp32": "o", "bf16": "s", "int8": "^"}
@@ -164,6 +165,10 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.plot(*at, marks[row["precision"]], color=colour, markersize=8)
             axis.annotate(row["model"], at, xytext=(5, 5), textcoords="offset points", fontsize=7)
         axis.set(xlabel=f"texts a second ({count} at a time, one thread)", xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.3)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="Spearman's correlation with the original's cosines")
     figure.savefig(path, dpi=140)
