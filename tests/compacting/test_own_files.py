@@ -76,7 +76,9 @@ def test_few_bits(kind, tmp_path):
     ).read_bytes()
     wide = pk.load(tmp_path / "m", weights="fp32", into=GroupedEncoder())
     assert {m.weights for m in wide.modules() if isinstance(m, CompactLinear)} == {"fp32"}
-    assert difference(wide(x), want) < (1e-5 if kind == "bf16" else 5e-2)
+    if kind == "bf16":  # where x is rounded, too, which CPUs that multiply in bf16 do, that is more than the weights
+        assert difference(wide(x), set_weights(small, kind, activations="float")(x)) < 1e-5
+    assert difference(wide(x), want) < 5e-2
     assert torch.equal(pk.load(tmp_path / "m", weights="int8", into=GroupedEncoder())(x), set_weights(wide, "int8")(x))
 
 

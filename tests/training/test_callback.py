@@ -76,7 +76,8 @@ def test_a_checkpoint_loads_as_a_masked_model(step, whole):
     same(trainer.model.state_dict(), model.state_dict())
     inputs = batch(3)
     trainer.model.eval()
-    assert torch.equal(logits(model.eval(), inputs), logits(trainer.model, inputs))
+    # The same weights elsewhere in memory: PyTorch's products may sum in another order there.
+    torch.testing.assert_close(logits(model.eval(), inputs), logits(trainer.model, inputs), rtol=1e-5, atol=1e-5)
     small = pk.compact(model)
     assert pk.plan(small) == pk.plan(model)
 
