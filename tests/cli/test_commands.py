@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import prunekern as pk
-from prunekern.cli import app
+from prunekern.cli import app, main
 from prunekern.machine.bf16_trap import bf16_matmul_crashes
 from prunekern.tasks.harness import evaluate_tasks
 from tests.helpers.dense_folders import WORDS, dense_folder
@@ -155,17 +155,18 @@ def test_train_quantize(files, tmp_path):
         (["--rule", "lerned"], "rule must be one of"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line_and_status_2(files, tmp_path, change, message):
+def test_what_a_user_gets_wrong_is_one_line_and_status_2(files, tmp_path, change, message, capsys, monkeypatch):
     args = ["train", "--model", files / "dense", *data(files), "--out", tmp_path / "run", "--max-steps", 2]
     if change[0] in args:
         args[args.index(change[0]) + 1] = change[1]
     else:
         args += change
-    code = "from prunekern.cli import main; main()"
-    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
+    monkeypatch.setattr(sys, "argv", ["prunekern", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2, said
+    assert message in said.splitlines()[-1] and "Traceback" not in said
     assert not (tmp_path / "run" / "compact").exists()
 
 
