@@ -1,6 +1,6 @@
-# make demo | test | lint | docs | bench | bench-check | bench-baseline | peers-venv | llama-venv | faults | sanitize |
-# clean. Everything is installed into .venv, from constraints.txt; peers of benchmarks that others need not have into
-# venvs of their own.
+# make demo | test | test-slow | lint | docs | bench | bench-check | bench-baseline | peers-venv | llama-venv | faults |
+# sanitize | clean. Everything is installed into .venv, from constraints.txt; peers of benchmarks that others need not have
+# into venvs of their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ $(BIN)/cmake --build $(1)
 $(BIN)/ctest --test-dir $(1) -j 2 --output-on-failure
 endef
 
-.PHONY: venv peers-venv llama-venv demo test lint docs bench bench-check bench-baseline faults sanitize clean
+.PHONY: venv peers-venv llama-venv demo test test-slow lint docs bench bench-check bench-baseline faults sanitize clean
 
 venv: $(STAMP)
 
@@ -50,7 +50,11 @@ demo: venv
 
 test: venv
 	$(call cpp_tests,build/cpp,)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# What takes ten seconds and more a test: the wheel, the examples, several processes, every instruction set.
+test-slow: venv
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: venv
 	$(BIN)/ruff check .

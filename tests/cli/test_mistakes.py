@@ -235,6 +235,7 @@ def test_stdout_that_is_full_or_closed():
     assert process.returncode == 1 and err == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c(files, tmp_path):
     process = started(*train(files, tmp_path / "out", "--max-steps", 100_000), stdout=subprocess.DEVNULL)
     checkpoints = tmp_path / "out" / "checkpoints" / "run.json"

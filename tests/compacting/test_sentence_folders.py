@@ -82,6 +82,7 @@ def test_encode_in_few_bits(precision, masked):
     assert got.shape == want.shape and np.mean(np.abs(got - want) <= 1) > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", [False, True])
 def test_several_processes(loaded, masked, tmp_path):
     small = pk.compact(masked)

@@ -77,6 +77,7 @@ def test_names():
         demo_model("bert")
 
 
+@pytest.mark.slow
 def test_smollm2_speaks():
     folder = demo_model("smollm2-135m")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -228,6 +229,7 @@ def test_a_damaged_folder_is_made_again(damage):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(cache):
     """Dead after the weights, before the tokenizer: nothing under the final name, and the next call makes it."""
     folder = cache / "models" / "mini-bert"

@@ -121,6 +121,7 @@ def test_copies_and_pickles(name, called):
             assert torch.equal(module(X), want)  # nothing is shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear fp32 scatters", "masked"])
 def test_ahead_of_time_inductor(name, tmp_path):
     module = made(name, True)

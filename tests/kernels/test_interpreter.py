@@ -4,8 +4,10 @@ import pytest
 
 from tests.helpers.kernel_checks import CHECKS, run
 
+LONG = ("check_compact.py", "check_dora.py")  # a minute each
 
-@pytest.mark.parametrize("name", CHECKS)
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in CHECKS])
 def test_interpreted(name):
     # TRITON_INTERPRET is read when a kernel is defined, and then holds for the whole process.
     # The other: where a hypervisor hides the AMX tile palettes, 16-bit products of PyTorch would kill the process.

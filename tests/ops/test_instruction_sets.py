@@ -25,6 +25,7 @@ NARROW = {
 }
 
 
+@pytest.mark.slow
 @native
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa):

@@ -245,6 +245,7 @@ print(json.dumps({"peak": status("VmHWM") - rss}))
 """
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_memory(tmp_path, monkeypatch):
     """A limit on private memory (RLIMIT_DATA) of two linears, a shard and a little: the way through memory hits it.
 

@@ -80,6 +80,7 @@ def test_the_version_stands_in_one_place():
     assert "project(prunekern VERSION ${PRUNEKERN_VERSION} " in (ROOT / "CMakeLists.txt").read_text()
 
 
+@pytest.mark.slow
 @compiler
 def test_wheel_has_the_core_and_the_core_needs_no_torch(built, tmp_path):
     wheel, _ = built
@@ -98,6 +99,7 @@ def test_wheel_has_the_core_and_the_core_needs_no_torch(built, tmp_path):
     assert out[0] in isas and out[1] == "False"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_package_still_builds(sources, tmp_path):
     empty = tmp_path / "bin"
     empty.mkdir()
@@ -114,6 +116,7 @@ def test_without_a_compiler_the_package_still_builds(sources, tmp_path):
     assert not list((sources / "out").rglob("_C*.so"))
 
 
+@pytest.mark.slow
 @compiler
 def test_code_that_does_not_compile_is_no_missing_compiler(sources):
     with open(sources / "csrc/cpu/isa.cpp", "a") as file:
@@ -123,6 +126,7 @@ def test_code_that_does_not_compile_is_no_missing_compiler(sources):
     assert "this is not C++" in result.stderr
 
 
+@pytest.mark.slow
 @compiler
 def test_a_cpp_program_links_the_installed_library(built, tmp_path):
     """examples/cpp against an install of everything (CTest installs the C++ component only)."""

@@ -12,6 +12,7 @@ from prunekern.nn import CompactLinear
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_example_runs(path):
     result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300)

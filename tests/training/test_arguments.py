@@ -237,6 +237,7 @@ def test_a_smaller_batch_after_memory_ran_out(tmp_path, monkeypatch):
     assert trainer.pruner.steps == STEPS and trainer.report["sparsity"] >= 0.4
 
 
+@pytest.mark.slow
 def test_a_compiled_model_goes_on_over_the_boundary_shrunk(tmp_path):
     trainer = fresh(tmp_path, torch_compile=True, torch_compile_backend="eager")
     trainer.train()

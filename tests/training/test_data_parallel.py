@@ -49,6 +49,7 @@ def resumed(runs, folder):
     return dict(zip(STOPS, start(4, *((folder / f"cut-{stop}", 0) for stop in STOPS), processes=2), strict=True))
 
 
+@pytest.mark.slow
 def test_both_ranks_end_alike(runs):
     _, (first, second) = runs
     assert first["world"] == second["world"] == 2
@@ -56,6 +57,7 @@ def test_both_ranks_end_alike(runs):
         assert first[key] == second[key], key
 
 
+@pytest.mark.slow
 def test_equal_to_one_process_with_the_joined_batch(runs):
     one, (two, _) = runs
     assert one["world"] == 1 and one["shrunk"] and two["shrunk"]
@@ -67,6 +69,7 @@ def test_equal_to_one_process_with_the_joined_batch(runs):
     np.testing.assert_allclose(list(one["losses"].values()), list(two["losses"].values()), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", STOPS)
 def test_resumed_as_two_processes(runs, resumed, stop):
     """Checkpoints are two steps apart."""

@@ -210,6 +210,7 @@ def test_resume_from_a_named_checkpoint(whole, tmp_path):
         same(result(trainer), want)
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_and_resumed(whole, tmp_path):
     """SIGKILL in a child while the weights of step 8 are being written: resumes from step 6."""
     import os

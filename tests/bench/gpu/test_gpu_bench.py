@@ -72,6 +72,7 @@ def test_a_case_that_fails_takes_no_other_along():
     assert "it: wrong answer" in error["error"] and "Traceback" in error["error"]
 
 
+@pytest.mark.slow
 def test_a_part_is_a_process_of_its_own(tmp_path, monkeypatch):
     facts = {"copy_bytes": 1e10, "product_flops": 1e11}
     (row,), errors = everything.run_part("gain", facts, tmp_path, 300, "cpu")
