@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..training.recipe import TrainOptions
 
 TASK = "embeddings"
-BATCH_SIZE = 32  # texts whose cosines are learnt from together
-KEPT_RATE = 1.5e-4  # of whole weights; at 5e-4 half of MiniLM went away from its original for 200 steps
+BATCH_SIZE = 16
+KEPT_BATCH_SIZE, KEPT_RATE = 8, 3e-4  # of whole weights: what learns most in a time (docs/figures.md)
 
 
 def refuse_others(**given: Any) -> None:
@@ -29,11 +29,12 @@ def refuse_others(**given: Any) -> None:
 def train_embeddings(
     model: str, source: str, data: Path | None, config: PruneConfig, options: TrainOptions, out: Path, resume: bool,
     weights: str | None, kept_steps: int | None = None, kept_lr: float | None = None,
+    batch_size: int | None = None,
 ) -> None:  # fmt: skip
     """Train, save OUT/compact, OUT/adapter, OUT/report.json and .png, and say how near the embeddings are.
 
     weights: bits that OUT/compact is to be scored in besides. kept_steps: of training all that is kept; OUT/compact is
-    then that model, and OUT/adapter the masked one it came from.
+    then that model, and OUT/adapter the masked one it came from. batch_size: of both, where a user gave one.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -74,7 +75,13 @@ def train_embeddings(
         if theirs is not None:
             scores["before all that is kept is trained"] = agreement(embed(small, score), theirs)
         rate = KEPT_RATE if kept_lr is None else kept_lr
-        more = replace(options, max_steps=kept_steps, learning_rate=rate, warmup_steps=min(100, kept_steps // 10))
+        more = replace(
+            options,
+            max_steps=kept_steps,
+            learning_rate=rate,
+            batch_size=batch_size or KEPT_BATCH_SIZE,
+            warmup_steps=min(200, kept_steps // 10),
+        )
         with reading(source):
             original = SentenceTransformer(source)
         kept["kept"] = train_kept(small, original, train, more, out / "kept", resume, console)

@@ -60,7 +60,7 @@ def train(
     align: Annotated[int, typer.Option(help="Kept channels of a layer come in multiples of this, or all stay.")] = 1,
     epochs: float = 3.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps; -1: by --epochs.")] = -1,
-    batch_size: Annotated[int | None, typer.Option(help="8; of embeddings 32.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="8; of embeddings 16, and 8 of --kept-steps.")] = None,
     lr: Annotated[
         float | None, typer.Option(help="Of adapters and head, falling linearly to zero: 5e-4; preset paper: 5e-5.")
     ] = None,
@@ -78,7 +78,7 @@ def train(
         int | None,
         typer.Option(help="Of embeddings: so many steps more, of the compact model in all that is kept; none."),
     ] = None,
-    kept_lr: Annotated[float | None, typer.Option(help="Of these steps: 1.5e-4.")] = None,
+    kept_lr: Annotated[float | None, typer.Option(help="Of these steps: 3e-4.")] = None,
     max_length: MaxLength = 128,
     save_steps: int = 500,
     seed: int = 0,
@@ -107,7 +107,6 @@ def train(
         raise ValueError(f"--max-steps must be positive, or -1 and --epochs positive (got {max_steps} and {epochs})")
     quantizing.check_kind(quantize)
     embeds = task == embeddings.TASK
-    batch_size = embeddings.BATCH_SIZE if embeds and batch_size is None else 8 if batch_size is None else batch_size
     check_positive(batch_size=batch_size, epochs=epochs, final_lr=final_lr, mask_lr=mask_lr, save_steps=save_steps)
     check_positive(kept_steps=kept_steps, kept_lr=kept_lr)
     if kept_steps is not None and not embeds:
@@ -122,7 +121,7 @@ def train(
     options = TrainOptions(
         epochs=epochs,
         max_steps=max_steps,
-        batch_size=batch_size,
+        batch_size=batch_size or (embeddings.BATCH_SIZE if embeds else 8),
         learning_rate=lr if lr is not None else 5e-5 if preset == "paper" else 1e-3 if embeds else 5e-4,
         final_learning_rate=final_lr,
         mask_learning_rate=mask_lr,
@@ -139,7 +138,9 @@ def train(
             text=text, choices=choices, label=label, label_columns=label_columns, label_separator=label_separator,
             task_type=task_type, regression=regression, metric=metric, validation=validation, test=test,
         )  # fmt: skip
-        embeddings.train_embeddings(model, source, data, config, options, out, resume, quantize, kept_steps, kept_lr)
+        embeddings.train_embeddings(
+            model, source, data, config, options, out, resume, quantize, kept_steps, kept_lr, batch_size
+        )
         return
     data_task = task_of(
         task, data,

@@ -26,11 +26,13 @@ class DistilLoss(nn.Module):
             optimizers=(prunekern.optimizer(pruner, args), None))
 
     Of embeddings e (all columns of a batch together, [n, width]) and the teacher's t, rows normalised: the mean of
-    1 - <e_i, t_i>, which keeps the space in place, plus `cosines` times the mean square of e e^T - t t^T, which keeps
-    what texts are to each other, times n: it is a sum over the texts that one is compared with. Of a CrossEncoder: mean
-    squares of the difference of its scores' logits. Plus `hidden` times the squared difference of what each block
-    gives, over the teacher's mean square, the mean over blocks: the residual keeps its width, so that each block can be
-    taught by its own original.
+    1 - <e_i, t_i>, which keeps the space in place and with it what texts are to each other. Plus `cosines` times the
+    mean square of e e^T - t t^T, times n (a sum over the texts that one is compared with): for a pupil that need not
+    stay in the teacher's space. It is 0 unless asked for, as it is a noisy measure of what the first term says (half of
+    MiniLM-L6 after 160 seconds, rank correlation with the original's cosines in texts of like length: 0.878 / 0.925
+    without, 0.867 / 0.919 with 0.2, 0.832 / 0.903 with 4). Of a CrossEncoder: mean squares of the difference of its
+    scores' logits. Plus `hidden` times the squared difference of what each block gives, over the teacher's mean square,
+    the mean over blocks: the residual keeps its width, so that each block can be taught by its own original.
 
     also: another loss of sentence-transformers for this model, for data with labels; then the sum of both, and the task
     chooses the channels. Without, texts need no labels: they are chosen by the curvature of this loss
@@ -52,7 +54,7 @@ class DistilLoss(nn.Module):
         pruner: Pruner | None = None,
         also: nn.Module | None = None,
         weight: float = 1.0,
-        cosines: float = 1.0,
+        cosines: float = 0.0,
         hidden: float = 1.0,
         teacher: nn.Module | None = None,
     ):
