@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ def run(
     dense, tokenizer = load_dense(str(folder), task, seed)
     dense.save_pretrained(out / "dense")
     console.print(f"[bold]2[/] fine-tuning with DoRA and masks on {len(task.splits['train']):,} sentences")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an earlier demo
     pruner, trained = fine_tune(dense, tokenizer, task, config, options, out, console=console)
     before, masked_logits = evaluate(pruner.model, tokenizer, task, options.max_length, console=console)
     console.print(f"[bold]3[/] removing {100 * trained['sparsity']:.2f} % of the block parameters, saving")

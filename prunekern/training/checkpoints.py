@@ -53,6 +53,19 @@ def _newest(output_dir: str | os.PathLike[str], read: Callable[[Path], None]) ->
     return max(found)[1] if found else None
 
 
+def to_go_on_from(newest: Path | None, resume: bool) -> Path | None:
+    """The checkpoint that a run starts from: with `resume` the newest, if there is one. ValueError for a run that
+    starts anew beside checkpoints of an earlier one: Trainer would keep those of the higher step, and a later resume
+    would go on from them.
+    """
+    if newest is not None and not resume:
+        raise ValueError(
+            f"{newest.parent}: holds {newest.name} of an earlier run; go on from it (--resume, resume=True), or train "
+            "into another folder"
+        )
+    return newest
+
+
 def save_beside(folder: str | os.PathLike[str], processing: Any, args: TrainingArguments) -> None:
     """What Trainer writes beside a model: the tokenizer (or processor), where there is one, and the arguments.
 

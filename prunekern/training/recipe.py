@@ -133,7 +133,7 @@ def fine_tune(
     """Attach, train both stages, finalise. Returns the pruner and its report (what was kept; seconds of training)."""
     from transformers import PrinterCallback, set_seed
 
-    from .checkpoints import last_checkpoint
+    from .checkpoints import last_checkpoint, to_go_on_from
     from .progress import RichProgress
     from .trainer import PruneTrainer
 
@@ -157,7 +157,7 @@ def fine_tune(
     )
     trainer.remove_callback(PrinterCallback)
     # A run killed before its first checkpoint starts again, and ends the same.
-    resume = resume and last_checkpoint(out / "checkpoints") is not None
+    resume = to_go_on_from(last_checkpoint(out / "checkpoints"), resume) is not None
     same_run(out / "checkpoints" / "run.json", {"task": task.name}, options, encoded["train"], resume)
     start = time.perf_counter()
     try:

@@ -23,7 +23,7 @@ from ..pruning.attach import attach
 from ..pruning.config import PruneConfig
 from ..pruning.pruner import Pruner
 from .callback import PruneCallback
-from .checkpoints import finished_state, last_full_checkpoint
+from .checkpoints import finished_state, last_full_checkpoint, to_go_on_from
 from .embeddings import DistilLoss
 from .optimizer import optimizer
 from .progress import RichProgress
@@ -195,7 +195,7 @@ def run(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
     folder = Path(str(trainer.args.output_dir))
-    newest = last_full_checkpoint(folder) if resume else None
+    newest = to_go_on_from(last_full_checkpoint(folder), resume)
     same_run(folder / "run.json", what, options, rows, newest is not None)
     finished = None if newest is None else finished_state(newest, trainer.args)
     start = time.perf_counter()

@@ -123,7 +123,7 @@ def test_a_teacher_beside_it(hidden, models):
     """The loss is its definition, of a compact model under another one."""
     original, folder = models
     small = pk.load(folder).requires_grad_(True)
-    loss = pk.DistilLoss(small, teacher=original, hidden=hidden)
+    loss = pk.DistilLoss(small, teacher=original, hidden=hidden, cosines=1.0)
     features = small.preprocess(texts(5))
     original.train()  # and it is taught in eval mode all the same
     small.train()

@@ -38,6 +38,14 @@ def test_resume_without_a_checkpoint_starts_again(files, tmp_path):  # noqa: F81
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_beside_the_checkpoints_of_another_is_refused(files, tmp_path):  # noqa: F811
+    """Trainer would delete the new ones, of the lower steps, and a later resume go on from the old."""
+    torch.set_num_threads(1)
+    train(files, tmp_path, 3)
+    with pytest.raises(ValueError, match=r"holds checkpoint-6 of an earlier run; go on from it \(--resume"):
+        train(files, tmp_path, 3)
+
+
 def test_resumed_as_it_began_or_not_at_all(files, tmp_path):  # noqa: F811
     torch.set_num_threads(1)
     _, pruner = train(files, tmp_path, 3)
