@@ -9,6 +9,7 @@ PYBIND11_MODULE(_C, m) {
   prunekern::add_eager(m);
   prunekern::add_linear(m);
   prunekern::add_mlp(m);
+  prunekern::add_any_trains(m);
   prunekern::add_attention(m);
   prunekern::add_rotary(m);
   prunekern::add_norm(m);

@@ -12,6 +12,7 @@ void add_packing(pybind11::module_& m);
 void add_eager(pybind11::module_& m);
 void add_linear(pybind11::module_& m);
 void add_mlp(pybind11::module_& m);
+void add_any_trains(pybind11::module_& m);
 void add_attention(pybind11::module_& m);
 void add_rotary(pybind11::module_& m);
 void add_norm(pybind11::module_& m);

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..families.sentence import leave_padding_out, transformer_in
+from ..families.sentence import leave_unread_out, transformer_in
 from ..nn import CompactLinear
 from ..storage.folders import replacing
 from ..storage.json_files import read_json
@@ -85,7 +85,7 @@ def load_sentence(path: Path, set_inner: Callable[[PreTrainedModel], Any]) -> An
     model = kind(str(path), local_files_only=True, model_kwargs={"device_map": "cpu"})
     inner = transformer_in(model, "load")
     set_inner(inner)
-    leave_padding_out(inner)
+    leave_unread_out(model, inner)
     return model.requires_grad_(False).eval()
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = "sentence_transformers."
 _MODELS = ("BaseModel", "SentenceTransformer", "CrossEncoder")  # the former since its version 5
+_HIDDEN_STATES = ("forward", "last_hidden_state")
 _PARTS = {
     "StaticEmbedding": "it looks words up in a table, and has no blocks to prune",
     "Router": "it holds several models; prune each of them, and put it back",
@@ -64,14 +65,21 @@ def around(model: Any, inner: nn.Module, new: nn.Module) -> Any:
             if hasattr(own, name):
                 setattr(own, name, None)
     copied = copy.deepcopy(model, memo)
-    leave_padding_out(new)
+    leave_unread_out(copied, new)
     if card is not None and hasattr(copied.model_card_data, "register_model"):
         copied.model_card_data.register_model(copied)
     return copied.eval()
 
 
-def leave_padding_out(inner: nn.Module) -> None:
-    """Have the transformer of such a model compute no padding where it can: poolings and heads do not read it."""
+def leave_unread_out(model: nn.Module, inner: nn.Module) -> None:
+    """Have the transformer `inner` of such a model not compute what the model does not read: padding, which no pooling
+    and no head looks at, and where hidden states are all that is read, transformers' own pooler.
+    """
+    from .encoders.bert_like import rest_pooler
     from .encoders.stack import skip_padding
 
     skip_padding(inner)
+    part = next(part for part in model.children() if getattr(part, "auto_model", None) is inner)
+    ways = getattr(part, "modality_config", None) or {}  # modality -> what is called, and what of its output is read
+    if ways and all((way["method"], way["method_output_name"]) == _HIDDEN_STATES for way in ways.values()):
+        rest_pooler(inner)

@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 import prunekern as pk
 import prunekern.hf  # noqa: F401
 from tests.helpers.tiny_models import prune
-from tests.helpers.tiny_sentences import PROMPTS, sentence_model, texts
+from tests.helpers.tiny_sentences import PROMPTS, cross_encoder, sentence_model, texts
 from tests.helpers.tiny_tokenizer import word_tokenizer
 
 CONFIG = pk.PruneConfig(rank=2, sparsity=0.3, warm_steps=0)
@@ -139,13 +139,28 @@ def test_without_sentence_transformers(masked, tmp_path, monkeypatch):
         pk.load(tmp_path / "small")
 
 
-def test_padding_is_left_out(masked, tmp_path):
-    """Poolings do not read it: in what `compact` returns, and in what `load` does."""
+def test_what_nobody_reads_is_left_out(masked, tmp_path):
+    """Poolings do not read padding, nor what transformers' pooler gives: in what `compact` returns, and `load`."""
     pk.save(pk.compact(masked), tmp_path / "small")
     for small in (pk.compact(masked), pk.load(tmp_path / "small")):
-        assert small[0].auto_model.encoder.skips_padding
+        assert small[0].auto_model.encoder.skips_padding and small[0].auto_model.pooler.rests
         for mode in ("mean", "max", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"):
             small[1] = Pooling(48, pooling_mode=mode)
             masked[1] = Pooling(48, pooling_mode=mode)
             got, want = (m.encode(texts(9)) for m in (small, masked))
             assert np.abs(got - want).max() < 1e-4, mode
+
+
+def test_a_pooler_that_is_read(tmp_path):
+    """A CrossEncoder's head reads it, and so may a pipeline that says so."""
+    ranker = cross_encoder(tmp_path / "ranker")
+    prune(pk.attach(ranker, CONFIG), 0.3)
+    pk.save(pk.compact(ranker), tmp_path / "small")
+    pairs = [("the cat sat", "on a mat"), ("a dog", "songs of spring")]
+    for small in (pk.compact(ranker), pk.load(tmp_path / "small")):
+        assert not small[0].auto_model.bert.pooler.rests
+        np.testing.assert_allclose(small.predict(pairs), ranker.predict(pairs), atol=1e-4)
+    model = sentence_model(tmp_path / "dense")
+    model[0].modality_config["text"]["method_output_name"] = "pooler_output"
+    prune(pk.attach(model, CONFIG), 0.3)
+    assert not pk.compact(model)[0].auto_model.pooler.rests

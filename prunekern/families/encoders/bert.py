@@ -16,6 +16,7 @@ _family = BertLike(modeling_bert, "Bert", __name__)
     CompactBertOutput,
     CompactBertLayer,
     CompactBertEncoder,
+    CompactBertPooler,
 ) = _family.compact
 table, blocks, rebuild = _family.table, _family.blocks, _family.rebuild
 stock, most_tokens = _family.stock, _family.most_tokens

@@ -14,6 +14,7 @@ _family = BertLike(modeling_camembert, "Camembert", __name__, counts_from_paddin
     CompactCamembertOutput,
     CompactCamembertLayer,
     CompactCamembertEncoder,
+    CompactCamembertPooler,
 ) = _family.compact
 table, blocks, rebuild = _family.table, _family.blocks, _family.rebuild
 stock, most_tokens = _family.stock, _family.most_tokens

@@ -14,6 +14,7 @@ _family = BertLike(modeling_electra, "Electra", __name__)
     CompactElectraOutput,
     CompactElectraLayer,
     CompactElectraEncoder,
+    _,  # no pooler
 ) = _family.compact
 table, blocks, rebuild = _family.table, _family.blocks, _family.rebuild
 stock, most_tokens = _family.stock, _family.most_tokens

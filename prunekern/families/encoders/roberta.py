@@ -14,6 +14,7 @@ _family = BertLike(modeling_roberta, "Roberta", __name__, counts_from_padding=Tr
     CompactRobertaOutput,
     CompactRobertaLayer,
     CompactRobertaEncoder,
+    CompactRobertaPooler,
 ) = _family.compact
 table, blocks, rebuild = _family.table, _family.blocks, _family.rebuild
 stock, most_tokens = _family.stock, _family.most_tokens

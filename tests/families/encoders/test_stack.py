@@ -11,6 +11,7 @@ import prunekern as pk
 from prunekern import _native
 from prunekern.families.encoders import stack as encoder_stack
 from prunekern.families.encoders import step as encoder_step
+from prunekern.families.encoders.bert_like import rest_pooler
 from prunekern.families.encoders.stack import skip_padding
 from tests.helpers.tiny_models import HIDDEN, attached, batch, build, difference, prune
 
@@ -211,3 +212,38 @@ def test_train_and_eval_set_every_module():
     assert not any(m.training for m in small.modules())
     small.train()
     assert all(m.training for m in small.modules())
+
+
+def test_who_trains():
+    """Set anywhere, in a module that came later, and of modules that keep their mode elsewhere: the long way."""
+    for ask in {encoder_stack.any_trains, encoder_stack._any_trains}:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout())).eval()
+        assert ask(model) is False
+        model[1].append(torch.nn.Dropout())
+        assert ask(model) is True
+        model.eval().register_module("none", None)
+        assert ask(model) is False
+        model.train()
+        assert ask(model) is True
+    if _native.available():
+        core = _native.core().any_trains
+        assert core(object()) is True and core(torch.jit.script(torch.nn.Linear(2, 2)).eval()) is True
+        with pytest.raises(TypeError, match=r"takes 1 argument \(got 2\)"):
+            core(model, model)
+
+
+def test_a_pooler_that_nobody_reads():
+    small, inputs = compacted("bert"), batch(2, 5)
+    with torch.no_grad():
+        want = small(**inputs)
+        rest_pooler(small)
+        got = small(**inputs)
+        assert got.pooler_output is None and torch.equal(got.last_hidden_state, want.last_hidden_state)
+        seen = []
+        handle = small.pooler.register_forward_hook(lambda module, args, y: seen.append(y))
+        torch.testing.assert_close(small(**inputs).pooler_output, want.pooler_output)
+        assert torch.equal(seen[0], want.pooler_output)
+        handle.remove()
+        rest_pooler(small, False)
+        torch.testing.assert_close(small(**inputs).pooler_output, want.pooler_output)
+    rest_pooler(compacted("electra"))  # has none
