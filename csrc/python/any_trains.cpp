@@ -48,8 +48,8 @@ PyObject* any_trains(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 void add_any_trains(pybind11::module_& m) {
-  eager::add_function<any_trains>(m, "any_trains",
-                                  "any_trains(module) -> whether it or a module inside it is in training mode.");
+  eager::add_function<any_trains>(
+      m, "any_trains", "any_trains(module) -> whether it or a module inside it is in training mode.");
 }
 
 }  // namespace prunekern
