@@ -161,7 +161,7 @@ def train(
     compact, _ = evaluate(small, tokenizer, data_task, max_length, console=console)
     plan, score, calibrated = pruner.plan(), {"masked": masked, "compact": compact}, {}
     if quantize is not None:
-        found = quantizing.quantize(small, tokenizer, data_task, quantize, out, max_length, batch_size, seed)
+        found = quantizing.quantize(small, tokenizer, data_task, quantize, out, max_length, options.batch_size, seed)
         score[quantize], _ = evaluate(small, tokenizer, data_task, max_length, console=console)
         calibrated = {"calibrated": {"weights": quantize, "least_db": found.least_db, "held": found.held}}
         console.print(str(found), highlight=False, soft_wrap=True)
