@@ -72,7 +72,11 @@ def train(
         float | None, typer.Option(help="Share of the steps before the masks are final: 0.65; preset paper: 0.6.")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help="learned; or stock: every block alike, and OUT/stock loads without prunekern.")
+        str,
+        typer.Option(
+            help="learned; heads: whole heads and widths of --align, by block; stock: every block alike, and OUT/stock "
+            "loads without prunekern."
+        ),
     ] = "learned",
     kept_steps: Annotated[
         int | None,

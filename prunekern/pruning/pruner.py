@@ -173,14 +173,17 @@ class Pruner(AttachedModel):
 
         rule "learned" ranks all channel groups by their logits. rule "stock" does, too, but leaves what transformers
         loads without prunekern (`save_stock`): as many whole heads, and FFN channels, in every block, and all
-        else; `whole_heads.select_stock` says which (its steps are heads as well). rule "uniform" is the baseline: the
+        else; `whole_heads.select_stock` says which (its steps are heads as well). rule "heads" lies between: whole
+        heads and FFN channels (multiples of `align`), as many in each block as the logits say, for engines that take a
+        number of heads and a width for each layer (`heads_by_layer.select_heads`). rule "uniform" is the baseline: the
         same fraction of every mask, chosen by `criterion`: "random" (seeded by config.seed), "magnitude" (the
         carrier's), "saliency" (what the warm steps gathered), or scores of your own, float [groups] by carrier; the
         lowest go.
-        Returns {"sparsity", "target", "cost", "kept": {carrier: [kept, of]}, "by_kind": {kind: [kept, of]}}; rule
-        "stock" adds what it gave up against the learned one: "kept_score" and "given_up", see `whole_heads.choose`.
+        Returns {"sparsity", "target", "cost", "kept": {carrier: [kept, of]}, "by_kind": {kind: [kept, of]}}; rules
+        "stock" and "heads" add what they gave up against the learned one: "kept_score" and "given_up", see
+        `whole_heads.choose`.
         ValueError as `check_rule`, and for scores that are not finite; the masks are then left as they were.
-        RuntimeError after `shrink`: what the masks removed is gone; and for rules "learned" and "stock" after a
+        RuntimeError after `shrink`: what the masks removed is gone; and for all rules but "uniform" after a
         training loop that no mask got a gradient from. Without any training they warn: ties decide. "uniform" needs
         none.
         """

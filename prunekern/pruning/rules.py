@@ -14,7 +14,7 @@ from . import budget, whole_heads
 from .config import PruneConfig
 from .criteria import check_criterion
 
-RULES = ("learned", "uniform", "stock")
+RULES = ("learned", "uniform", "stock", "heads")
 
 
 def check_rule(
@@ -30,9 +30,9 @@ def check_rule(
         raise ValueError(f"finalize: rule must be one of {RULES} (got {rule!r})")
     if rule == "uniform":
         check_criterion(masks, criterion)
-    elif rule == "stock":
+    elif rule in ("stock", "heads"):
         groups = {carrier: mask.logits.numel() for carrier, mask in masks.items()}
-        whole_heads.check_reachable(table, groups, config, head_counts)
+        whole_heads.check_reachable(table, groups, config, head_counts, rule)
 
 
 def choose(
@@ -45,8 +45,8 @@ def choose(
     bad = [carrier for carrier, values in scores.items() if not np.isfinite(values).all()]
     if bad:
         raise ValueError(f"finalize: scores of {bad[0]!r} are not finite; the masks are left as they were")
-    if rule == "stock":
-        kept, found = whole_heads.choose(table, scores, config, head_counts)
+    if rule in ("stock", "heads"):
+        kept, found = whole_heads.choose(table, scores, config, head_counts, rule)
         return kept, {name: found[name] for name in ("kept_score", "given_up")}
     select = budget.select_global if rule == "learned" else budget.select_uniform
     return select(table, scores, config.sparsity, config.cost, config.align), {}

@@ -15,6 +15,7 @@ from .. import families
 from ..families import Group, Table
 from .budget import Scores, by_kind, removed_share, select_global
 from .config import PruneConfig
+from .heads_by_layer import select_heads
 from .saliency import group_cost
 
 
@@ -153,33 +154,40 @@ def head_counts(config: Any) -> tuple[int, ...]:
 
 
 def choose(
-    table: Table, logits: Scores, config: PruneConfig, head_counts: Sequence[int]
+    table: Table, logits: Scores, config: PruneConfig, head_counts: Sequence[int], rule: str = "stock"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(groups that rule "stock" keeps, bool by carrier; what it gives up against rule "learned"), by these logits.
+    """(groups that rule "stock" or "heads" keeps, bool by carrier; what it gives up against rule "learned"), by these
+    logits.
 
-    head_counts: as `StockConfig` has them. The second is {"kept_score": {rule: score}, "given_up": their difference,
-    "by_kind": {rule: {kind: [kept, of]}}}. A score is the worth of what is kept (`worth`), of the most there is: 1
-    where just the groups that the logits rank above the cut are kept (the learned rule, but for alignment and what it
-    gives back); below 0 where what is kept is worth less than nothing at all.
+    head_counts: as `StockConfig` has them; of rule "stock". The second is {"kept_score": {rule: score}, "given_up":
+    their difference, "by_kind": {rule: {kind: [kept, of]}}}. A score is the worth of what is kept (`worth`), of the
+    most there is: 1 where just the groups that the logits rank above the cut are kept (the learned rule, but for
+    alignment and what it gives back); below 0 where what is kept is worth less than nothing at all.
     """
     target = (config.sparsity, config.cost)
     worths = worth(table, logits, *target)
     kept = {
         "learned": select_global(table, logits, *target, config.align),
-        "stock": select_stock(table, logits, *target, config.align, head_counts),
+        rule: select_stock(table, logits, *target, config.align, head_counts)
+        if rule == "stock"
+        else select_heads(table, worths, *target, config.align),
     }
-    score = {rule: kept_score(table, worths, k) for rule, k in kept.items()}
-    return kept["stock"], {
+    score = {name: kept_score(table, worths, k) for name, k in kept.items()}
+    return kept[rule], {
         "kept_score": score,
-        "given_up": score["learned"] - score["stock"],
-        "by_kind": {rule: by_kind(table, table.settle(k)) for rule, k in kept.items()},
+        "given_up": score["learned"] - score[rule],
+        "by_kind": {name: by_kind(table, table.settle(k)) for name, k in kept.items()},
     }
 
 
-def check_reachable(table: Table, groups: Mapping[str, int], config: PruneConfig, head_counts: Sequence[int]) -> None:
-    """ValueError where rule "stock" cannot remove `config.sparsity`, whatever the logits. groups: how many, by carrier
-    of a mask.
+def check_reachable(
+    table: Table, groups: Mapping[str, int], config: PruneConfig, head_counts: Sequence[int], rule: str = "stock"
+) -> None:
+    """ValueError where rule "stock" or "heads" cannot remove `config.sparsity`, whatever the logits. groups: how many,
+    by carrier of a mask.
     """
     flat = {carrier: np.zeros(count) for carrier, count in groups.items()}
-    if flat:
+    if flat and rule == "stock":
         select_stock(table, flat, config.sparsity, config.cost, config.align, head_counts)
+    elif flat:
+        select_heads(table, flat, config.sparsity, config.cost, config.align)
