@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TASK = "embeddings"
 BATCH_SIZE = 16
-KEPT_BATCH_SIZE, KEPT_RATE = 8, 3e-4  # of whole weights: what learns most in a time (docs/figures.md)
+KEPT_BATCH_SIZE, KEPT_RATE = 8, 3e-4  # of whole weights
 
 
 def refuse_others(**given: Any) -> None:
