@@ -11,102 +11,15 @@
 #include <vector>
 
 #include "kernels/product.h"
+#include "loops/attention_ahead.h"
+#include "loops/attention_workspace.h"
 #include "loops/products.h"
-#include "loops/scratch.h"
+#include "loops/seen_keys.h"
 
 namespace prunekern {
 namespace {
 
-constexpr std::int64_t kKeyBlock = 256;  // 14 rows of scores and of powers: 28 of 48 KB of L1
 constexpr float kLog2E = 1.44269504f;
-
-// Offset of row i of `rows` rows of `floats` floats: an odd number of lines, so that the rows of a tile do
-// not meet in one set of L1.
-std::int64_t odd_lines(std::int64_t floats) { return round_up(floats, 32) + 16; }
-
-// Memory of one thread for one head, in floats.
-struct Workspace {
-  float *keys, *values, *q, *scores, *p, *sums;
-  char *key_pairs, *value_pairs, *q_tile, *p_tile;  // of bf16 products
-  std::int64_t q_stride, p_stride;
-
-  Workspace(const Kernels& kernel, const Product* pairs, std::int64_t n, std::int64_t qk, std::int64_t v,
-            bool is_packed, Scratch& scratch) {
-    const std::int64_t padded = round_up(n, kernel.width), block = std::min(padded, kKeyBlock);
-    q_stride = odd_lines(qk);
-    p_stride = odd_lines(block);
-    const std::int64_t v_floats = round_up(v, kernel.width);
-    const std::int64_t sizes[] = {is_packed ? padded * qk : 0,
-                                  is_packed ? n * v_floats : 0,
-                                  kernel.rows * q_stride,
-                                  kernel.rows * block,
-                                  kernel.rows * p_stride,
-                                  kernel.rows * (is_packed ? kernel.width : v_floats),
-                                  pairs == nullptr ? 0 : padded / kernel.width * panel_floats(*pairs, qk),
-                                  pairs == nullptr ? 0 : v_floats / kernel.width * panel_floats(*pairs, n),
-                                  pairs == nullptr ? 0 : row_tile_bytes(*pairs, qk) / 4,
-                                  pairs == nullptr ? 0 : row_tile_bytes(*pairs, block) / 4};
-    std::int64_t total = 0;
-    for (std::int64_t size : sizes) total += round_up(size, kLine / 4);
-    float* next = scratch.get<float>(total);
-    float *of_keys, *of_values, *of_q, *of_p;
-    float** parts[] = {&keys, &values, &q, &scores, &p, &sums, &of_keys, &of_values, &of_q, &of_p};
-    for (int i = 0; i < 10; ++i) {
-      *parts[i] = next;
-      next += round_up(sizes[i], kLine / 4);
-    }
-    key_pairs = reinterpret_cast<char*>(of_keys);
-    value_pairs = reinterpret_cast<char*>(of_values);
-    q_tile = reinterpret_cast<char*>(of_q);
-    p_tile = reinterpret_cast<char*>(of_p);
-  }
-  static std::int64_t panel_floats(const Product& pairs, std::int64_t k) {
-    return steps(pairs, k) * pairs.panel_step_bytes / 4;
-  }
-};
-
-// Draws what an item will read into L2, some lines after every tile of the one before. Its rows lie pages
-// apart, where no hardware prefetcher follows: 8 % at 8 x 128 tokens, whose q, k and v outgrow L2.
-class Ahead {
- public:
-  void start(const AttentionCall& call, const Item& item, std::int64_t tiles) {
-    const std::int64_t qk = call.qk_first[item.head], v = call.v_first[item.head];
-    const std::int64_t qk_floats = call.qk_first[item.head + 1] - qk, s = item.sequence;
-    parts_[0] = {call.k + s * call.k_batch_stride + qk, call.k_stride, call.keys, line_count(qk_floats)};
-    parts_[1] = {call.v + s * call.v_batch_stride + v, call.v_stride, call.keys,
-                 line_count(call.v_first[item.head + 1] - v)};
-    parts_[2] = {call.q + s * call.q_batch_stride + call.shared_by * qk + item.queries.begin * call.q_stride,
-                 call.q_stride, item.queries.size(), line_count(call.shared_by * qk_floats)};
-    part_ = row_ = 0;
-    std::int64_t lines = 0;
-    for (const Part& part : parts_) lines += part.rows * part.lines;
-    lines_ = ceil_div(lines, tiles);
-  }
-
-  void step() {
-    for (std::int64_t left = lines_; left > 0 && part_ < 3;) {
-      const Part& part = parts_[part_];
-      if (row_ == part.rows) {
-        ++part_;
-        row_ = 0;
-        continue;
-      }
-      const float* row = part.data + row_++ * part.stride;
-      for (std::int64_t i = 0; i < part.lines; ++i) __builtin_prefetch(row + i * (kLine / 4), 0, 2);
-      left -= std::max<std::int64_t>(part.lines, 1);
-    }
-  }
-
- private:
-  struct Part {
-    const float* data;
-    std::int64_t stride, rows, lines;
-  };
-  static std::int64_t line_count(std::int64_t floats) { return floats == 0 ? 0 : floats * 4 / kLine + 1; }
-
-  Part parts_[3] = {};
-  std::int64_t part_ = 3, row_ = 0, lines_ = 0;
-};
 
 // Allowed keys and values of one head where they lie, in elements from its channel 0.
 struct InPlace {
@@ -318,25 +231,6 @@ struct Head {
     return columns > kernel.vector ? kernel.tile : kernel.half_tile;
   }
 };
-
-// Keys that the mask of one sequence allows.
-void allowed_keys(const AttentionCall& call, std::int64_t sequence, std::vector<std::int64_t>& keys) {
-  keys.clear();
-  const bool* mask = call.key_mask == nullptr ? nullptr : call.key_mask + sequence * call.key_mask_stride;
-  for (std::int64_t i = 0; i < call.keys; ++i)
-    if (mask == nullptr || mask[i]) keys.push_back(i);
-}
-
-// Which of the allowed keys each query may read.
-void find_seen(const AttentionCall& call, const std::vector<std::int64_t>& keys, std::vector<Range>& seen) {
-  auto before = [&](std::int64_t key) {
-    return std::lower_bound(keys.begin(), keys.end(), key) - keys.begin();
-  };
-  seen.resize(call.queries);
-  for (std::int64_t i = 0; i < call.queries; ++i)
-    seen[i] = call.causal ? Range{0, before(call.keys - call.queries + i + 1)}
-                          : Range{before(i - call.window), before(i + call.window + 1)};
-}
 
 // Keys of the next head, where a lone query reads them: in the same sequence the same rows.
 NextRows next_head(const AttentionCall& call, const Item& item, const Item* next, std::size_t keys,

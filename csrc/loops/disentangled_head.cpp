@@ -16,7 +16,7 @@
 namespace prunekern {
 namespace {
 
-constexpr std::int64_t kKeyBlock = 256;  // as in attention_head.cpp
+constexpr std::int64_t kKeyBlock = 256;  // as in attention_workspace.h
 constexpr float kLog2E = 1.44269504f;
 
 // One head, and the memory of its loops.
@@ -87,7 +87,7 @@ class Head : private HeadProducts {
     by_key_ = parts.take(pos_query_ == nullptr ? 0 : (n_ + rows) * by_key_stride_ + 2 * margin());
     turned_ = parts.take(pos_query_ == nullptr ? 0 : rows * block);
     scores_ = parts.take(rows * block);
-    p_stride_ = round_up(block, 32) + 16;  // an odd number of lines: see attention_head.cpp
+    p_stride_ = odd_lines(block);
     p_ = parts.take(rows * p_stride_);
     sums_ = parts.take(rows * width_);
     take_rows(parts, d_, std::max(d_, block));

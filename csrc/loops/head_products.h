@@ -7,6 +7,7 @@
 #include "kernels/kernel.h"
 #include "loops/caches.h"
 #include "loops/products.h"
+#include "loops/scratch.h"
 #include "loops/shares.h"
 
 namespace prunekern {
@@ -51,7 +52,7 @@ class HeadProducts {
   }
   // Memory for the rows of a tile: of so many inputs where they lie strided, and of any.
   void take_rows(Parts& parts, std::int64_t strided, std::int64_t most) {
-    rows_stride_ = round_up(strided, 32) + 16;  // an odd number of lines: see attention_head.cpp
+    rows_stride_ = odd_lines(strided);
     rows_ = parts.take(kernel_.rows * rows_stride_);
     tile_ = parts.take(pairs_ == nullptr ? 0 : row_tile_bytes(*pairs_, most) / 4);
   }

@@ -11,6 +11,10 @@
 
 namespace prunekern {
 
+// Offset of row i of `rows` rows of `floats` floats: an odd number of lines, so that the rows of a tile do
+// not meet in one set of L1.
+inline std::int64_t odd_lines(std::int64_t floats) { return round_up(floats, 32) + 16; }
+
 // Memory of one thread, kept between calls; what it holds is lost when more is asked for. Large ones lie on
 // huge pages: small pages meet in the same sets of L2 by chance (1 to 3 % of an mlp).
 class Scratch {
