@@ -228,6 +228,8 @@ def main() -> None:
         models, missing = candidates(args, data)
         embedded = {}
         for name, (_, model) in models.items():
+            if args.only_embed and name not in PEERS:
+                continue
             embedded[name] = embedded_by(name, model, data, RUNS / "peers" if name in PEERS else None)
         if args.only_embed:
             return
