@@ -224,17 +224,18 @@ def main() -> None:
             data.train[:200], data.reviews[:200], data.paragraphs[:200], data.articles[:60], data.labels[:60]
         )
         args.seconds = 1.0
-    with torch.inference_mode(), threads(args.threads):
-        models, missing = candidates(args, data)
-        embedded = {}
-        for name, (_, model) in models.items():
-            if args.only_embed and name not in PEERS:
-                continue
-            embedded[name] = embedded_by(name, model, data, RUNS / "peers" if name in PEERS else None)
-        if args.only_embed:
-            return
-        found = {name: quality(e, embedded["torch"], data.labels) for name, e in embedded.items()}
-        speed = measure(models, data, args)
+    with threads(args.threads):
+        with torch.no_grad():
+            models, missing = candidates(args, data)
+        with torch.inference_mode():
+            embedded = {}
+            for name, (_, model) in models.items():
+                if not args.only_embed or name in PEERS:
+                    embedded[name] = embedded_by(name, model, data, RUNS / "peers" if name in PEERS else None)
+            if args.only_embed:
+                return
+            found = {name: quality(e, embedded["torch"], data.labels) for name, e in embedded.items()}
+            speed = measure(models, data, args)
     rows = [
         {
             "model": name,
