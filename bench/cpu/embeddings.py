@@ -5,7 +5,7 @@
     python -m bench.cpu.embeddings --quick               # a few texts, few turns: does it run
 
 --train distils on real text (news, movie reviews, Wikipedia, tweets; no labels), masked first and then, compact, in all
-that is kept; it resumes where it was stopped, and takes about two hours a model on one core. Quality, on texts that
+that is kept; it resumes where it was stopped, and takes about an hour and a half a model on one core. Quality, on texts that
 training never saw: Spearman's correlation with the original's cosines, overlap of the ten nearest texts, accuracy of
 the nearest article's topic (bench/common/embedding_quality.py).
 Speed: texts a second through `encode` as sentence-transformers has it, for 1, 32 and 256 texts of real lengths,
@@ -46,7 +46,7 @@ QUALITY = ("spearman", "nearest", "topics", "topics_kept", "cosine")
 OPTIONS = {"batch_size": 16, "learning_rate": 2e-3, "stage_one": 0.7, "warm": 0.06, "ramp": 0.7, "max_length": 128}
 RANK, STEPS = 16, 1000
 KEPT = {"batch_size": 8, "learning_rate": 3e-4, "max_length": 256, "warmup_steps": 200}
-KEPT_STEPS = 12_000
+KEPT_STEPS = 10_000
 
 
 def train(shares: list[float], steps: int, kept_steps: int, limit: int | None, bf16: bool) -> None:
