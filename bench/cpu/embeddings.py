@@ -5,8 +5,8 @@
     python -m bench.cpu.embeddings --quick               # a few texts, few turns: does it run
 
 --train distils on real text (news, movie reviews, Wikipedia, tweets; no labels), masked first and then, compact, in all
-that is kept; it resumes where it was stopped, and takes about an hour and a half a model on one core. Quality, on texts that
-training never saw: Spearman's correlation with the original's cosines, overlap of the ten nearest texts, accuracy of
+that is kept; it resumes where it was stopped, and takes an hour and a half of one core for half removed. Quality, on
+texts that training never saw: Spearman's correlation with the original's cosines, overlap of the ten nearest texts, accuracy of
 the nearest article's topic (bench/common/embedding_quality.py).
 Speed: texts a second through `encode` as sentence-transformers has it, for 1, 32 and 256 texts of real lengths,
 everybody in turn in one process, minima compared. Peers: bench/common/embedding_peers.py.
