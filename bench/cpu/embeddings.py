@@ -6,8 +6,8 @@
 
 --train distils on real text (news, movie reviews, Wikipedia, tweets; no labels), masked first and then, compact, in all
 that is kept; it resumes where it was stopped, and takes an hour and a half of one core for half removed. Quality, on
-texts that training never saw: Spearman's correlation with the original's cosines, overlap of the ten nearest texts, accuracy of
-the nearest article's topic (bench/common/embedding_quality.py).
+texts that training never saw: Spearman's correlation with the original's cosines, overlap of the ten nearest texts,
+accuracy of the nearest article's topic (bench/common/embedding_quality.py).
 Speed: texts a second through `encode` as sentence-transformers has it, for 1, 32 and 256 texts of real lengths,
 everybody in turn in one process, minima compared. Peers: bench/common/embedding_peers.py.
 """
@@ -150,7 +150,7 @@ def call(model: SentenceTransformer, chosen: list[str], alone: bool):
 def measure(models: dict[str, tuple[str, SentenceTransformer]], data: texts.Texts, args) -> dict[str, dict[str, float]]:
     """Texts a second by name and count."""
     speed: dict[str, dict[str, float]] = {name: {} for name in models}
-    for count in COUNTS:
+    for count in args.only_speed or COUNTS:
         chosen = some_texts(data, SINGLES if count == 1 else count)
         calls = {name: call(model, chosen, count == 1) for name, (_, model) in models.items()}
         with progress.bar(f"{count} texts") as tell:
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="about how long to measure each number of texts")
     parser.add_argument("--peers", nargs="*", help="only these")
     parser.add_argument("--only-embed", action="store_true", help="the test texts by all peers, for the next run")
+    parser.add_argument("--only-speed", type=int, nargs="*", metavar="COUNT", help="of so many texts, into --out")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", default="embeddings")
     args = parser.parse_args()
@@ -228,6 +229,9 @@ def main() -> None:
         with torch.no_grad():
             models, missing = candidates(args, data)
         with torch.inference_mode():
+            if args.only_speed:
+                report.write(args.out, texts_a_second=measure(models, data, args), args=vars(args))
+                return
             embedded = {}
             for name, (_, model) in models.items():
                 if not args.only_embed or name in PEERS:
