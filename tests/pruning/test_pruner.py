@@ -240,7 +240,7 @@ def test_finalize_refusals_leave_the_masks():
     pruner = attached(model, sparsity=0.4)
     pruner.step()
     before = state(model)
-    with pytest.raises(ValueError, match=r"finalize: rule must be one of .*'stock'\) \(got 'best'\)"):
+    with pytest.raises(ValueError, match=r"finalize: rule must be one of .*'heads'\) \(got 'best'\)"):
         pruner.finalize("best")
     with pytest.raises(ValueError, match=r"criterion must be one of .*'saliency'\), or scores \(got 'size'\)"):
         pruner.finalize("uniform", "size")
