@@ -42,7 +42,6 @@ COUNTS = (1, 32, 256)
 SINGLES = 16  # texts that one at a time is timed with
 KINDS = ("fp32", "bf16", "int8")
 QUALITY = ("spearman", "nearest", "topics", "topics_kept", "cosine")
-# What was tried is in docs/figures.md.
 OPTIONS = {"batch_size": 16, "learning_rate": 2e-3, "stage_one": 0.7, "warm": 0.06, "ramp": 0.7, "max_length": 128}
 RANK, STEPS = 16, 1000
 KEPT = {"batch_size": 8, "learning_rate": 3e-4, "max_length": 256, "warmup_steps": 200}
@@ -211,7 +210,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="about how long to measure each number of texts")
     parser.add_argument("--peers", nargs="*", help="only these")
     parser.add_argument("--only-embed", action="store_true", help="the test texts by all peers, for the next run")
-    parser.add_argument("--only-speed", type=int, nargs="*", metavar="COUNT", help="of so many texts, into --out")
+    parser.add_argument("--only-speed", type=int, nargs="+", metavar="COUNT", help="of so many texts, into --out")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", default="embeddings")
     args = parser.parse_args()

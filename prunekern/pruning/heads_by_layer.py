@@ -28,7 +28,7 @@ class _Unit:
     worth: float
     cost: float
     share: float  # of its kind in the block that is gone with it
-    depth: int = 0  # of FFN channels: the how manieth of the block; of a head 0
+    depth: int = 0  # of FFN channels: its place in the order they go, from 1; of a head 0
 
 
 def select_heads(table: Table, worths: Scores, share: float, what: str, align: int) -> dict[str, Tensor]:
@@ -38,9 +38,8 @@ def select_heads(table: Table, worths: Scores, share: float, what: str, align: i
     least worth a cost go first until `share` is removed: a head with all its queries, keys and values, or the lowest
     FFN channels of a block, so many that a multiple of `align` is left. Heads are dear: up to eight more or fewer, and
     FFN channels for them, are taken where that loses less. What the share does not need then is given back, the
-    worthiest first. A block keeps its best head and its best `align` channels: engines skip
-    what has none, biases and residuals included. Heads of a block whose values have no masks stay, and so does an FFN
-    without.
+    worthiest first. A block keeps its best head and its best `align` channels: engines skip what has none, biases and
+    residuals included. Heads of a block whose values have no masks stay, and so does an FFN without.
 
     ValueError where the share cannot be met so, with the most that can.
     """

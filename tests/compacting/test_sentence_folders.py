@@ -159,7 +159,8 @@ def test_a_pooler_that_is_read(tmp_path):
     pairs = [("the cat sat", "on a mat"), ("a dog", "songs of spring")]
     for small in (pk.compact(ranker), pk.load(tmp_path / "small")):
         assert not small[0].auto_model.bert.pooler.rests
-        np.testing.assert_allclose(small.predict(pairs), ranker.predict(pairs), atol=1e-4)
+        got, want = (m.predict(pairs, activation_fn=torch.nn.Identity()) for m in (small, ranker))
+        assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()  # logits of a head that never trained are small
     model = sentence_model(tmp_path / "dense")
     model[0].modality_config["text"]["method_output_name"] = "pooler_output"
     prune(pk.attach(model, CONFIG), 0.3)

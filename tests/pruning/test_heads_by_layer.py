@@ -14,11 +14,9 @@ from tests.helpers import tiny_decoders
 from tests.helpers.tiny_models import FFN, attached, build, difference
 from tests.pruning.test_whole_heads import KV_HEADS, TABLE, removed, scores
 
-SHARED = tiny_decoders.MANY_HEADS["num_attention_heads"] // KV_HEADS
-
 
 def heads_of(kept, carrier):
-    """How many heads are left of a block. Every head is whole."""
+    """Whether each head of a block is left. Every head is whole."""
     head = TABLE.groups[carrier].head.numpy()
     by_head = [kept[carrier][head == h] for h in np.unique(head)]
     assert all(h.all() or not h.any() for h in by_head)
